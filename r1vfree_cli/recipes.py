@@ -1,0 +1,243 @@
+"""Find, load, override and validate recipes; say everything that is wrong with one at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .config import STAGES, GrpoRecipe, SftRecipe
+from .errors import UsageError, nearest
+from .trl_keys import trl_key_errors, trl_keys
+
+Recipe = GrpoRecipe | SftRecipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `1e-6` is a number, only true/false are booleans, a key may stand once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is not text")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool", ":timestamp", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def recipes_root() -> Path:
+    """The folder of shipped recipes: inside an installed wheel, else beside the package in a checkout."""
+    here = Path(__file__).parent
+    inside = here / "_recipes"
+    return inside if inside.is_dir() else here.parent / "recipes"
+
+
+def shipped(stage: str | None = None) -> dict[str, Path]:
+    """`stage/name` -> path of the shipped recipes of one stage, or of all."""
+    stages = [stage] if stage else [*STAGES, "eval"]
+    return {f"{s}/{p.stem}": p for s in stages for p in sorted((recipes_root() / s).glob("*.yaml"))}
+
+
+def find(stage: str, name: str) -> Path:
+    """The file of a recipe: a path as it is, else a shipped name with or without `stage/`.
+
+    Raises:
+        UsageError: no such recipe; names the nearest.
+    """
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
+        if not Path(name).is_file():
+            raise UsageError(f"no recipe file {name}", hint="r1v recipes list")
+        return Path(name)
+    have = shipped(stage)
+    key = name if "/" in name else f"{stage}/{name}"
+    if key in have:
+        return have[key]
+    other = next((k for k in shipped() if k.split("/")[1] == name or k == name), None)
+    if other:
+        raise UsageError(f"recipe {other} is for `r1v {other.split('/')[0]}`, not for `r1v {stage}`")
+    near = nearest(key, have)
+    raise UsageError(
+        f"no recipe named {name!r} for {stage}",
+        details=["shipped: " + ", ".join(k.split("/")[1] for k in have)],
+        hint=f"did you mean {near.split('/')[1]}?" if near else "r1v recipes list, or give the path of a YAML file",
+    )
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML with the strict loader.
+
+    Raises:
+        UsageError: not YAML, or a key stands twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
+
+
+def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict:
+    """The recipe file as a dict, with `a.b=value` overrides applied; not validated.
+
+    Raises:
+        UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read recipe {path}: {e}") from None
+    document = read_yaml(text, f"recipe {path}")
+    if not isinstance(document, dict):
+        raise UsageError(
+            f"recipe {path} must be a mapping with the keys model, data, train, ..., found {type(document).__name__}"
+        )
+    for item in overrides:
+        _override(document, item)
+    return document
+
+
+def _override(document: dict, item: str) -> None:
+    key, sign, text = item.partition("=")
+    key = key.strip()
+    if not sign or not key or any(not part for part in key.split(".")):
+        raise UsageError(f"--set {item!r} is not KEY=VALUE", hint="for example --set train.learning_rate=2e-6")
+    value = read_yaml(text, f"--set {key}: value {text!r}")
+    node: Any = document
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            node, part = _list_place(node, part, key)
+        if not isinstance(node, (dict, list)):
+            raise UsageError(f"--set {key}: {'.'.join(parts[:i])} is {node!r}, it has no key {part!r}")
+        if last:
+            node[part] = value
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            node = node[part]
+
+
+def _list_place(items: list, part: str, key: str) -> tuple[list, int]:
+    """A list item is named by its index or, for rewards, by its `name`."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return items, names.index(part)
+    if part.isdigit() and int(part) < len(items):
+        return items, int(part)
+    raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
+
+
+def validate(stage: str, document: dict, where: str) -> Recipe:
+    """The typed recipe.
+
+    Raises:
+        UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
+    """
+    model = STAGES[stage]
+    recipe, lines = None, []
+    try:
+        recipe = model.model_validate(document)
+    except ValidationError as e:
+        lines = [_explain(stage, error) for error in e.errors()]
+    train = document.get("train")
+    if isinstance(train, dict):
+        own = model.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
+        lines += trl_key_errors(stage, {k: v for k, v in train.items() if k not in own})
+    if recipe is None or lines:
+        many = f"{len(lines)} errors" if len(lines) > 1 else "an error"
+        raise UsageError(
+            f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints a whole recipe"
+        )
+    return recipe  # type: ignore[return-value]
+
+
+def _explain(stage: str, error: Any) -> str:
+    loc = [p for p in error["loc"]]
+    # A discriminated union adds the tag to the location: rewards.0.feedback.timeout_s
+    if loc[:1] == ["rewards"] and len(loc) > 2 and loc[2] in ("format", "accuracy", "feedback"):
+        del loc[2]
+    key = ".".join(str(p) for p in loc) or "recipe"
+    found = _short(error.get("input"))
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed(stage, loc[:-1])
+        near = nearest(str(loc[-1]), allowed)
+        tail = f"; nearest is {'.'.join(str(p) for p in [*loc[:-1], near])}" if near else ""
+        return f"{key}: unknown key, found {found}{tail}; allowed: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{key}: is missing"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        name = error["input"].get("name") if isinstance(error.get("input"), dict) else None
+        near = nearest(name, ("format", "accuracy", "feedback")) if name else None
+        tail = f"; nearest is {near}" if near else ""
+        return f"{key}.name: unknown reward {name!r}; allowed: format, accuracy, feedback{tail}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}"
+    if error["type"] == "literal_error" and isinstance(error.get("input"), str):
+        near = nearest(error["input"], re.findall(r"'([^']*)'", message))
+        message += f"; nearest is {near}" if near else ""
+    return f"{key}: {message[:1].lower()}{message[1:]}; found {found}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _allowed(stage: str, loc: list) -> list[str]:
+    """Names allowed at a place in a recipe."""
+    model: Any = STAGES[stage]
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        model = _model_of(field.annotation)
+        if model is None:
+            return []
+    names = list(model.model_fields)
+    return names + list(trl_keys(stage)) if model.__name__.endswith("Train") else names
+
+
+def _model_of(annotation: Any) -> Any:
+    from typing import get_args
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [m for a in get_args(annotation) if (m := _model_of(a)) is not None]
+    # Of the rewards, feedback has all keys.
+    return found[-1] if found else None
+
+
+def load(stage: str, name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Find, read, override, validate: what every command calls."""
+    path = find(stage, name)
+    return validate(stage, load_document(path, overrides), str(path) if path.is_file() and name == str(path) else name)
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """The fully resolved recipe; `load` reads it back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
