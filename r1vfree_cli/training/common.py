@@ -1,0 +1,245 @@
+"""What every worker shares: its start and end, model and processor loading, the prompt dataset."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .. import config, recipes
+from ..embedded import resolve_model
+from ..errors import DataError, Interrupted, R1VError, UsageError
+from ..prompts import build_messages
+from ..run_dir import RunDir, write_json, write_text
+
+GRACE_S = float(os.environ.get("R1V_GRACE_S", "120"))
+_stop = threading.Event()
+
+
+# --- start and end ---------------------------------------------------------------------------------------------
+
+
+def stop_requested() -> bool:
+    """True once this rank got SIGTERM or SIGINT. Ranks agree on it in `callbacks`; never act on it alone."""
+    return _stop.is_set()
+
+
+def is_main() -> bool:
+    """Rank 0 over all nodes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
+    """Run `main(recipe, run_dir)` as one rank: own log file, errors as files, signals as a flag.
+
+    The recipe is `RUN_DIR/recipe.yaml` (argv[1]), or `$R1V_RECIPE` on nodes above 0. Exit code: that of the
+    `R1VError`, else 1. The cause is left in `logs/attempt-N/rank-K.error.json` for the launcher to show.
+    """
+    run_dir = RunDir(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    logs = Path(os.environ.get("R1V_LOGS") or run_dir.logs)
+    logs.mkdir(parents=True, exist_ok=True)
+    _redirect(logs / f"rank-{rank}.log")
+    write_text(logs / f"rank-{rank}.pid", f"{os.getpid()}\n")
+    _signals()
+    code = 0
+    try:
+        recipe_file = Path(os.environ.get("R1V_RECIPE") or run_dir.recipe)
+        recipe = recipes.validate(stage, recipes.load_document(recipe_file), str(recipe_file))
+        _init_distributed(recipe.launch)
+        main(recipe, run_dir)
+    except R1VError as e:
+        traceback.print_exc()
+        write_json(logs / f"rank-{rank}.error.json", e.to_dict())
+        code = e.exit_code
+    except BaseException as e:
+        traceback.print_exc()
+        if _stop.is_set():
+            e = Interrupted("interrupted")
+        text = "".join(traceback.format_exception_only(type(e), e)).strip()
+        doc = e.to_dict() if isinstance(e, R1VError) else R1VError(text).to_dict()
+        write_json(logs / f"rank-{rank}.error.json", doc)
+        code = doc["exit_code"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failure on one rank, interpreter shutdown can wait for collectives of the others.
+    os._exit(code)
+
+
+def _redirect(path: Path) -> None:
+    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+
+
+def _signals() -> None:
+    def on_signal(number, frame):
+        if _stop.is_set() and number == signal.SIGINT:
+            os._exit(130)
+        if not _stop.is_set():
+            _stop.set()
+            # A rank that hangs in a collective never reads the flag.
+            timer = threading.Timer(GRACE_S, os._exit, (130,))
+            timer.daemon = True
+            timer.start()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    die_with_parent(signal.SIGTERM)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux to send `number` to this process when its parent dies; does nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def _init_distributed(launch: config.Launch) -> None:
+    if launch.on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        # DeepSpeed's own discovery looks for MPI, and its CPU default backend is not built everywhere.
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+# --- model and processor ---------------------------------------------------------------------------------------
+
+
+def load_processor(model: config.Model, seed: int = 0):
+    """The checkpoint's processor with the recipe's pixel limits, which `save_pretrained` keeps.
+
+    Raises:
+        DataError: there is no processor at that place.
+    """
+    where = resolve_model(model.name, seed)
+    try:
+        processor = AutoProcessor.from_pretrained(
+            where, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as e:
+        raise DataError(f"cannot load the processor of model {model.name}: {_first_line(e)}") from None
+    if not hasattr(processor, "image_processor"):
+        raise DataError(f"model {model.name} has no image processor", hint="r1v trains vision-language models")
+    set_pixel_limits(processor, model.min_pixels, model.max_pixels)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:
+    """Set the limits (pixels an image, after resizing) through `size`: attributes alone are lost on save."""
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    for part in (processor.image_processor, getattr(processor, "video_processor", None)):
+        if part is not None and part is processor.image_processor:
+            part.size = type(part.size)(**size) if not isinstance(part.size, dict) else size
+
+
+def load_policy(model: config.Model, seed: int = 0):
+    """The model, of the class its config names (never its path), in the recipe's dtype and attention.
+
+    Call it after the TRL config was built: under ZeRO-3 that is what makes `from_pretrained` shard on loading.
+
+    Raises:
+        DataError: no loadable vision-language model there.
+        UsageError: flash_attention_2 was asked for and is not installed.
+    """
+    where = resolve_model(model.name, seed)
+    common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(where, **common)
+        policy = AutoModelForImageTextToText.from_pretrained(
+            where,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=attention(model),
+            use_safetensors=True,
+            quantization_config=_quantization(model),
+            **common,
+        )
+    except (OSError, ValueError) as e:
+        raise DataError(
+            f"cannot load model {model.name} as a vision-language model: {_first_line(e)}",
+            hint="give a hub name or a folder with config.json and *.safetensors",
+        ) from None
+    if model.freeze_vision:
+        freeze_vision(policy)
+    return policy
+
+
+def freeze_vision(policy) -> None:
+    """No gradients for the vision tower (and its merger)."""
+    for parameter in policy.model.visual.parameters():
+        parameter.requires_grad_(False)
+
+
+def attention(model: config.Model) -> str:
+    """The attention implementation: `auto` is flash_attention_2 where it can run, else sdpa."""
+    from transformers.utils import is_flash_attn_2_available
+
+    can_flash = torch.cuda.is_available() and model.dtype != "float32" and is_flash_attn_2_available()
+    if model.attention == "auto":
+        return "flash_attention_2" if can_flash else "sdpa"
+    if model.attention == "flash_attention_2" and not can_flash:
+        raise UsageError(
+            "model.attention is flash_attention_2, which cannot run here",
+            hint="pip install -e '.[flash]' on a CUDA machine with bfloat16 or float16, or use attention: auto",
+        )
+    return model.attention
+
+
+def peft_config(model: config.Model):
+    """A `peft.LoraConfig` for `model.lora`, or None."""
+    if model.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=model.lora.r,
+        lora_alpha=model.lora.alpha,
+        lora_dropout=model.lora.dropout,
+        target_modules=model.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _quantization(model: config.Model):
+    if model.lora is None or model.lora.quantize is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if model.lora.quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# --- data ------------------------------------------------------------------------------------------------------
+
+
+def to_prompts(rows):
+    """A `datasets.Dataset` of rows -> one that yields `prompt` (messages) beside the row's columns.
+
+    Images stay in `images` and are decoded when a row is fetched; `prompt` has one placeholder an image.
+    """
+
+    def transform(batch):
+        counts = [len(images or []) for images in batch["images"]]
+        batch["prompt"] = [build_messages(p, n) for p, n in zip(batch["problem"], counts)]
+        return batch
+
+    return rows.with_transform(transform)
