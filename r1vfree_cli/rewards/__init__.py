@@ -1,0 +1,1 @@
+"""Rewards: text rewards, AI feedback and its backends."""
