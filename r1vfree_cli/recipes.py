@@ -123,29 +123,26 @@ def _override(document: dict, item: str) -> None:
     value = read_yaml(text, f"--set {key}: value {text!r}")
     node: Any = document
     parts = key.split(".")
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        if isinstance(node, list):
-            node, part = _list_place(node, part, key)
+    for i, name in enumerate(parts):
+        place: Any = _list_place(node, name, key) if isinstance(node, list) else name
         if not isinstance(node, (dict, list)):
-            raise UsageError(f"--set {key}: {'.'.join(parts[:i])} is {node!r}, it has no key {part!r}")
-        if last:
-            node[part] = value
-        elif isinstance(node, dict):
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
+            raise UsageError(f"--set {key}: {'.'.join(parts[:i])} is {node!r}, it has no key {name!r}")
+        if i == len(parts) - 1:
+            node[place] = value
+        elif isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+            node = node[place]
         else:
-            node = node[part]
+            node = node[place]
 
 
-def _list_place(items: list, part: str, key: str) -> tuple[list, int]:
+def _list_place(items: list, part: str, key: str) -> int:
     """A list item is named by its index or, for rewards, by its `name`."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
-        return items, names.index(part)
+        return names.index(part)
     if part.isdigit() and int(part) < len(items):
-        return items, int(part)
+        return int(part)
     raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
 
 

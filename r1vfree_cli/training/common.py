@@ -136,10 +136,9 @@ def load_processor(model: config.Model, seed: int = 0):
 
 def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:
     """Set the limits (pixels an image, after resizing) through `size`: attributes alone are lost on save."""
-    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    for part in (processor.image_processor, getattr(processor, "video_processor", None)):
-        if part is not None and part is processor.image_processor:
-            part.size = type(part.size)(**size) if not isinstance(part.size, dict) else size
+    size = processor.image_processor.size
+    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    processor.image_processor.size = limits if isinstance(size, dict) else type(size)(**limits)
 
 
 def load_policy(model: config.Model, seed: int = 0):

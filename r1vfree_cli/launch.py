@@ -1,0 +1,292 @@
+"""From a recipe to running processes: `plan` is pure, `execute` is the only place that starts any.
+
+Ranks write their own logs, pid and error files into `logs/attempt-N/`; the launcher's exit code is 1 whatever
+happened, so the cause is read from those files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .config import GrpoRecipe, Launch, Serve, SftRecipe
+from .errors import Interrupted, R1VError, UsageError, from_dict
+from .recipes import recipes_root
+
+POLL_S = 0.2
+SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One command to run: its argv and what it adds to the environment. Never holds a secret."""
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+
+    def shell(self) -> str:
+        """The command as one could type it."""
+        return shlex.join([f"{k}={v}" for k, v in sorted(self.env.items())] + self.argv)
+
+
+def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
+    """The `accelerate launch` command of a recipe, for this node."""
+    launch = recipe.launch
+    argv = [sys.executable, "-m", "accelerate.commands.launch"]
+    argv += ["--config_file", str(recipes_root() / "launch" / f"{launch.preset}.yaml")]
+    argv += ["--num_processes", str(launch.processes), "--num_machines", str(launch.nodes)]
+    argv += ["--machine_rank", str(launch.node_rank)]
+    argv += ["--mixed_precision", {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[recipe.model.dtype]]
+    if launch.nodes > 1:
+        argv += ["--main_process_ip", str(launch.main_address)]
+    # Port 0: accelerate looks for a free one, so that two runs on a machine do not meet.
+    argv += ["--main_process_port", str(launch.main_port or (29500 if launch.nodes > 1 else 0))]
+    argv += ["-m", f"r1vfree_cli.training.{stage}", str(run_dir)]
+    return Plan(argv, _env(recipe), launch.processes // launch.nodes)
+
+
+def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
+    launch = recipe.launch
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    local = launch.processes // launch.nodes
+    if launch.on_cpu:
+        env["ACCELERATE_USE_CPU"] = "true"
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        if launch.preset.startswith("zero"):
+            env["DS_ACCELERATOR"] = "cpu"
+    else:
+        devices = training_devices(recipe)
+        if devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    # accelerate would set 1 thread a process, torchrun too.
+    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // local))
+    return env
+
+
+def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
+    """GPU indices of the training processes on this node: as given, else those that no judge uses; None: all."""
+    launch = recipe.launch
+    if launch.devices is not None:
+        return launch.devices
+    serve = served(recipe)
+    if serve is None or not serve.devices:
+        return None
+    free = (i for i in range(launch.processes // launch.nodes + len(serve.devices)) if i not in serve.devices)
+    return [i for i, _ in zip(free, range(launch.processes // launch.nodes))]
+
+
+def served(recipe: GrpoRecipe | SftRecipe) -> Serve | None:
+    """The reward server that this recipe starts, if any."""
+    feedback = recipe.feedback if isinstance(recipe, GrpoRecipe) else None
+    return feedback.serve if feedback else None
+
+
+def server_plan(serve: Serve, launch: Launch, port: int) -> Plan:
+    """The reward server's command."""
+    argv = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", serve.model, "--port", str(port)]
+    # Loopback only: with several nodes, each starts a server for its own ranks.
+    argv += ["--host", "127.0.0.1"]
+    if serve.revision:
+        argv += ["--revision", serve.revision]
+    env = {"TOKENIZERS_PARALLELISM": "false", "R1V_PARENT_DEATH": "1"}
+    if launch.on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    elif serve.devices:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, serve.devices))
+    return Plan(argv, env)
+
+
+def module_plan(module: str, *args: str, threads: int | None = None) -> Plan:
+    """A plain `python -m module args` in this environment, on the CPU."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    return Plan([sys.executable, "-m", module, *args], env)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+class _Signals:
+    """While active, SIGINT and SIGTERM are counted instead of raised."""
+
+    def __enter__(self):
+        self.count = 0
+        self._old = {n: signal.signal(n, self._on) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on(self, number, frame):
+        self.count += 1
+
+
+def execute(
+    plan: Plan,
+    logs: Path,
+    *,
+    server: tuple[Plan, int] | None = None,
+    watch: Callable[[], None] | None = None,
+    grace_s: float = 150,
+) -> None:
+    """Run a plan to its end; logs and errors of its processes are in `logs`. Blocks.
+
+    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second, or `grace_s` seconds,
+    kills them. `watch` is called a few times a second.
+
+    Raises:
+        R1VError: of the class and exit code that the first failed rank left, else with the log's tail.
+        Interrupted: stopped by a signal.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    started: list[subprocess.Popen] = []
+    with _Signals() as signals:
+        try:
+            if server is not None:
+                process = _start(server[0], logs / "reward-server.log")
+                started.append(process)
+                _wait_healthy(process, server[1], logs / "reward-server.log", signals)
+            main = _start(plan, logs / "launcher.log")
+            started.append(main)
+            stopping: float | None = None
+            while main.poll() is None:
+                time.sleep(POLL_S)
+                if watch:
+                    watch()
+                if signals.count and stopping is None:
+                    stopping = time.monotonic()
+                    if not _signal_ranks(logs, signal.SIGTERM):
+                        main.terminate()
+                elif stopping is not None and (signals.count > 1 or time.monotonic() - stopping > grace_s):
+                    _signal_ranks(logs, signal.SIGKILL)
+                    _kill(main)
+            if watch:
+                watch()
+            if signals.count:
+                raise Interrupted("interrupted", hint="--resume continues from the last checkpoint")
+            if main.returncode:
+                raise _cause(logs, main.returncode)
+        finally:
+            for process in reversed(started):
+                _kill(process)
+            _signal_ranks(logs, signal.SIGKILL)
+
+
+def _start(plan: Plan, log: Path) -> subprocess.Popen:
+    with open(log, "ab") as out:
+        return subprocess.Popen(
+            plan.argv,
+            env={**os.environ, **plan.env, "R1V_LOGS": str(log.parent)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
+            preexec_fn=_die_with_parent,
+        )
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End a process group: politely, then not."""
+    for number, wait in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            continue
+    # What the leader left behind in its group.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _signal_ranks(logs: Path, number: int) -> int:
+    """Send a signal to the ranks that wrote a pid file and still run; returns how many got it."""
+    sent = 0
+    for file in logs.glob("rank-*.pid"):
+        try:
+            pid = int(file.read_text())
+            # A pid may have been reused since: only our own workers get a signal.
+            if b"r1vfree_cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, number)
+                sent += 1
+        except (OSError, ValueError):
+            continue
+    return sent
+
+
+def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals) -> None:
+    deadline = time.monotonic() + SERVER_START_S
+    while time.monotonic() < deadline:
+        if signals.count:
+            raise Interrupted("interrupted while the reward server was starting")
+        if process.poll() is not None:
+            raise _not_ready("the reward server ended before it was ready", log)
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+                if reply.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(POLL_S)
+    raise _not_ready(f"the reward server was not ready after {SERVER_START_S} s", log)
+
+
+def _not_ready(message: str, log: Path) -> UsageError:
+    return UsageError(message, details=tail(log), hint=f"the whole log: {log}")
+
+
+def _cause(logs: Path, code: int) -> R1VError:
+    """The first failure among the ranks; where none left a cause (killed, out of memory), the logs' tails."""
+    files = sorted(logs.glob("rank-*.error.json"), key=lambda f: f.stat().st_mtime)
+    for file in files:
+        try:
+            error = from_dict(json.loads(file.read_text()))
+        except ValueError:
+            continue
+        rank = file.name.split(".")[0]
+        if error.exit_code == 1:
+            error.details = error.details + tail(logs / f"{rank}.log")
+            error.hint = error.hint or f"this looks like a bug; the whole log: {logs / f'{rank}.log'}"
+        return error
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit code {code} and left no cause; it may have been killed (out of memory?)"
+    log = max(logs.glob("rank-*.log"), key=lambda f: f.stat().st_mtime, default=logs / "launcher.log")
+    return R1VError(f"a training process {how}", details=tail(log) + tail(logs / "launcher.log"), hint=f"logs: {logs}")
+
+
+def tail(log: Path, lines: int = 15) -> list[str]:
+    """The last lines of a log, [] when there is none."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
