@@ -1,0 +1,190 @@
+"""Drawn data for the tiny recipe: coloured shapes on small canvases, with open-ended questions about them.
+
+A canvas has 2 x 2 cells and one to three shapes, each somewhere in a cell of its own. Nothing here is read from
+disk: a split, a seed and a number of rows give the same rows everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (50, 80, 220), "yellow": (235, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+KINDS = ("colour", "count", "shape", "relation", "presence")
+SPLITS = ("train", "sft", "judge", "test")
+DEFAULT_ROWS = {"train": 480, "sft": 6400, "judge": 6400, "test": 512}
+
+CELL = 28  # pixels
+CAPTION_QUESTION = "What does the image show?"
+CAPTION_SHARE = 0.4  # of the sft split
+WRONG_SHARE = 0.5  # of the answers of the sft split
+QUESTIONS_PER_IMAGE = 4
+
+# What a policy says that learnt a habit instead of looking. Half of the warm start's answers are these, so that
+# there is something to gain from a judge that looks.
+HABIT = {"colour": "red", "count": "2", "shape": "circle", "relation": "left", "presence": "yes"}
+ANSWERS = {
+    "colour": tuple(COLOURS),
+    "count": ("0", "1", "2", "3"),
+    "shape": SHAPES,
+    "relation": ("left", "right", "above", "below"),
+    "presence": ("yes", "no"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape; its cell is (column, row) from the top left."""
+
+    colour: str
+    shape: str
+    column: int
+    row: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+def draw_scene(rng: random.Random, shapes: int) -> list[Shape]:
+    """`shapes` shapes (1 to 4) in different cells, in reading order."""
+    cells = sorted(rng.sample([(row, column) for row in range(2) for column in range(2)], shapes))
+    return [Shape(rng.choice(list(COLOURS)), rng.choice(SHAPES), column, row) for row, column in cells]
+
+
+def draw_image(rng: random.Random, scene: list[Shape]) -> Image.Image:
+    """The scene as an RGB image of 56 x 56 pixels; place, size and background vary."""
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), (rng.randint(225, 255),) * 3)
+    pen = ImageDraw.Draw(image)
+    for shape in scene:
+        radius = rng.randint(7, 10)
+        x = shape.column * CELL + CELL // 2 + rng.randint(-3, 3)
+        y = shape.row * CELL + CELL // 2 + rng.randint(-3, 3)
+        box = (x - radius, y - radius, x + radius, y + radius)
+        colour = COLOURS[shape.colour]
+        if shape.shape == "circle":
+            pen.ellipse(box, fill=colour)
+        elif shape.shape == "square":
+            pen.rectangle(box, fill=colour)
+        else:
+            pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=colour)
+    return image
+
+
+def caption(scene: list[Shape]) -> str:
+    """All shapes in reading order."""
+    return ", ".join(shape.name for shape in scene)
+
+
+def ask(rng: random.Random, scene: list[Shape], kind: str) -> tuple[str, str] | None:
+    """A question of a kind about the scene with its answer, or None when none has a clear answer."""
+    if kind == "count":
+        return _ask_count(rng, scene)
+    if kind == "presence":
+        return _ask_presence(rng, scene)
+    if kind == "relation":
+        return _ask_relation(rng, scene)
+    named_by, asked = ("shape", "colour") if kind == "colour" else ("colour", "shape")
+    names = [getattr(shape, named_by) for shape in scene]
+    clear = [shape for shape in scene if names.count(getattr(shape, named_by)) == 1]
+    if not clear:
+        return None
+    shape = rng.choice(clear)
+    question = f"What colour is the {shape.shape}?" if kind == "colour" else f"Which shape is {shape.colour}?"
+    return question, getattr(shape, asked)
+
+
+def _ask_count(rng: random.Random, scene: list[Shape]) -> tuple[str, str]:
+    what = rng.choice(("all", "shape", "colour"))
+    if what == "all":
+        return "How many shapes are there?", str(len(scene))
+    if what == "shape":
+        name = rng.choice(SHAPES)
+        return f"How many {name}s are there?", str(sum(s.shape == name for s in scene))
+    name = rng.choice(list(COLOURS))
+    return f"How many {name} shapes are there?", str(sum(s.colour == name for s in scene))
+
+
+def _ask_presence(rng: random.Random, scene: list[Shape]) -> tuple[str, str]:
+    there = {shape.name for shape in scene}
+    # Most absent things share a colour or a shape with something that is there.
+    absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in there]
+    yes = rng.random() < 0.5
+    name = rng.choice(sorted(there) if yes else absent)
+    return f"Is there a {name}?", "yes" if yes else "no"
+
+
+def _ask_relation(rng: random.Random, scene: list[Shape]) -> tuple[str, str] | None:
+    names = [shape.name for shape in scene]
+    pairs = [
+        (a, b)
+        for a in scene
+        for b in scene
+        if (a.row == b.row) != (a.column == b.column) and names.count(a.name) == names.count(b.name) == 1
+    ]
+    if not pairs:
+        return None
+    a, b = rng.choice(pairs)
+    if a.row == b.row:
+        answer = "left" if a.column < b.column else "right"
+    else:
+        answer = "above" if a.row < b.row else "below"
+    return f"Where is the {a.name}, seen from the {b.name}?", answer
+
+
+def question_kind(problem: str) -> str | None:
+    """The kind of a question that `iter_shapes` asked; None for another text, captions included."""
+    for start, kind in (
+        ("What colour is", "colour"),
+        ("How many", "count"),
+        ("Which shape is", "shape"),
+        ("Where is", "relation"),
+        ("Is there", "presence"),
+    ):
+        if problem.startswith(start):
+            return kind
+    return None
+
+
+def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dict]:
+    """Yield `n` raw rows: id, images (one PNG as bytes), problem, solution, thinking.
+
+    `train` and `test` ask questions, all kinds alike; their solutions are right. `judge` adds captions. In `sft`
+    `CAPTION_SHARE` of the rows are captions, and of the other answers `WRONG_SHARE` are the kind's `HABIT`, right
+    or not. Splits and seeds share no random numbers, so they share no images.
+
+    Raises:
+        ValueError: there is no such split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"shapes has the splits {', '.join(SPLITS)}, not {split!r}")
+    rng = random.Random(f"shapes/{split}/{seed}")
+    made = 0
+    n = DEFAULT_ROWS[split] if n is None else n
+    while made < n:
+        scene = draw_scene(rng, rng.randint(1, 3))
+        buffer = io.BytesIO()
+        draw_image(rng, scene).save(buffer, "PNG")
+        for kind in rng.sample(KINDS, QUESTIONS_PER_IMAGE):
+            captioned = split in ("sft", "judge") and rng.random() < CAPTION_SHARE
+            asked = (CAPTION_QUESTION, caption(scene)) if captioned else ask(rng, scene, kind)
+            if asked is None:
+                continue
+            problem, solution = asked
+            if split == "sft" and not captioned and rng.random() < WRONG_SHARE:
+                solution = HABIT[kind]
+            yield {
+                "id": f"shapes-{split}-{seed}-{made:06d}",
+                "images": [buffer.getvalue()],
+                "problem": problem,
+                "solution": solution,
+                "thinking": caption(scene) if not captioned else "",
+            }
+            made += 1
+            if made == n:
+                return
