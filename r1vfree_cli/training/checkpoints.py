@@ -1,0 +1,152 @@
+"""Checkpoints that are whole or not there: written aside and renamed; the newest whole one is where a run resumes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import console, contract
+from ..errors import DataError, R1VError, UsageError
+from ..run_dir import RunDir
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+ASIDE = ".writing"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class WholeCheckpoints(_Trainer):
+    """Mixin before a `transformers.Trainer`: a checkpoint folder appears under its name only when it is complete.
+
+    Set `contract` (the run contract) to have it written into every checkpoint. `save_total_limit` counts whole
+    checkpoints; an old one is renamed before it is deleted, so a killed deletion leaves no half of one either.
+    """
+
+    contract: dict | None = None
+    _aside: Path | None = None
+
+    def _get_output_dir(self, trial):
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, folder):
+        if self._aside is None:  # else it is called again below, with the checkpoint in its place
+            super()._push_from_checkpoint(folder)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir)
+        aside = folder / ASIDE
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clean(folder)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                strip_pickles(aside / name)
+                if self.contract is not None:
+                    contract.write(aside / name, self.contract)
+        except Exception as e:
+            if _disk_is_full(e, folder):
+                raise disk_full(aside / name) from e
+            raise
+        finally:
+            self._aside = None
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0:  # on each node: the file system may not be shared
+            _move(aside / name, folder / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+        if self.args.should_save and self.args.save_total_limit:
+            for _, old in checkpoints(folder)[: -self.args.save_total_limit]:
+                _remove(old)
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of what is named like a checkpoint, oldest step first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return sorted(found)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether it has weights and the trainer's state; the state is written last."""
+    weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*/*_states.pt"))
+    return weights and (checkpoint / "trainer_state.json").is_file()
+
+
+def resume_point(run: RunDir) -> Path | None:
+    """The newest whole checkpoint to go on from when this attempt is a resume (`R1V_RESUME=1`), else None.
+
+    Half-written ones are skipped with a word. None also where the run was killed before its first checkpoint.
+
+    Raises:
+        UsageError: the checkpoints were saved without optimizer state (`train.save_only_model`).
+    """
+    if os.environ.get("R1V_RESUME") != "1":
+        return None
+    if (run.checkpoints / ASIDE).exists():
+        console.log("a checkpoint that was being written when the run ended is skipped")
+    for step, path in reversed(checkpoints(run.checkpoints)):
+        if not is_whole(path):
+            console.warn(f"{path.name} is not whole, it is skipped")
+            continue
+        if not (path / "optimizer.pt").is_file() and not any(path.glob("global_step*")):
+            raise UsageError(
+                f"{path} holds no optimizer state: the run was started with train.save_only_model",
+                hint="such a run cannot be resumed; --overwrite starts it again",
+            )
+        console.log(f"resuming from step {step}: {path}")
+        return path
+    console.log("no whole checkpoint yet: starting from step 0")
+    return None
+
+
+def strip_pickles(folder: Path) -> None:
+    """Delete Trainer's pickled arguments: recipe.yaml has them, and a pickle can hold a hub token."""
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save or deletion left behind."""
+    for path in (folder / ASIDE, *folder.glob(".old-*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def disk_full(path: Path) -> R1VError:
+    """The error of a save that found no space."""
+    return UsageError(
+        f"no space left on the disk while writing {path}",
+        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
+    )
+
+
+def _disk_is_full(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors and torch.save wrap the system's error in their own.
+    text = str(error)
+    return "No space left on device" in text or ("PytorchStreamWriter" in text and shutil.disk_usage(folder).free < 1e6)
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.exists():
+        _remove(target)
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        if not target.is_dir():  # another node on the same file system was first
+            raise DataError(f"checkpoint {source} was removed while it was being written") from None
+
+
+def _remove(checkpoint: Path) -> None:
+    doomed = checkpoint.with_name(f".old-{checkpoint.name}")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
