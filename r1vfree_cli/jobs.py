@@ -1,0 +1,296 @@
+"""`r1v sft` and `r1v grpo`, from a recipe's name to a finished run dir: what the CLI calls for both."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import console, contract, embedded, launch, preflight, recipes, run_dir
+from .config import GrpoRecipe, SftRecipe
+from .errors import DataError, GuardStop, Interrupted, R1VError, UsageError
+from .run_dir import RunDir
+
+
+def train(
+    stage: str,
+    name: str,
+    overrides: list[str],
+    *,
+    path: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict:
+    """Run a recipe to its end and return its summary; with `dry_run`, what would be run.
+
+    Raises:
+        UsageError: recipe, machine or run dir.
+        DataError: data or checkpoint.
+        GuardStop: training stopped itself.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    recipe = recipes.load(stage, name, overrides)
+    findings = preflight.check(recipe, dry_run=dry_run)
+    where = RunDir(path or Path("runs") / Path(name).stem)
+    plan = launch.plan(stage, recipe, where.path)
+    if dry_run:
+        return _dry_run(recipe, findings, plan)
+    findings.raise_errors(f"recipe {name}")
+    for line in findings.warnings:
+        console.warn(line)
+    resume = resume or _unfinished(where, recipe, overwrite)
+    return _run(stage, recipe, where, resume=resume, overwrite=overwrite)
+
+
+def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
+    serve = launch.served(recipe)
+    server = launch.server_plan(serve, recipe.launch, serve.port or 8000) if serve else None
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "command": shlex.join(plan.argv),
+        "env": plan.env,
+        "processes_here": plan.processes,
+        "server": {"command": shlex.join(server.argv), "env": server.env} if server else None,
+        "errors": findings.errors,
+        "warnings": findings.warnings,
+        "unchecked": findings.unchecked,
+    }
+
+
+def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) -> bool:
+    """True when the folder holds a run of this very recipe that did not finish; says so."""
+    if overwrite or not where.holds_run or not where.recipe.is_file() or recipe.launch.node_rank:
+        return False
+    state = where.status.get("state")
+    same = where.recipe.read_text(encoding="utf-8") == recipes.to_yaml(recipe)
+    if not same or state == run_dir.FINISHED:
+        return False
+    console.log(f"{where.path} holds an unfinished run of this recipe ({state}): resuming it")
+    return True
+
+
+def _run(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, *, resume: bool, overwrite: bool) -> dict:
+    node = recipe.launch.node_rank
+    seconds: dict[str, float] = {}
+    with _locked(where.path, node) if node == 0 else nullcontext():
+        if node == 0:
+            where.begin(recipes.to_yaml(recipe), resume=resume, overwrite=overwrite)
+            logs, recipe_file = where.logs, where.recipe
+        else:
+            # Node 0 owns the run dir; the others keep their recipe and logs apart.
+            logs = where.path / "nodes" / str(node)
+            recipe_file = logs / "recipe.yaml"
+            run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
+        try:
+            _pieces(recipe, seconds)
+            _rows(recipe, seconds)
+            _launch(stage, recipe, where, logs, recipe_file, resume, seconds)
+        except BaseException as e:
+            if node == 0:
+                _failed(where, e)
+            raise
+        if node:
+            return {"run_dir": str(where.path), "node": node}
+        summary = run_dir.read_json(where.summary)
+        summary["seconds"] = {**seconds, **summary.get("seconds", {})}
+        run_dir.write_json(where.summary, summary)
+        return {"run_dir": str(where.path), **summary}
+
+
+def _failed(where: RunDir, error: BaseException) -> None:
+    state = run_dir.FAILED
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        state = run_dir.INTERRUPTED
+    elif isinstance(error, GuardStop):
+        state = run_dir.STOPPED
+    where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
+
+
+@contextmanager
+def _locked(path: Path, node: int) -> Iterator[None]:
+    """Two processes never write one run dir. The lock lies beside the folder, which may be deleted and made anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".{path.name}.lock"
+    with open(lock, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
+    console.log(f"{title} ...")
+    start = time.monotonic()
+    yield
+    seconds[title] = round(time.monotonic() - start, 1)
+    console.log(f"{title}: {seconds[title]:.0f} s")
+
+
+def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
+    """Build the embedded models that the recipe names, unless they are cached."""
+    names = [recipe.model.name]
+    if isinstance(recipe, GrpoRecipe) and recipe.feedback:
+        feedback = recipe.feedback
+        names += [n for n in (feedback.model, feedback.serve.model if feedback.serve else None) if n]
+    seed = (recipe.train.model_extra or {}).get("seed", 42)
+    for stage in embedded.stages(names, seed):
+        if stage.ready:
+            continue
+        with _timed(stage.title, seconds), embedded.building(stage) as folder:
+            if folder is None:
+                continue
+            if stage.kind == "recipe":
+                kind, _, name = stage.args[0].partition("/")
+                _run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder), resume=False, overwrite=False)
+            else:
+                threads = max(1, os.cpu_count() or 1)
+                plan = launch.module_plan(*stage.args, str(folder / "final"), threads=threads)
+                launch.execute(plan, folder / "logs")
+
+
+def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
+    """Prepare the data of known sources once, before any rank asks for them."""
+    from .data.load import ensure_rows, is_known_source
+
+    seed = (recipe.train.model_extra or {}).get("seed", 42)
+    wanted = [(recipe.data.path, recipe.data.split)]
+    if recipe.data.heldout:
+        wanted.append((recipe.data.heldout.path, recipe.data.heldout.split))
+    start = time.monotonic()
+    for path, split in wanted:
+        if is_known_source(path):
+            ensure_rows(embedded.with_seed(path, seed), split)
+    if time.monotonic() - start > 1:
+        seconds["prepare data"] = round(time.monotonic() - start, 1)
+
+
+def _launch(
+    stage: str,
+    recipe: GrpoRecipe | SftRecipe,
+    where: RunDir,
+    logs: Path,
+    recipe_file: Path,
+    resume: bool,
+    seconds: dict[str, float],
+) -> None:
+    serve, server = launch.served(recipe), None
+    env = {"R1V_RECIPE": str(recipe_file)}
+    if resume:
+        env["R1V_RESUME"] = "1"
+    if serve:
+        port = serve.port or launch.free_port()
+        env["R1V_REWARD_URL"] = f"http://127.0.0.1:{port}"
+        server = (launch.server_plan(serve, recipe.launch, port), port)
+    base = launch.plan(stage, recipe, where.path)
+    plan = replace(base, env={**base.env, **env})
+    document: dict[str, Any] = {
+        "command": shlex.join(["r1v", *sys.argv[1:]]),
+        "argv": plan.argv,
+        "env": plan.env,
+        "server": {"argv": server[0].argv, "env": server[0].env} if server else None,
+        "versions": contract.versions(),
+        "git_commit": contract.git_commit(),
+        "started": round(time.time(), 3),
+    }
+    if recipe.launch.node_rank == 0:
+        run_dir.write_json(where.launch, document)
+    console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
+    with _timed(stage, seconds), _View(stage, where) as view:
+        launch.execute(plan, logs, server=server, watch=view.update)
+
+
+class _View:
+    """Follows metrics.jsonl and status.json of a run: a progress bar on a terminal, a line every 10 s elsewhere."""
+
+    _SHOWN = (
+        ("reward", "reward", "{:.3f}"),
+        ("rewards/format/mean", "format", "{:.2f}"),
+        ("completions/mean_length", "length", "{:.1f}"),
+        ("loss", "loss", "{:.4g}"),
+    )
+
+    def __init__(self, stage: str, where: RunDir):
+        self._stage, self._where = stage, where
+        self._offset = where.metrics.stat().st_size if where.metrics.is_file() else 0
+        self._samples: dict[Path, int] = {}
+        self._bar: Any = None
+        self._progress: console.Progress | None = None
+        self._step = 0
+
+    def __enter__(self) -> _View:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+    def update(self) -> None:
+        """Show what was logged since the last call."""
+        self._show_samples()
+        for line in self._new(self._where.metrics):
+            step = int(line.get("step", 0))
+            if self._progress is None:
+                self._bar = console.progress(self._stage, self._where.status.get("total_steps"))
+                self._progress = self._bar.__enter__()
+            note = " ".join(f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float))
+            self._progress.advance(max(0, step - self._step), note)
+            self._step = max(step, self._step)
+
+    def _new(self, path: Path) -> list[dict]:
+        if not path.is_file():
+            return []
+        size = path.stat().st_size
+        if size < self._offset:  # a resumed run cut back what followed its checkpoint
+            self._offset = 0
+        with open(path, "rb") as f:
+            f.seek(self._offset)
+            data = f.read()
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        import json
+
+        return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
+
+    def _show_samples(self) -> None:
+        path = self._where.logs / "samples.jsonl"
+        if not path.is_file():
+            return
+        shown = self._samples.get(path, 0)
+        for number, sample in run_dir.read_jsonl(path):
+            if number > shown:
+                self._samples[path] = number
+                console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
+
+
+def summary_rows(summary: dict) -> list[list[str]]:
+    """Rows (what, before, after) of the table that a finished run prints."""
+
+    def number(value: Any, digits: int = 3) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    rows = []
+    for kind, pair in (summary.get("heldout_accuracy") or {}).items():
+        rows.append([f"held-out accuracy, {kind}", number(pair.get("before")), number(pair.get("after"))])
+    for key, title in (("reward", "reward"), ("format_rate", "format rate"), ("loss", "loss")):
+        pair = summary.get(key)
+        if isinstance(pair, dict):
+            rows.append([title, number(pair.get("first")), number(pair.get("last"))])
+    for title, value in (summary.get("seconds") or {}).items():
+        rows.append([f"time, {title}", "", f"{value:.0f} s"])
+    return rows
+
+
+__all__ = ["DataError", "summary_rows", "train"]
