@@ -123,7 +123,9 @@ def _locked(path: Path, node: int) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir") from None
+            raise UsageError(
+                f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir"
+            ) from None
         try:
             yield
         finally:
@@ -245,7 +247,9 @@ class _View:
             if self._progress is None:
                 self._bar = console.progress(self._stage, self._where.status.get("total_steps"))
                 self._progress = self._bar.__enter__()
-            note = " ".join(f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float))
+            note = " ".join(
+                f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float)
+            )
             self._progress.advance(max(0, step - self._step), note)
             self._step = max(step, self._step)
 

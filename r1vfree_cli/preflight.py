@@ -78,7 +78,9 @@ def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> 
     have = gpu_count()
     need = max([local + len(judge), *(i + 1 for i in [*(training or []), *judge])])
     if have < need:
-        where = f"launch.preset {launch.preset} with {local} processes" + (f" and a judge on GPUs {judge}" if judge else "")
+        where = f"launch.preset {launch.preset} with {local} processes" + (
+            f" and a judge on GPUs {judge}" if judge else ""
+        )
         message = f"{where} needs {need} GPUs on this node, found {have}; launch.device: cpu runs any preset on the CPU"
         (found.unchecked if dry_run else found.errors).append(message)
 

@@ -237,4 +237,36 @@ def load(stage: str, name: str, overrides: list[str] | tuple[str, ...] = ()) -> 
 
 def to_yaml(recipe: BaseModel) -> str:
     """The fully resolved recipe; `load` reads it back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump(recipe.model_dump(mode="json"))
+
+
+def dump(document: dict) -> str:
+    """YAML of a plain document, in its own order."""
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def purpose(path: Path) -> str:
+    """The first line of a recipe's header."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
+    """Which stage a recipe is for: as told, as its shipped name or folder says.
+
+    Raises:
+        UsageError: a path whose stage cannot be told, or an ambiguous name.
+    """
+    if stage is not None:
+        if stage not in STAGES:
+            raise UsageError(f"no stage {stage!r}", details=["allowed: " + ", ".join(STAGES)])
+        return stage, name
+    parts = Path(name).parts
+    if len(parts) > 1 and parts[-2] in STAGES:
+        return parts[-2], name
+    stages = [key.split("/")[0] for key in shipped() if key.split("/")[1] == name and key.split("/")[0] in STAGES]
+    if len(stages) == 1:
+        return stages[0], name
+    if stages:
+        raise UsageError(f"recipe {name!r} is in {' and '.join(stages)}", hint=f"write {stages[0]}/{name}")
+    raise UsageError(f"cannot tell the stage of recipe {name!r}", hint="--stage grpo or --stage sft")

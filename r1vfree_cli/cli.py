@@ -1,0 +1,291 @@
+"""The Typer app. A command parses, calls one function, prints; logic and heavy imports live behind it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import R1VError, UsageError
+
+app = typer.Typer(
+    name="r1v",
+    help="Train vision-language models on open-ended questions, without labels: GRPO with AI feedback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="What recipes there are, resolved and checked.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name or the path of a YAML file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: a.b=value, the value is YAML. Repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+RunDirPath = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes. Default: runs/RECIPE.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last whole checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there first.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check, print the exact launch; start nothing.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Works at any place.")] = False,
+) -> None:
+    if version:
+        from . import __version__, console
+
+        console.emit(f"r1v {__version__}")
+        raise typer.Exit()
+
+
+@app.command("prepare-data")
+def prepare_data(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="rlhf-v, r1v-free, clevr-count, clevr-complex, geoqa, clevr-r1, hallusionbench, jsonl, parquet or shapes."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    input: Annotated[
+        str | None, typer.Option("--input", help="A local copy of the source; needed by jsonl and parquet.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="The folder that image paths are relative to.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="One split of the source. Default: all it has.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows a split.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Which rows --limit keeps; what shapes draws.")] = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Turn a source into rows: images checked, rotated and RGB, everything dropped counted by reason."""
+    from . import console
+    from .data.prepare import prepare
+
+    summary = prepare(source, out, input=input, images=images, split=split, limit=limit, seed=seed, overwrite=overwrite)
+    if json:
+        console.emit_json(summary)
+        return
+    rows = [[f"rows, {name}", part["rows"]] for name, part in summary["splits"].items()]
+    rows += [[f"dropped, {reason}", count] for reason, count in summary["dropped"].items()]
+    console.emit_table(str(out), ["", "rows"], rows)
+
+
+@app.command()
+def sft(
+    recipe: RecipeName,
+    set: Set = None,
+    run_dir: RunDirPath = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Supervised warm start: loss on the assistant's tokens only."""
+    _train("sft", recipe, set, run_dir, resume, overwrite, dry_run, json)
+
+
+@app.command()
+def grpo(
+    recipe: RecipeName,
+    set: Set = None,
+    run_dir: RunDirPath = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """The main job: GRPO with the recipe's rewards. `r1v grpo --recipe tiny` runs on a laptop."""
+    _train("grpo", recipe, set, run_dir, resume, overwrite, dry_run, json)
+
+
+def _train(
+    stage: str,
+    recipe: str,
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    json: bool,
+) -> None:
+    from . import console, jobs
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    result = jobs.train(
+        stage, recipe, overrides or [], path=run_dir, resume=resume, overwrite=overwrite, dry_run=dry_run
+    )
+    if json:
+        console.emit_json(result)
+    elif dry_run:
+        _print_dry_run(result)
+    elif "node" in result:
+        console.log(f"node {result['node']} is done; node 0 holds the results in {result['run_dir']}")
+    else:
+        console.emit_table(f"{recipe}: {result['run_dir']}", ["", "before", "after"], jobs.summary_rows(result))
+
+
+def _print_dry_run(plan: dict[str, Any]) -> None:
+    from . import console, recipes
+
+    console.emit(recipes.dump(plan["recipe"]))
+    if plan["server"]:
+        console.emit(_shell(plan["server"]) + "\n")
+    console.emit(_shell(plan))
+    for kind in ("errors", "warnings", "unchecked"):
+        for line in plan[kind]:
+            console.log(f"{kind.rstrip('s') if kind != 'unchecked' else 'not checked'}: {line}")
+    if plan["errors"]:
+        raise UsageError(f"{len(plan['errors'])} of the checks failed; nothing was started")
+
+
+def _shell(command: dict[str, Any]) -> str:
+    return " ".join([f"{k}={v}" for k, v in sorted(command["env"].items())] + [command["command"]])
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="A LoRA adapter, a run dir, or a checkpoint with ZeRO shards.")],
+    out: Annotated[Path, typer.Option("--out", help="The model folder to write.")],
+    base: Annotated[str | None, typer.Option("--base", help="The base of a LoRA adapter, when it moved.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32. Default: the base's.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Merge an adapter or sharded checkpoint into one loadable model, and verify it."""
+    from . import console, jobs
+
+    result = jobs.merge(checkpoint, out, base=base, dtype=dtype, overwrite=overwrite)
+    if json:
+        console.emit_json(result)
+    else:
+        console.emit_table(str(out), ["", ""], [[key, value] for key, value in result.items()])
+
+
+@app.command()
+def report(
+    dirs: Annotated[list[Path], typer.Argument(help="Run dirs and eval dirs.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write report.md and report.html into.")] = Path(
+        "report"
+    ),
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Runs and evaluations in one report: Markdown, one self-contained HTML page, pictures."""
+    from . import console
+    from .report import report as write_report
+
+    result = write_report(dirs, out, overwrite=overwrite)
+    if json:
+        console.emit_json(result)
+    else:
+        console.emit(f"{out / 'report.html'}\n{out / 'report.md'}")
+
+
+@app.command("serve-reward")
+def serve_reward(
+    model: Annotated[
+        str, typer.Option("--model", help="A reward model or any vision-language model: folder or hub name.")
+    ],
+    revision: Annotated[str | None, typer.Option("--revision", help="The hub revision.")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="The address to bind; loopback unless told otherwise.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8100,
+    devices: Annotated[
+        str | None, typer.Option("--devices", help="GPU indices, as 6,7. Default: all that are visible.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option("--api-key-env", help="The environment variable that holds the key clients must send.")
+    ] = None,
+) -> None:
+    """One reward model for all ranks and hosts, over HTTP, in the shape of vLLM's /classify."""
+    from . import jobs
+
+    jobs.serve_reward(model, revision=revision, host=host, port=port, devices=devices, api_key_env=api_key_env)
+
+
+@recipes_app.command("list")
+def recipes_list(json: Json = False) -> None:
+    """All shipped recipes with their purpose."""
+    from . import console, recipes
+
+    rows = [{"recipe": name, "purpose": recipes.purpose(path)} for name, path in recipes.shipped().items()]
+    if json:
+        console.emit_json(rows)
+    else:
+        console.emit("\n".join(f"{row['recipe']:<26} {row['purpose']}" for row in rows))
+
+
+@recipes_app.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="A recipe's name, as grpo/tiny, or a path.")],
+    set: Set = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="grpo or sft; needed for a path.")] = None,
+    json: Json = False,
+) -> None:
+    """A recipe, fully resolved."""
+    from . import console, recipes
+
+    recipe = recipes.load(*recipes.stage_and_name(name, stage), set or [])
+    if json:
+        console.emit_json(recipe.model_dump(mode="json"))
+    else:
+        console.emit(recipes.to_yaml(recipe))
+
+
+@recipes_app.command("validate")
+def recipes_validate(
+    name: Annotated[str, typer.Argument(help="A recipe's name, as grpo/tiny, or a path.")],
+    set: Set = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="grpo or sft; needed for a path.")] = None,
+    json: Json = False,
+) -> None:
+    """Check a recipe; all errors at once."""
+    from . import console, recipes
+
+    kind, name = recipes.stage_and_name(name, stage)
+    recipes.load(kind, name, set or [])
+    if json:
+        console.emit_json({"recipe": name, "stage": kind, "valid": True})
+    else:
+        console.emit(f"{name}: a valid {kind} recipe")
+
+
+def main() -> None:
+    """The entry point: every `R1VError` becomes its message and exit code; a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        app()
+    except R1VError as e:
+        if debug:
+            raise
+        from . import console
+
+        console.error(e)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our stdout went away (r1v ... | head): not an error.
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as e:
+        if debug:
+            raise
+        from . import console
+
+        bug = R1VError(f"{type(e).__name__}: {e}", hint="this is a bug in r1v; --debug shows where")
+        console.error(bug)
+        sys.exit(bug.exit_code)
