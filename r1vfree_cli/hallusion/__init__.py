@@ -1,0 +1,1 @@
+"""HallusionBench: questions, generation, judging, scores and their statistics."""

@@ -1,0 +1,140 @@
+"""Bootstrap and swap test: against slow references, and the swap test's type-I error under within-set correlation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from r1vfree_cli.hallusion import stats
+from r1vfree_cli.hallusion.score import METRICS, Item, counts, percent
+
+
+def questions(sets: int = 12, strata: int = 3) -> list[Item]:
+    """Sets of a VD layout, 2 figures x (1 to 4) questions, over several strata."""
+    return [
+        Item("VD", f"s{s % strata}", str(s), str(f), str(q), 1 + f, (s + f + q) % 2)
+        for s in range(sets)
+        for f in range(2)
+        for q in range(1 + s % 4)
+    ]
+
+
+def answered(items: list[Item], rng: random.Random, skill: float = 0.6) -> list[Item]:
+    from dataclasses import replace
+
+    shift = {item.set_key: rng.gauss(0, 0.25) for item in items}
+    return [replace(i, code=int(rng.random() < skill + shift[i.set_key]), same=0) for i in items]
+
+
+def test_the_table_adds_up_to_the_scores():
+    items = answered(questions(), random.Random(0))
+    table = stats.set_table(items)
+    expected = counts(items)
+    for m, metric in enumerate(METRICS):
+        assert [table.right[:, m].sum(), table.total[:, m].sum()] == expected[metric]
+
+
+def test_bootstrap_draws_whole_strata():
+    strata = np.array([0, 0, 0, 1, 2, 2])
+    weights = stats.bootstrap_weights(strata, 500, 0)
+    for s, size in ((0, 3), (1, 1), (2, 2)):
+        assert (weights[:, strata == s].sum(axis=1) == size).all()
+    assert weights[:, 0].std() > 0
+
+
+def test_intervals_agree_with_a_bootstrap_loop_over_questions():
+    items = answered(questions(24), random.Random(1))
+    fast = stats.intervals(items, draws=4000, seed=0)
+    rng = random.Random(5)
+    by_stratum: dict = {}
+    for item in items:
+        by_stratum.setdefault(item.subcategory, {}).setdefault(item.set_key, []).append(item)
+    from dataclasses import replace
+
+    drawn: dict[str, list[float]] = {m: [] for m in METRICS}
+    for _ in range(1500):
+        sample = []
+        for sets in by_stratum.values():
+            for copy, key in enumerate(rng.choices(sorted(sets), k=len(sets))):
+                sample += [replace(i, set_id=f"{i.set_id}-{copy}") for i in sets[key]]
+        for metric, value in percent(counts(sample)).items():
+            drawn[metric].append(value)
+    for metric in METRICS:
+        low, high = np.quantile(drawn[metric], [0.025, 0.975])
+        assert fast[metric][0] == pytest.approx(low, abs=2.5)
+        assert fast[metric][1] == pytest.approx(high, abs=2.5)
+
+
+def test_swap_p_agrees_with_all_sign_patterns():
+    difference = np.array([[3.0], [-1], [2], [0], [1], [4], [-2], [1]])
+    observed = abs(difference.sum())
+    patterns = itertools.product((-1, 1), repeat=len(difference))
+    exact = np.mean([abs((np.array(s) * difference[:, 0]).sum()) >= observed for s in patterns])
+    assert stats.swap_p(difference, 20_000, 0)[0] == pytest.approx(exact, abs=0.015)
+
+
+def test_mcnemar_is_the_exact_binomial():
+    assert stats.mcnemar(0, 0) == 1
+    assert stats.mcnemar(5, 5) == 1
+    assert stats.mcnemar(0, 6) == pytest.approx(2 / 64)
+    assert stats.mcnemar(10, 2) == pytest.approx(2 * sum(math.comb(12, k) for k in range(3)) / 2**12)
+
+
+def test_identical_results_show_no_difference():
+    items = answered(questions(), random.Random(0))
+    doc = stats.compare(items, list(reversed(items)))
+    assert doc["gained"] == doc["lost"] == []
+    assert doc["mcnemar"]["p"] == 1
+    for entry in doc["metrics"].values():
+        assert entry == {"difference": 0, "interval": [0, 0], "p_swap": 1}
+
+
+def test_a_clear_difference_is_found_and_signed():
+    rng = random.Random(2)
+    base = questions(60)
+    good, bad = answered(base, rng, 0.9), answered(base, rng, 0.4)
+    entry = stats.compare(good, bad)["metrics"]["aAcc"]
+    assert entry["difference"] > 20 and entry["interval"][0] > 0 and entry["p_swap"] < 0.001
+    mirrored = stats.compare(bad, good)["metrics"]["aAcc"]
+    assert mirrored["difference"] == -entry["difference"]
+
+
+def test_comparison_is_seeded_and_refuses_other_questions():
+    rng = random.Random(3)
+    base = questions()
+    a, b = answered(base, rng), answered(base, rng)
+    assert stats.compare(a, b, seed=1) == stats.compare(a, b, seed=1)
+    with pytest.raises(ValueError, match="different questions"):
+        stats.compare(a, b[1:])
+
+
+def simulate_type_1(runs: int, draws: int, seed: int = 0) -> tuple[float, float]:
+    """Share of p < 0.05 between two equally good models: (swap test, McNemar's), 167 sets as published.
+
+    A question's chance of being right has a part shared by both models (how hard the set is) and a part of model and
+    set, which is what makes questions of a set dependent within the difference.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 14, size=167)
+    swap = naive = 0
+    for run in range(runs):
+        hard = rng.normal(0, 1, 167)
+        right = []
+        for _ in range(2):
+            chance = 1 / (1 + np.exp(-(0.3 + hard + rng.normal(0, 1.2, 167))))
+            right.append([rng.random(n) < c for n, c in zip(sizes, chance)])
+        difference = np.array([[float(a.sum()) - b.sum()] for a, b in zip(*right)])
+        swap += stats.swap_p(difference, draws, run)[0] < 0.05
+        a, b = np.concatenate(right[0]), np.concatenate(right[1])
+        naive += stats.mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) < 0.05
+    return swap / runs, naive / runs
+
+
+def test_swap_test_keeps_its_type_1_error_and_mcnemar_does_not():
+    swap, naive = simulate_type_1(runs=600, draws=500)
+    assert 0.03 <= swap <= 0.07
+    assert naive > 0.08
