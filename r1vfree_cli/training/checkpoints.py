@@ -40,7 +40,7 @@ class WholeCheckpoints(_Trainer):
             super()._push_from_checkpoint(folder)
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         aside = folder / ASIDE
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -68,6 +68,31 @@ class WholeCheckpoints(_Trainer):
         if self.args.should_save and self.args.save_total_limit:
             for _, old in checkpoints(folder)[: -self.args.save_total_limit]:
                 _remove(old)
+
+
+def save_final(trainer, folder: Path) -> None:
+    """Write the trained model (or its adapter), processor and run contract to `folder`, whole or not at all.
+
+    Every rank calls it. An earlier folder of the same run is replaced.
+    """
+    aside = folder.with_name(f".{folder.name}-writing")
+    if trainer.args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(aside), _internal_call=True)
+        if trainer.args.should_save:
+            strip_pickles(aside)
+            contract.write(aside, trainer.contract)
+    except Exception as e:
+        if _disk_is_full(e, folder.parent):
+            raise disk_full(folder) from e
+        raise
+    if trainer.args.should_save:
+        _move(aside, folder)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
