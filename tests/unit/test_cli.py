@@ -1,0 +1,94 @@
+"""The command line: streams, exit codes, and what it may import."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "trl", "datasets", "deepspeed", "accelerate")
+
+
+def r1v(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-c", "from r1vfree_cli.cli import main; main()", *args],
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+        timeout=120,
+    )
+
+
+def imported(code):
+    probe = f"import sys; {code}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    return subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["cli", "errors", "console", "prompts", "config", "recipes", "trl_keys", "run_dir", "contract", "launch", "preflight",
+     "jobs", "embedded", "data.rows", "hallusion.score", "hallusion.stats"],
+)  # fmt: skip
+def test_import_law_no_torch(module):
+    assert imported(f"import r1vfree_cli.{module}") == []
+
+
+def test_import_law_cli_imports_only_typer_and_errors():
+    code = "import sys; import r1vfree_cli.cli; print(*[m for m in sys.modules if m.startswith('r1vfree_cli.')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(found) == {"r1vfree_cli.cli", "r1vfree_cli.errors"}
+
+
+def test_dry_run_on_a_laptop_imports_no_torch_and_prints_the_command():
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPROFILEIMPORTTIME": "1"}
+    done = r1v("grpo", "--recipe", "qwen25vl-3b-rlhfv", "--dry-run", "--json", **env)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert "--num_processes 6" in plan["command"] and "rewards.server" in plan["server"]["command"]
+    assert any("8 GPUs" in line for line in plan["unchecked"])
+    modules = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "pydantic" in modules and not modules & set(HEAVY)
+
+
+def test_a_users_mistake_is_exit_2_without_a_traceback_and_leaves_stdout_alone():
+    done = r1v("grpo", "--recipe", "qwen25vl-3b-rlhfv", "--set", "train.bta=1", "--json")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "train.beta" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback_at_any_place():
+    assert "Traceback" in r1v("grpo", "--recipe", "nope", "--debug").stderr
+    assert "Traceback" in r1v("--debug", "grpo", "--recipe", "nope").stderr
+
+
+@pytest.mark.parametrize("args", [("nope",), ("grpo",), ("grpo", "--recipe"), ("recipes", "show", "nope"), ("report",)])
+def test_wrong_usage_is_exit_2(args):
+    assert r1v(*args).returncode == 2
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    assert r1v("grpo", "--recipe", "qwen2vl-2b-clevr", "--resume", "--overwrite").returncode == 2
+
+
+def test_json_is_one_document():
+    assert len(json.loads(r1v("recipes", "list", "--json").stdout)) >= 6
+    shown = json.loads(r1v("recipes", "show", "grpo/qwen2vl-2b-clevr", "--set", "train.beta=1e-3", "--json").stdout)
+    assert shown["train"]["beta"] == 1e-3
+
+
+def test_no_color_is_honoured():
+    assert "\x1b[" not in r1v("grpo", "--recipe", "nope", NO_COLOR="1", FORCE_COLOR="").stderr
+
+
+def test_missing_gpus_are_an_error_of_a_run_and_a_note_of_a_dry_run(tmp_path):
+    args = ("grpo", "--recipe", "qwen2vl-2b-clevr", "--run-dir", str(tmp_path / "run"))
+    done = r1v(*args, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "needs 8 GPUs" in done.stderr and not (tmp_path / "run").exists()
+    assert r1v(*args, "--dry-run", CUDA_VISIBLE_DEVICES="").returncode == 0
+
+
+def test_a_model_path_that_does_not_exist_is_known_before_anything_loads(tmp_path):
+    sets = ["--set", "launch.device=cpu", "--set", f"model.name={tmp_path}/nope"]
+    done = r1v("grpo", "--recipe", "qwen2vl-2b-clevr", *sets, "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2 and "model.name" in done.stderr and not (tmp_path / "run").exists()

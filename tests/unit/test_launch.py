@@ -1,0 +1,143 @@
+"""Plans are pure; execute passes on signals, errors and exit codes of real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from r1vfree_cli import launch, recipes
+from r1vfree_cli.errors import DataError, Interrupted, R1VError, UsageError
+
+
+def value(plan, flag):
+    return plan.argv[plan.argv.index(flag) + 1]
+
+
+def test_the_6_plus_2_recipe_trains_on_the_gpus_that_the_judge_does_not_use(tmp_path):
+    recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
+    plan = launch.plan("grpo", recipe, tmp_path)
+    assert plan.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5"
+    assert value(plan, "--num_processes") == "6" and value(plan, "--config_file").endswith("zero3.yaml")
+    assert plan.argv[-3:] == ["-m", "r1vfree_cli.training.grpo", str(tmp_path)]
+    server = launch.server_plan(recipe.feedback.serve, recipe.launch, 8123)
+    assert server.env["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert server.argv[server.argv.index("--host") + 1] == "127.0.0.1"
+
+
+def test_trap_the_judge_is_not_placed_by_arithmetic_on_ranks(tmp_path):
+    sets = ["rewards.feedback.serve.devices=[0, 3]", "launch.processes=4"]
+    plan = launch.plan("grpo", recipes.load("grpo", "qwen25vl-3b-rlhfv", sets), tmp_path)
+    assert plan.env["CUDA_VISIBLE_DEVICES"] == "1,2,4,5"
+
+
+def test_nodes_rank_and_address_go_through(tmp_path):
+    sets = ["launch.nodes=2", "launch.processes=16", "launch.node_rank=1", "launch.main_address=10.0.0.5"]
+    plan = launch.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
+    assert value(plan, "--num_machines") == "2" and value(plan, "--machine_rank") == "1"
+    assert value(plan, "--main_process_ip") == "10.0.0.5" and value(plan, "--main_process_port") == "29500"
+    assert plan.processes == 8
+
+
+@pytest.mark.parametrize("preset", ["cpu", "ddp", "zero1", "zero2", "zero3", "zero3-offload"])
+def test_every_preset_has_its_file_and_runs_on_cpu_when_asked(preset, tmp_path):
+    sets = [f"launch.preset={preset}", "launch.device=cpu", "launch.processes=2"]
+    plan = launch.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
+    assert os.path.isfile(value(plan, "--config_file"))
+    assert plan.env["ACCELERATE_USE_CPU"] == "true" and plan.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert ("DS_ACCELERATOR" in plan.env) == preset.startswith("zero")
+
+
+def script(tmp_path, text):
+    file = tmp_path / "r1vfree_cli_rank.py"
+    file.write_text("import os, sys, time, signal\nlogs = os.environ['R1V_LOGS']\n" + textwrap.dedent(text))
+    return launch.Plan([sys.executable, str(file)])
+
+
+def test_a_ranks_error_comes_back_with_its_class_and_exit_code(tmp_path):
+    plan = script(
+        tmp_path,
+        """
+        open(logs + '/rank-1.error.json', 'w').write('{"error": "DataError", "exit_code": 3, "message": "no rows", "hint": "h"}')
+        sys.exit(1)
+        """,
+    )
+    with pytest.raises(DataError, match="no rows") as e:
+        launch.execute(plan, tmp_path / "logs")
+    assert e.value.exit_code == 3 and e.value.hint == "h"
+
+
+def test_a_killed_rank_shows_how_it_ended_and_the_logs_tail(tmp_path):
+    plan = script(tmp_path, "open(logs + '/rank-0.log', 'w').write('allocating 900 GiB')\nos.kill(os.getpid(), 9)")
+    with pytest.raises(R1VError, match="SIGKILL") as e:
+        launch.execute(plan, tmp_path / "logs")
+    assert "allocating 900 GiB" in e.value.details and e.value.exit_code == 1
+
+
+def test_sigint_reaches_the_rank_which_may_finish_its_checkpoint(tmp_path):
+    plan = script(
+        tmp_path,
+        """
+        def stop(*_):
+            time.sleep(0.5)
+            open(logs + '/checkpoint', 'w').write('saved')
+            sys.exit(130)
+        signal.signal(signal.SIGTERM, stop)
+        open(logs + '/rank-0.pid', 'w').write(str(os.getpid()))
+        time.sleep(60)
+        """,
+    )
+    logs = tmp_path / "logs"
+
+    def interrupt():
+        while not (logs / "rank-0.pid").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Interrupted):
+        launch.execute(plan, logs)
+    thread.join()
+    assert (logs / "checkpoint").read_text() == "saved"
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_children_die_with_a_parent_that_is_killed(tmp_path):
+    plan = script(tmp_path, "open(logs + '/child', 'w').write(str(os.getpid()))\ntime.sleep(120)")
+    code = f"from pathlib import Path; from r1vfree_cli import launch; launch.execute(launch.Plan({plan.argv!r}), Path({str(tmp_path / 'logs')!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    child = tmp_path / "logs" / "child"
+    for _ in range(200):
+        if child.exists() and child.read_text():
+            break
+        time.sleep(0.05)
+    pid = int(child.read_text())
+    assert alive(pid)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not alive(pid):
+            break
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path):
+    server = launch.Plan([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"])
+    with pytest.raises(UsageError, match="before it was ready") as e:
+        launch.execute(launch.Plan([sys.executable, "-c", ""]), tmp_path / "logs", server=(server, launch.free_port()))
+    assert "no such model" in e.value.details

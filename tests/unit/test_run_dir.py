@@ -1,0 +1,76 @@
+"""Run dirs: nothing is overwritten, nothing is half-written."""
+
+import os
+
+import pytest
+
+from r1vfree_cli import run_dir
+from r1vfree_cli.errors import DataError, UsageError
+from r1vfree_cli.run_dir import RunDir
+
+
+def test_a_run_dir_that_holds_a_run_names_every_way_out(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.begin("a: 1\n")
+    with pytest.raises(UsageError) as e:
+        run.begin("a: 1\n")
+    assert all(way in e.value.hint for way in ("--resume", "--run-dir", "--overwrite"))
+    assert run.recipe.read_text() == "a: 1\n"
+
+
+def test_attempts_count_and_keep_their_logs(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.begin("a: 1\n")
+    (run.logs / "rank-0.log").write_text("first")
+    run.begin("a: 1\n", resume=True)
+    assert run.attempt == 2 and run.logs.name == "attempt-2" and (run.path / "logs/attempt-1/rank-0.log").exists()
+
+
+def test_overwrite_starts_anew(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.begin("a: 1\n")
+    (run.path / "metrics.jsonl").write_text("{}\n")
+    run.begin("b: 1\n", overwrite=True)
+    assert run.attempt == 1 and not run.metrics.exists()
+
+
+def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
+    (tmp_path / "photo.png").write_text("precious")
+    with pytest.raises(UsageError, match="no run dir"):
+        RunDir(tmp_path).begin("a: 1\n", overwrite=True)
+    assert (tmp_path / "photo.png").exists()
+
+
+def test_a_file_is_no_run_dir_and_nothing_to_resume(tmp_path):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        RunDir(tmp_path / "f").begin("")
+    with pytest.raises(UsageError, match="no run to resume"):
+        RunDir(tmp_path / "none").begin("", resume=True)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    run_dir.write_json(path, {"a": 1})
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        run_dir.write_json(path, {"a": 2})
+    assert run_dir.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["status.json"]
+
+
+def test_nan_is_not_json(tmp_path):
+    with pytest.raises(ValueError):
+        run_dir.write_json(tmp_path / "x", {"a": float("nan")})
+
+
+def test_a_killed_writers_last_line_is_left_out_but_a_broken_line_is_an_error(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n{"a": ')
+    assert [d for _, d in run_dir.read_jsonl(path)] == [{"a": 1}, {"a": 2}]
+    path.write_bytes(b'{"a": 1}\n{"a": \n{"a": 3}\n')
+    with pytest.raises(DataError, match="line 2"):
+        list(run_dir.read_jsonl(path))
