@@ -19,7 +19,7 @@ from ..embedded import with_seed
 from ..errors import DataError, Interrupted
 from ..prompts import build_messages, target_text
 from ..run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
-from .reporting import RunCallback
+from .callbacks import RunCallback
 from .checkpoints import WholeCheckpoints, resume_point, save_final
 from .common import is_main, load_policy, load_processor, peft_config, worker
 from .lengths import prompt_lengths
