@@ -50,9 +50,7 @@ def synthetic() -> list[dict]:
 def judged(rows: list[dict], seed: int, right: float = 0.6) -> list[dict]:
     rng = random.Random(seed)
     weights = [(1 - right) / 2, right, (1 - right) / 2]
-    return [
-        r | {score.CODE: str(rng.choices((0, 1, 2), weights)[0]), score.SAME: str(rng.randint(0, 1))} for r in rows
-    ]
+    return [r | {score.CODE: str(rng.choices((0, 1, 2), weights)[0]), score.SAME: str(rng.randint(0, 1))} for r in rows]
 
 
 def items_of(rows: list[dict]) -> list[score.Item]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import runpy
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +27,6 @@ def questions(sets: int = 12, strata: int = 3) -> list[Item]:
 
 
 def answered(items: list[Item], rng: random.Random, skill: float = 0.6) -> list[Item]:
-    from dataclasses import replace
-
     shift = {item.set_key: rng.gauss(0, 0.25) for item in items}
     return [replace(i, code=int(rng.random() < skill + shift[i.set_key]), same=0) for i in items]
 
@@ -53,10 +54,8 @@ def test_intervals_agree_with_a_bootstrap_loop_over_questions():
     by_stratum: dict = {}
     for item in items:
         by_stratum.setdefault(item.subcategory, {}).setdefault(item.set_key, []).append(item)
-    from dataclasses import replace
-
     drawn: dict[str, list[float]] = {m: [] for m in METRICS}
-    for _ in range(1500):
+    for _ in range(600):
         sample = []
         for sets in by_stratum.values():
             for copy, key in enumerate(rng.choices(sorted(sets), k=len(sets))):
@@ -65,8 +64,8 @@ def test_intervals_agree_with_a_bootstrap_loop_over_questions():
             drawn[metric].append(value)
     for metric in METRICS:
         low, high = np.quantile(drawn[metric], [0.025, 0.975])
-        assert fast[metric][0] == pytest.approx(low, abs=2.5)
-        assert fast[metric][1] == pytest.approx(high, abs=2.5)
+        assert fast[metric][0] == pytest.approx(low, abs=3)
+        assert fast[metric][1] == pytest.approx(high, abs=3)
 
 
 def test_swap_p_agrees_with_all_sign_patterns():
@@ -112,29 +111,8 @@ def test_comparison_is_seeded_and_refuses_other_questions():
         stats.compare(a, b[1:])
 
 
-def simulate_type_1(runs: int, draws: int, seed: int = 0) -> tuple[float, float]:
-    """Share of p < 0.05 between two equally good models: (swap test, McNemar's), 167 sets as published.
-
-    A question's chance of being right has a part shared by both models (how hard the set is) and a part of model and
-    set, which is what makes questions of a set dependent within the difference.
-    """
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(2, 14, size=167)
-    swap = naive = 0
-    for run in range(runs):
-        hard = rng.normal(0, 1, 167)
-        right = []
-        for _ in range(2):
-            chance = 1 / (1 + np.exp(-(0.3 + hard + rng.normal(0, 1.2, 167))))
-            right.append([rng.random(n) < c for n, c in zip(sizes, chance)])
-        difference = np.array([[float(a.sum()) - b.sum()] for a, b in zip(*right)])
-        swap += stats.swap_p(difference, draws, run)[0] < 0.05
-        a, b = np.concatenate(right[0]), np.concatenate(right[1])
-        naive += stats.mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) < 0.05
-    return swap / runs, naive / runs
-
-
 def test_swap_test_keeps_its_type_1_error_and_mcnemar_does_not():
-    swap, naive = simulate_type_1(runs=600, draws=500)
-    assert 0.03 <= swap <= 0.07
-    assert naive > 0.08
+    simulate = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "swap_test.py"))["simulate"]
+    found = simulate(runs=300, draws=300)
+    assert 0.03 <= found["swap_type_1"] <= 0.07
+    assert found["mcnemar_type_1"] > 0.1
