@@ -1,0 +1,207 @@
+"""GRPO with TRL's trainer: one rank of a run.
+
+`python -m r1vfree_cli.training.grpo RUN_DIR` is started by the launcher on every rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from trl import GRPOConfig
+
+from .. import console, contract
+from ..config import GrpoRecipe
+from ..data.load import data_sha256, ensure_rows, load_rows
+from ..embedded import with_seed
+from ..errors import Interrupted, R1VError, UsageError, from_dict
+from ..rewards import build_rewards
+from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, cache_dir
+from .callbacks import RunCallback
+from .checkpoints import checkpoints, resume_point, save_final
+from .common import is_main, load_policy, load_processor, peft_config, to_prompts, worker
+from .grpo_callbacks import BeforeTraining, GuardCallback, RolloutCallback
+from .guard import CollapseGuard
+from .heldout import heldout_rows, measure
+from .lengths import drop_long_prompts
+from .rollouts import summarise_metrics, truncate_rollouts, update_summary
+from .trainer import R1VGRPOTrainer
+
+
+def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
+    """TRL's config: the recipe's `train` by name, and what r1v decides. Build it before the model (ZeRO-3).
+
+    Raises:
+        UsageError: TRL or transformers refuses a combination.
+    """
+    given = dict(recipe.train.model_extra or {})
+    # The loss is reported as it is: a NaN replaced by an average would hide from the guard.
+    defaults = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
+    if recipe.model.revision is not None:  # TRL loads the reference policy itself
+        given["model_init_kwargs"] = {"revision": recipe.model.revision}
+    try:
+        return GRPOConfig(
+            **(defaults | given),
+            num_generations=recipe.train.num_generations,
+            per_device_train_batch_size=recipe.train.prompts_per_device * recipe.train.num_generations,
+            reward_weights=[r.weight for r in recipe.rewards],
+            output_dir=str(run.checkpoints),
+            bf16=recipe.model.dtype == "bfloat16",
+            fp16=recipe.model.dtype == "float16",
+            use_cpu=recipe.launch.on_cpu,
+            remove_unused_columns=False,  # rewards read the row's columns
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    except (ValueError, ImportError, RuntimeError) as e:
+        raise UsageError(f"TRL refuses the recipe's train settings: {' '.join(str(e).split())[:500]}") from None
+
+
+def main(recipe: GrpoRecipe, run: RunDir) -> None:
+    """Train, and leave `final/`, `summary.json` and the status. Runs on every rank.
+
+    Raises:
+        GuardStop: the run stopped itself; a checkpoint is there.
+        Interrupted: a signal; a checkpoint is there.
+        UsageError, DataError: nothing to train on, or a reward that cannot work.
+    """
+    clock = _Clock()
+    resume = resume_point(run)
+    args = grpo_config(recipe, run)
+    processor = load_processor(recipe.model, args.seed)
+    path = with_seed(recipe.data.path, args.seed)
+    split, limit = recipe.data.split, recipe.data.max_prompt_tokens
+    with PartialState().local_main_process_first():  # the others find the lengths in the cache
+        rows, dropped = drop_long_prompts(
+            load_rows(str(ensure_rows(path, split)), split, recipe.data.limit), processor, limit
+        )
+        heldout = heldout_rows(recipe.data.heldout, processor, limit, args.seed) if recipe.data.heldout else None
+    if dropped:
+        console.log(f"dropped {dropped} rows: prompt longer than {limit} tokens; {len(rows)} are left")
+    _enough(rows, args)
+
+    rewards = build_rewards(recipe.rewards, seed=args.seed, cache_root=cache_dir("judge"))
+    on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
+    trainer = R1VGRPOTrainer(
+        model=load_policy(recipe.model, args.seed),
+        reward_funcs=rewards,
+        guard=recipe.train.guard,
+        args=args,
+        train_dataset=to_prompts(rows),
+        processing_class=processor,
+        peft_config=peft_config(recipe.model),
+    )
+    trainer.contract = contract.build(
+        "grpo",
+        recipe,
+        data_sha256=data_sha256(path, split),
+        rewards=[_identity(r, c.weight) for r, c in zip(rewards, recipe.rewards, strict=True)],
+        sampling={k: getattr(args, k) for k in contract.SAMPLING} | {"stop_token_ids": trainer.eos_token_ids},
+    )
+    clock.lap("load")
+
+    def before() -> None:
+        if heldout is not None:
+            _record(run, measure(trainer, heldout), "before")
+            clock.lap("held-out before")
+
+    running = RunCallback(run)
+    rollouts = RolloutCallback(trainer, run, recipe.train.show_rollouts)
+    guard = GuardCallback(CollapseGuard(recipe.train.guard), rollouts) if recipe.train.guard else None
+    for callback in (BeforeTraining(before), running, rollouts, guard):
+        if callback is not None:
+            trainer.add_callback(callback)
+    if is_main():
+        truncate_rollouts(run, int(resume.name.rpartition("-")[2]) if resume else 0)
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except R1VError as e:
+        if trainer.stopping:
+            rollouts.flush(main=is_main())
+            trainer.save_now()
+            _state(run, STOPPED, trainer, e.message)
+        raise
+    finally:
+        for reward in rewards:
+            if hasattr(reward, "close"):
+                reward.close()
+    clock.lap("train")
+    if guard is not None and guard.stopped is not None:
+        _state(run, STOPPED, trainer, guard.stopped.message)
+        raise guard.stopped
+    if running.interrupted:
+        _state(run, INTERRUPTED, trainer, "interrupted")
+        raise Interrupted(f"interrupted after step {trainer.state.global_step}", hint="--resume goes on from there")
+
+    if heldout is not None:
+        _record(run, measure(trainer, heldout), "after")
+        clock.lap("held-out after")
+    save_final(trainer, run.final)
+    clock.lap("save")
+    if is_main():
+        figures = summarise_metrics(run)
+        dropped_rows = {"prompt too long": dropped} if dropped else {}
+        update_summary(run, figures | {"rows": len(rows), "dropped": dropped_rows, "seconds": clock.laps})
+        _state(run, FINISHED, trainer, None)
+
+
+def _enough(rows, args: GRPOConfig) -> None:
+    """TRL leaves out the rest of an epoch that does not fill a generation batch; with too few rows that is all."""
+    prompts = args.generation_batch_size // args.num_generations
+    if len(rows) < prompts:
+        raise UsageError(
+            f"{len(rows)} rows are fewer than the {prompts} prompts of one generation batch",
+            hint="more rows, or lower train.prompts_per_device, gradient_accumulation_steps or launch.processes",
+        )
+
+
+def on_main(work: Callable[[], Any]) -> None:
+    """Run `work` on rank 0; an R1VError of it is raised on every rank."""
+    failed: list[dict | None] = [None]
+    if is_main():
+        try:
+            work()
+        except R1VError as e:
+            failed = [e.to_dict()]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise from_dict(failed[0])
+
+
+def _identity(reward: Any, weight: float) -> dict:
+    known = reward.identity() if hasattr(reward, "identity") else {"name": reward.__name__}
+    return {"weight": weight} | known
+
+
+def _record(run: RunDir, found: dict[str, dict[str, float]], when: str) -> None:
+    if is_main():
+        accuracy = {how: {when: value} for how, value in found["accuracy"].items()}
+        form = {how: {when: value} for how, value in found["format"].items()}
+        update_summary(run, {"heldout_accuracy": accuracy, "heldout_format": form})
+
+
+def _state(run: RunDir, state: str, trainer: R1VGRPOTrainer, reason: str | None) -> None:
+    if is_main():
+        run.set_status(state, step=trainer.state.global_step, reason=reason)
+
+
+class _Clock:
+    """Seconds of named stretches of the run."""
+
+    def __init__(self):
+        self.laps: dict[str, float] = {}
+        self._mark = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Name the time since the last call."""
+        now = time.perf_counter()
+        self.laps[name] = round(self.laps.get(name, 0) + now - self._mark, 2)
+        self._mark = now
+
+
+if __name__ == "__main__":
+    worker("grpo", main)

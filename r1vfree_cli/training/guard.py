@@ -1,0 +1,169 @@
+"""When a GRPO run has collapsed: figures of a step's rollouts, and thresholds that must hold several steps in a row.
+
+Pure Python, so that it can be tested and replayed on a run dir without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..config import Guard
+from .rollouts import Rollout
+
+SPREAD_EPSILON = 1e-6  # below this, the rewards of a group are equal and give no gradient
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What the guard looks at in one logged step; None where it could not be measured.
+
+    Shares are of 1: `zero_spread` of groups whose scored rewards are all equal (or fewer than two), `clipped` of
+    completions cut at the length limit, `duplicates` of completions that another one of their group repeats.
+    `length_correlation` is Pearson's r of total reward and length in tokens.
+    """
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    zero_spread: float | None
+    clipped: float | None
+    duplicates: float | None
+    length_correlation: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`stop`: why the run must end, or None. `warnings`: said once each. `offenders`: which figure the stop is about."""
+
+    stop: str | None = None
+    figure: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def figures(step: int, rollouts: Sequence[Rollout], *, loss: float | None, grad_norm: float | None) -> StepFigures:
+    """Figures of the rollouts that were made since the last logged step."""
+    groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.step, rollout.group].append(rollout)
+    if not groups:
+        return StepFigures(step, loss, grad_norm, None, None, None, None)
+    repeated = sum(len(g) - sum(n == 1 for n in _counts(r.completion for r in g).values()) for g in groups.values())
+    scored = [(r.reward, float(r.tokens)) for r in rollouts if r.reward is not None]
+    return StepFigures(
+        step,
+        loss,
+        grad_norm,
+        zero_spread=sum(_equal(g) for g in groups.values()) / len(groups),
+        clipped=sum(r.clipped for r in rollouts) / len(rollouts),
+        duplicates=repeated / len(rollouts),
+        length_correlation=correlation(scored),
+    )
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Pearson's r; None with fewer than 3 pairs or when one side is constant."""
+    if len(pairs) < 3:
+        return None
+    mean_x = math.fsum(x for x, _ in pairs) / len(pairs)
+    mean_y = math.fsum(y for _, y in pairs) / len(pairs)
+    xx = math.fsum((x - mean_x) ** 2 for x, _ in pairs)
+    yy = math.fsum((y - mean_y) ** 2 for _, y in pairs)
+    if xx <= 1e-12 or yy <= 1e-12:
+        return None
+    return math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / math.sqrt(xx * yy)
+
+
+def _equal(group: list[Rollout]) -> bool:
+    rewards = [r.reward for r in group if r.reward is not None]
+    return len(rewards) < 2 or max(rewards) - min(rewards) <= SPREAD_EPSILON
+
+
+def _counts(items: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for item in items:
+        counts[item] += 1
+    return counts
+
+
+class CollapseGuard:
+    """Watches logged steps; a threshold must hold for `patience` of them in a row, NaN stops at once."""
+
+    def __init__(self, settings: Guard):
+        self.settings = settings
+        self._held: dict[str, int] = defaultdict(int)
+        self._warned: set[str] = set()
+
+    def observe(self, found: StepFigures) -> Verdict:
+        """The verdict after one more logged step."""
+        for name, value in (("loss", found.loss), ("grad_norm", found.grad_norm)):
+            if value is not None and not math.isfinite(value):
+                return Verdict(f"{name} is {value} at step {found.step}", "nan")
+        s = self.settings
+        rules = (
+            (
+                "zero_spread",
+                s.zero_spread_fraction,
+                "of the groups had equal rewards only, so there is nothing to learn",
+            ),
+            ("clipped", s.clipped_fraction, "of the completions were cut at max_completion_length"),
+            ("duplicates", s.duplicate_fraction, "of the completions repeat another one of their group"),
+        )
+        for name, threshold, what in rules:
+            value = getattr(found, name)
+            if self._holds(name, value is not None and value >= threshold):
+                return Verdict(
+                    f"in {s.patience} logged steps in a row at least {threshold:.0%} {what} (step {found.step}: "
+                    f"{value:.0%})",
+                    name,
+                )
+        r = found.length_correlation
+        warnings = []
+        if self._holds("length", r is not None and abs(r) >= s.length_correlation_warning) and self._first("length"):
+            warnings.append(
+                f"reward and completion length correlate (r = {r:.2f} at step {found.step}): the policy may be paid for "
+                "length, not for answers"
+            )
+        return Verdict(warnings=warnings)
+
+    def _holds(self, name: str, now: bool) -> bool:
+        self._held[name] = self._held[name] + 1 if now else 0
+        return self._held[name] >= self.settings.patience
+
+    def _first(self, name: str) -> bool:
+        first = name not in self._warned
+        self._warned.add(name)
+        return first
+
+
+def offenders(rollouts: Sequence[Rollout], figure: str | None, limit: int = 4) -> list[str]:
+    """A few lines that show the rollouts a stop is about, for the error's details."""
+    chosen: list[Rollout] = []
+    if figure == "clipped":
+        chosen = [r for r in rollouts if r.clipped]
+    elif figure in ("duplicates", "zero_spread"):
+        groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
+        for rollout in rollouts:
+            groups[rollout.step, rollout.group].append(rollout)
+        bad = _repeats if figure == "duplicates" else _equal
+        chosen = next((g for g in groups.values() if bad(g)), [])
+    elif figure == "unscored":
+        chosen = [r for r in rollouts if None in r.rewards.values()]
+    return [show(r) for r in (chosen or list(rollouts))[:limit]]
+
+
+def _repeats(group: list[Rollout]) -> bool:
+    return max(_counts(r.completion for r in group).values()) > 1
+
+
+def show(rollout: Rollout, width: int = 160) -> str:
+    """One rollout in one line: question, completion, rewards."""
+
+    def short(text: str) -> str:
+        text = " ".join(text.split())
+        return text if len(text) <= width else text[: width - 3] + "..."
+
+    rewards = ", ".join(f"{k} {'not scored' if v is None else f'{v:.3f}'}" for k, v in rollout.rewards.items())
+    return f"step {rollout.step}, {rollout.id}: {short(rollout.prompt)} -> {short(rollout.completion)!r} ({rewards})"

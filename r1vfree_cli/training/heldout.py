@@ -1,0 +1,118 @@
+"""Accuracy on held-out rows with reference answers, greedy and sampled, measured without touching the training's RNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import gather_object
+from transformers import GenerationConfig
+from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
+
+from .. import config
+from ..data.load import ensure_rows, load_rows
+from ..embedded import with_seed
+from ..errors import DataError
+from ..prompts import build_messages, parse
+from .lengths import drop_long_prompts
+from .sampling import keyed_draws
+
+
+def heldout_rows(heldout: config.Heldout, processor, max_prompt_tokens: int | None, seed: int):
+    """The rows to measure on: those with a reference answer that fit the prompt limit.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = with_seed(heldout.path, seed)
+    rows = load_rows(str(ensure_rows(path, heldout.split)), heldout.split, heldout.limit)
+    answered = [i for i, s in enumerate(rows["solution"]) if s is not None and str(s).strip()]
+    if not answered:
+        raise DataError(f"data.heldout {heldout.path}, split {heldout.split}, has no row with a solution")
+    rows, _ = drop_long_prompts(rows.select(answered), processor, max_prompt_tokens)
+    return rows
+
+
+def measure(trainer: GRPOTrainer, rows) -> dict[str, dict[str, float]]:
+    """{"accuracy": {greedy, sampled}, "format": {greedy, sampled}}, shares of 1 over all rows; all ranks must call it.
+
+    Sampled means the recipe's sampling, with the same random numbers at every call. An answer is right when it equals
+    the reference without regard to case and surrounding space. Plain TRL generation, whatever the trainer overrides.
+    """
+    model = trainer.model
+    was_training = model.training
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    result: dict[str, dict[str, float]] = {"accuracy": {}, "format": {}}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            for how in ("greedy", "sampled"):
+                texts = _generate_all(trainer, rows, greedy=how == "greedy")
+                parsed = [parse(text) for text in texts]
+                right = [_same(p.answer, s) for p, s in zip(parsed, rows["solution"], strict=True)]
+                result["accuracy"][how] = sum(right) / len(right)
+                result["format"][how] = sum(p.problem is None for p in parsed) / len(parsed)
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _same(answer: str | None, solution: str) -> bool:
+    return answer is not None and answer.strip().casefold() == str(solution).strip().casefold()
+
+
+def _generate_all(trainer: GRPOTrainer, rows, *, greedy: bool) -> list[str]:
+    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    share = -(-len(rows) // world)
+    size = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+    texts: list[str] = []
+    for start in range(rank * share, (rank + 1) * share, size):
+        # Under ZeRO-3 all ranks generate together, so the last ones repeat rows that are thrown away below.
+        numbers = range(start, min(start + size, (rank + 1) * share))
+        batch = [rows[min(i, len(rows) - 1)] for i in numbers]
+        texts += _generate(trainer, batch, first=start, greedy=greedy)
+    return gather_object(texts)[: len(rows)]
+
+
+def _generate(trainer: GRPOTrainer, batch: list[dict], *, first: int, greedy: bool) -> list[str]:
+    prompts = [
+        prepare_multimodal_messages(
+            build_messages(row["problem"], len(row["images"] or [])), images=row["images"] or []
+        )
+        for row in batch
+    ]
+    prompt_ids, images, fields = GRPOTrainer._tokenize_prompts(trainer, prompts)
+    draws = keyed_draws((trainer.args.seed, 1), first=first, rows=len(batch), tokens=trainer.max_completion_length)
+    with _greedy(trainer) if greedy else draws:
+        ids, _ = GRPOTrainer._generate_single_turn(trainer, prompt_ids, images, fields, 1)
+    return trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+
+
+@contextmanager
+def _greedy(trainer: GRPOTrainer) -> Iterator[None]:
+    if trainer.use_vllm:
+        backend, names = trainer.vllm_generation, ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        old = {name: getattr(backend, name) for name in names}
+        backend.temperature, backend.top_p, backend.top_k, backend.min_p, backend.repetition_penalty = 0, 1, 0, 0, 1
+        try:
+            yield
+        finally:
+            for name, value in old.items():
+                setattr(backend, name, value)
+        return
+    sampling = trainer.generation_config
+    trainer.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sampling.eos_token_id,
+        pad_token_id=sampling.pad_token_id,
+        bos_token_id=sampling.bos_token_id,
+        suppress_tokens=sampling.suppress_tokens,
+        disable_compile=True,
+    )
+    try:
+        yield
+    finally:
+        trainer.generation_config = sampling

@@ -1,0 +1,294 @@
+"""The one subclass of TRL's GRPOTrainer: required rewards, stops that all ranks take together, rollouts, figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from trl import GRPOTrainer
+
+from ..config import Guard
+from ..errors import GuardStop, R1VError, from_dict
+from ..rewards.text import completion_text
+from .callbacks import any_rank
+from .checkpoints import WholeCheckpoints, is_whole
+from .guard import offenders
+from .rollouts import Rollout
+from .sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
+
+
+class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
+    """GRPO as TRL does it, but:
+
+    - a sample whose required reward is None is out of its group: no part in mean and spread, advantage exactly 0;
+    - an exception in a reward, too many failed scores or a loss that is not finite stops all ranks in the same step,
+      before the weights change;
+    - sampling is the recipe's alone (`pin_generation`), visual tokens are never sampled, and transformers' sampling
+      is keyed by seed, step and row (`keyed_draws`);
+    - every rollout of all ranks is kept until `take_rollouts`.
+
+    Args:
+        reward_funcs: TRL's; each may have `required: bool`, `max_failed_fraction: float`, `failures`, and
+            `stats() -> dict[str, float]`, counted since the last call.
+        guard: None turns the checks for NaN off.
+        kwargs: GRPOTrainer's own; `model` is a loaded model, `processing_class` a processor.
+    """
+
+    def __init__(self, *, reward_funcs: Sequence[Any], guard: Guard | None = None, **kwargs):
+        args, model, processor = kwargs["args"], kwargs["model"], kwargs["processing_class"]
+        self.guard = guard
+        self.required = [bool(getattr(r, "required", False)) for r in reward_funcs]
+        self._watched = [watch(r) for r in reward_funcs]
+        self._pending: list[Rollout] = []
+        self._latest: list[Rollout] = []
+        self._raw: torch.Tensor | None = None
+        self.stopping = False  # set on all ranks by an error that all of them raise in the same place
+        pin_generation(model, processor.tokenizer)
+        args.generation_kwargs = merge_generation_kwargs(
+            args.generation_kwargs, never_sampled(model.config, processor.tokenizer, use_vllm=args.use_vllm)
+        )
+        super().__init__(reward_funcs=self._watched, **kwargs)
+
+    # --- sampling ----------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        def generate():
+            return super(R1VGRPOTrainer, self)._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, **kwargs
+            )
+
+        if self.use_vllm:  # samples in a process of its own
+            return generate()
+        micro = self._step % self.args.gradient_accumulation_steps
+        with keyed_draws(
+            (self.args.seed, 0, self.state.global_step, micro),
+            first=self.accelerator.process_index * len(prompt_ids),
+            rows=len(prompt_ids),
+            tokens=self.max_completion_length,
+        ):
+            return generate()
+
+    # --- rewards and rollouts ----------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [N, R], all ranks
+        self._raise_together()
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        masked = comparable(rewards, self.required, generations)
+        if self.model.training:
+            self._raw = rewards
+            self._latest = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
+            self._pending += self._latest
+            self._stop_when_judge_fails(rewards)
+        return masked
+
+    def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        output = super()._generate_and_score_completions(inputs)
+        if training:
+            advantages = list(self._logs["advantages"])[-len(self._latest) :]
+            for rollout, advantage in zip(self._latest, advantages, strict=True):
+                rollout.advantage = advantage
+            self._report_raw_rewards()
+        return output
+
+    def take_rollouts(self) -> list[Rollout]:
+        """Rollouts of all ranks since the last call, in the order of the global batch."""
+        taken, self._pending = self._pending, []
+        return taken
+
+    def _gather_rollouts(self, inputs, completions, completion_ids_list, rewards, masked) -> list[Rollout]:
+        step = self.state.global_step + 1
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        local = [
+            Rollout(
+                step=step,
+                group=0,
+                id=str(row.get("id", "")),
+                prompt=str(row.get("problem") or ""),
+                completion=completion_text(completion),
+                tokens=len(ids),
+                clipped=not ids or ids[-1] not in ends,
+            )
+            for row, completion, ids in zip(inputs, completions, completion_ids_list, strict=True)
+        ]
+        gathered = gather_object(local)
+        first = 1 + max((r.group for r in self._pending if r.step == step), default=-1)
+        weights = self.reward_weights.tolist()
+        for i, rollout in enumerate(gathered):
+            scores = [_number(v) for v in rewards[i].tolist()]
+            rollout.rewards = dict(zip(self.reward_func_names, scores, strict=True))
+            counted = [(w, v) for w, v in zip(weights, masked[i].tolist(), strict=True) if not math.isnan(v)]
+            rollout.reward = sum(w * v for w, v in counted) if counted else None
+            rollout.group = first + i // self.num_generations
+        return gathered
+
+    def _report_raw_rewards(self) -> None:
+        """A reward's mean and spread over every sample it scored, those that another reward threw out included."""
+        metrics = self._metrics["train"]
+        assert self._raw is not None
+        for i, name in enumerate(self.reward_func_names):
+            scored = self._raw[:, i][~torch.isnan(self._raw[:, i])]
+            metrics[f"rewards/{name}/mean"][-1] = scored.mean().item() if len(scored) else math.nan
+            metrics[f"rewards/{name}/std"][-1] = scored.std().item() if len(scored) > 1 else math.nan
+            metrics[f"rewards/{name}/unscored"].append(1 - len(scored) / len(self._raw))
+
+    # --- stops -------------------------------------------------------------------------------------------------
+
+    def _raise_together(self) -> None:
+        """Raise on every rank when a reward raised on any."""
+        own = next((w for w in self._watched if w.error is not None), None)
+        rank = self.accelerator.process_index
+        first = next((d for d in gather_object([own.document(rank) if own else None]) if d), None)
+        if first is None:
+            return
+        self.stopping = True
+        if own is None:
+            raise from_dict(first)
+        if isinstance(own.error, R1VError):
+            raise own.error
+        raise from_dict(own.document(rank)) from own.error
+
+    def _stop_when_judge_fails(self, rewards: torch.Tensor) -> None:
+        for i, (reward, name) in enumerate(zip(self._watched, self.reward_func_names, strict=True)):
+            allowed = getattr(reward.reward, "max_failed_fraction", None)
+            if not self.required[i] or allowed is None:
+                continue
+            failed = int(torch.isnan(rewards[:, i]).sum())
+            if failed > allowed * len(rewards):
+                self.stopping = True
+                raise GuardStop(
+                    f"reward {name} failed for {failed} of {len(rewards)} rollouts in step "
+                    f"{self.state.global_step + 1} ({failed / len(rewards):.0%}, allowed {allowed:.0%})",
+                    details=reward.causes() + offenders(self._latest, "unscored"),
+                    hint="bring the judge back and continue with --resume; "
+                    f"rewards.{name}.max_failed_fraction is the limit",
+                )
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        if self.guard is not None and any_rank(not bool(torch.isfinite(loss)), loss.device):
+            self.stopping = True
+            raise GuardStop(
+                f"the loss is not finite in step {self.state.global_step + 1}; the weights were not changed by it",
+                details=offenders(self._latest, None),
+                hint="a lower train.learning_rate or train.max_grad_norm, or model.dtype: bfloat16 instead of float16",
+            )
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # DeepSpeed has taken the step by now (the callback then stops without a checkpoint); with fp16 the scaler
+        # skips such steps by itself.
+        early = self.accelerator.distributed_type != DistributedType.DEEPSPEED and not self.args.fp16
+        if self.guard is not None and early and not math.isfinite(float(norm)):
+            self.stopping = True
+            raise GuardStop(
+                f"the gradient is not finite in step {self.state.global_step + 1}; the weights were not changed by it",
+                details=offenders(self._latest, None),
+                hint="a lower train.learning_rate",
+            )
+        return norm
+
+    def save_now(self) -> None:
+        """Write a checkpoint of the last completed step unless there is one; all ranks must call it."""
+        done = is_whole(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+        if not any_rank(done, self.accelerator.device):
+            self._save_checkpoint(self.model, trial=None)
+
+    # --- figures -----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.model.training:
+            logs.update(self._reward_stats())
+        super().log(logs, start_time)
+
+    def _reward_stats(self) -> dict[str, float]:
+        """`stats()` of all rewards on all ranks: counts are added up, of latencies the worst rank's is taken."""
+        local: dict[str, float] = {}
+        for watched in self._watched:
+            if hasattr(watched.reward, "stats"):
+                local.update(watched.reward.stats())
+        total: dict[str, float] = {}
+        for stats in gather_object([local]):
+            for key, value in stats.items():
+                if value is None:
+                    continue
+                worst = "latency" in key
+                total[key] = max(total.get(key, value), value) if worst else total.get(key, 0) + value
+        return total
+
+
+def comparable(rewards: torch.Tensor, required: Sequence[bool], num_generations: int) -> torch.Tensor:
+    """What may be compared within each group: `rewards` [N, R] with NaN where a score must not count, same shape.
+
+    TRL leaves rows that are NaN throughout out of every mean and spread and gives them advantage 0, and counts a
+    single NaN as 0. So that "not scored" never acts as a 0:
+    - a row that misses a required reward becomes NaN throughout;
+    - an optional reward that misses some remaining rows of a group counts for none of that group;
+    - a group with fewer than two rows left becomes NaN throughout.
+    """
+    wanted = torch.tensor(list(required), dtype=torch.bool, device=rewards.device)
+    out = rewards.masked_fill((torch.isnan(rewards) & wanted).any(1, keepdim=True), torch.nan)
+    grouped = out.view(-1, num_generations, rewards.shape[1])  # [groups, G, R]
+    missing = torch.isnan(grouped)
+    partly = (missing & ~missing.all(-1, keepdim=True)).any(1, keepdim=True)  # [groups, 1, R]
+    grouped = grouped.masked_fill(partly, torch.nan)
+    left = (~torch.isnan(grouped)).any(-1).sum(1)  # [groups]
+    return grouped.masked_fill((left < 2)[:, None, None], torch.nan).view_as(rewards)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+# --- rewards whose errors wait for all ranks -------------------------------------------------------------------
+
+
+class _Watched:
+    """A reward whose exception is kept, so that no rank leaves while the others wait for it in a collective."""
+
+    def __init__(self, reward):
+        self.reward = reward
+        self.__name__ = getattr(reward, "__name__", type(reward).__name__)
+        self.error: Exception | None = None
+
+    def __call__(self, completions, **kwargs) -> list:
+        try:
+            return self.reward(completions=completions, **kwargs)
+        except Exception as e:
+            return self.keep(e, len(completions))
+
+    def keep(self, error: Exception, n: int) -> list[None]:
+        self.error = error
+        return [None] * n
+
+    def document(self, rank: int) -> dict:
+        """The error in a form that travels between ranks."""
+        if isinstance(self.error, R1VError):
+            return self.error.to_dict()
+        return R1VError(f"reward {self.__name__} raised on rank {rank}: {self.error!r}").to_dict()
+
+    def causes(self) -> list[str]:
+        """Why scores failed on this rank, if the reward says."""
+        failures = getattr(self.reward, "failures", None) or []
+        return [str(f) for f in list(failures)[-3:]]
+
+
+class _WatchedAsync(_Watched):
+    async def __call__(self, completions, **kwargs) -> list:  # type: ignore[override]
+        try:
+            return await self.reward(completions=completions, **kwargs)
+        except Exception as e:
+            return self.keep(e, len(completions))
+
+
+def watch(reward) -> _Watched:
+    """Wrap a reward function, synchronous or not (TRL tells them apart by `__call__`)."""
+    from trl.trainer.utils import is_async_callable
+
+    return (_WatchedAsync if is_async_callable(reward) else _Watched)(reward)
