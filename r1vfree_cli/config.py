@@ -120,6 +120,8 @@ class FeedbackReward(Reward):
     revision: str | None = None
     base_url: str | None = None
     serve: Serve | None = None
+    prompt: Literal["auto", "judge", "conversation"] = "auto"  # for a classify server that does not say what it wants
+    request: dict[str, Any] = Field(default_factory=dict)  # put into the request's JSON, over what r1v sends
     api_key_env: str = "OPENAI_API_KEY"
     timeout_s: float = Field(60, gt=0)
     max_retries: int = Field(4, ge=0)
