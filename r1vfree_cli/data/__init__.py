@@ -1,0 +1,1 @@
+"""Data: sources become rows, rows become parquet, and every stage reads rows back from there."""

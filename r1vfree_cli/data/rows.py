@@ -1,0 +1,317 @@
+"""The row: what a row of training data holds, and what a raw record must pass to become one.
+
+A row is `id, images, problem, solution, thinking, source`; images are the bytes of PNG or JPEG files. Everything
+that cannot become a row raises `RowProblem`, whose reason is counted: nothing is repaired by guessing, and nothing
+is dropped without being counted.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .. import prompts
+
+SCHEMA_VERSION = 1
+COLUMNS = ("id", "images", "problem", "solution", "thinking", "source")
+REQUIRED_COLUMNS = ("id", "images", "problem")
+
+MIN_SIDE = 28  # pixels; the patch grid of Qwen-VL processors is 14, merged 2 x 2
+MAX_ASPECT = 200  # long side / short side; Qwen-VL's resizing refuses more
+MAX_PIXELS = 64_000_000  # an image, decoded: 192 MB as RGB
+MAX_FILE_BYTES = 256 * 2**20
+# Pillow would start Ghostscript for EPS, and its rarer formats are rarely attacked by its own tests.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+_ORIENTATION = 0x0112  # EXIF tag
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+# Markers that datasets put into a question to say where the image goes. The prompt puts images first, itself.
+_IMAGE_MARKER = re.compile(r"<image(?:_?\d+)?>", re.IGNORECASE)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+class RowProblem(Exception):
+    """A record that cannot become a row. `reason` is one of a few fixed texts, so that reasons can be counted."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Drops:
+    """How many records were dropped, by reason, with the first few places of each."""
+
+    def __init__(self, keep_places: int = 5):
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+        self._keep = keep_places
+
+    def add(self, reason: str, place: str) -> None:
+        """Count one record; `place` says where it was, like `questions.jsonl:12`."""
+        self.counts[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < self._keep:
+            places.append(place)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def lines(self) -> list[str]:
+        """A line a reason, most frequent first: `12 x missing image (questions.jsonl:3, ...)`."""
+        found = []
+        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
+            more = ", ..." if count > len(self.places[reason]) else ""
+            found.append(f"{count} x {reason} ({', '.join(self.places[reason])}{more})")
+        return found
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A record in the row's terms, not yet checked; any field may hold anything.
+
+    images: a list of bytes, paths (str, relative to the source's root) or {"bytes", "path"}; or one of these.
+    """
+
+    id: Any = None
+    images: Any = None
+    problem: Any = None
+    solution: Any = None
+    thinking: Any = None
+
+
+# --- images ----------------------------------------------------------------------------------------------------
+
+
+def normalise_image(data: bytes) -> bytes:
+    """Make an image file into one that every later stage reads alike: 8-bit RGB, upright, one frame.
+
+    8-bit RGB PNG and JPEG files without rotation pass through byte for byte. Others are decoded (first frame of an
+    animation, transparent parts on white, 16-bit grey scaled by its full range, other deep grey by its own) and
+    written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG.
+
+    Raises:
+        RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide,
+            over 64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise RowProblem("image file too large")
+    try:
+        # Only the header is read here: a bomb is refused before it is decoded.
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RowProblem("image has too many pixels") from None
+    except Exception:  # Pillow's parsers raise many kinds on hostile bytes
+        raise RowProblem("not an image") from None
+    with image:
+        short, long = sorted(image.size)
+        if short < MIN_SIDE:
+            raise RowProblem(f"image side under {MIN_SIDE} px")
+        if short * long > MAX_PIXELS:
+            raise RowProblem("image has too many pixels")
+        if long > MAX_ASPECT * short:
+            raise RowProblem("image too elongated")
+        try:
+            image.load()
+            turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+            plain = image.mode == "RGB" and not turned and not image.has_transparency_data
+            if plain and (image.format == "JPEG" or (_is_8bit_png(data) and getattr(image, "n_frames", 1) == 1)):
+                return data
+            upright = ImageOps.exif_transpose(image) if turned else image
+        except Exception:
+            raise RowProblem("truncated or corrupt image") from None
+        rgb = _to_rgb(upright)
+        out = io.BytesIO()
+        if image.format in ("JPEG", "MPO"):
+            rgb.save(out, "JPEG", quality=95, subsampling=0)
+        else:
+            rgb.save(out, "PNG", compress_level=3)
+        return out.getvalue()
+
+
+def _is_8bit_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG") and data[24] == 8  # the IHDR chunk comes first; byte 24 is its bit depth
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    try:
+        if image.mode.startswith("I;16"):
+            grey = np.asarray(image, dtype=np.uint16) // 257
+            return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            return _stretch(np.asarray(image, dtype=np.float64))
+        if image.has_transparency_data:
+            above = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+        return image.convert("RGB")
+    except (ValueError, OSError):
+        raise RowProblem("image mode cannot become RGB") from None
+
+
+def _stretch(values: np.ndarray) -> Image.Image:
+    """(H, W) of any range -> RGB grey, the smallest value black and the largest white."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise RowProblem("truncated or corrupt image")
+    scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+
+
+def read_image(root: Path | None, name: str) -> bytes:
+    """The bytes of an image file inside `root`; nothing outside it is ever opened, and no URL is fetched.
+
+    Raises:
+        RowProblem: a URL, a path that leaves the root (absolute, `..`, or a link to elsewhere), no such file.
+    """
+    if _URL.match(name):
+        raise RowProblem("image is a URL")
+    if root is None:
+        raise RowProblem("missing image")
+    if name.startswith(("/", "\\")) or "\0" in name:
+        raise RowProblem("image path leaves the root")
+    try:
+        top = root.resolve()
+        path = (top / name).resolve()
+        if not path.is_relative_to(top):
+            raise RowProblem("image path leaves the root")
+        if not path.is_file():  # nor a pipe or a device, which could block for ever
+            raise RowProblem("missing image")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise RowProblem("image file too large")
+        return path.read_bytes()
+    except (OSError, RuntimeError, ValueError):  # no permission, name too long, a loop of links, not encodable
+        raise RowProblem("unreadable image") from None
+
+
+def _image_bytes(item: Any, root: Path | None) -> bytes:
+    if isinstance(item, dict) and set(item) >= {"bytes", "path"}:
+        item = item["bytes"] if item["bytes"] is not None else item["path"]
+        if item is None:
+            raise RowProblem("missing image")
+    if isinstance(item, bytes):
+        return item
+    if isinstance(item, str):
+        return read_image(root, item)
+    raise RowProblem("image is neither bytes nor a path")
+
+
+# --- texts -----------------------------------------------------------------------------------------------------
+
+
+def clean_problem(value: Any) -> str:
+    """The question without image markers (`<image>`, `<image_1>`) and outer white space.
+
+    Control tokens of chat templates (`<|im_end|>` and the like) are left as they are: a row is data. Making sure
+    that a tokenizer reads them as text is the prompt's work.
+
+    Raises:
+        RowProblem: not a string, empty, or not encodable.
+    """
+    if not isinstance(value, str):
+        raise RowProblem("question missing" if value is None else "question is not a string")
+    parts = [part.strip() for part in _IMAGE_MARKER.split(value)]
+    text = _encodable(" ".join(part for part in parts if part))
+    if not text:
+        raise RowProblem("empty question")
+    return text
+
+
+def clean_solution(value: Any) -> str | None:
+    """The bare reference answer: `<answer> 3 </answer>` becomes `3`; None when there is none.
+
+    Raises:
+        RowProblem: neither text nor a number, or an answer with tags in it.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise RowProblem("solution is neither text nor a number")
+    parsed = prompts.parse(value)
+    return _untagged(value if parsed.answer is None and parsed.problem != "empty" else parsed.answer or "")
+
+
+def clean_thinking(value: Any) -> str | None:
+    """The reasoning without its `<think>` tags; None when there is none.
+
+    Raises:
+        RowProblem: not text, or other tags in it, which would teach a wrong format.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise RowProblem("thinking is not text")
+    return _untagged(value.strip().removeprefix("<think>").removesuffix("</think>"))
+
+
+def _untagged(text: str) -> str | None:
+    text = _encodable(text.strip())
+    if any(tag in text for tag in _TAGS):
+        raise RowProblem("tags inside the reference answer")
+    return text or None
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can carry and UTF-8 cannot
+        raise RowProblem("text is not valid Unicode") from None
+    return text
+
+
+# --- the row ---------------------------------------------------------------------------------------------------
+
+
+def clean_id(value: Any, fallback: str) -> str:
+    """The record's id as text; `fallback` when it has none.
+
+    Raises:
+        RowProblem: neither a string nor an integer.
+    """
+    if value is None or value == "":
+        return fallback
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowProblem("id is neither a string nor an integer")
+    return _encodable(str(value))
+
+
+def make_row(raw: RawRow, *, source: str, fallback_id: str, root: Path | None, text_only: bool = False) -> dict:
+    """Check and normalise one record.
+
+    Args:
+        raw: the record.
+        source: name of the source, kept in the row.
+        fallback_id: the id of a record without one.
+        root: folder that image paths are relative to, None when images must come as bytes.
+        text_only: whether a row may have no image (HallusionBench has such questions; training data has not).
+
+    Returns:
+        A dict with the keys of `COLUMNS`; `images` is a list of bytes.
+
+    Raises:
+        RowProblem: with the reason to count.
+    """
+    items = raw.images
+    if items is None:
+        items = []
+    elif isinstance(items, str | bytes | dict) or not isinstance(items, Sequence):
+        items = [items]
+    row = {
+        "id": clean_id(raw.id, fallback_id),
+        "problem": clean_problem(raw.problem),
+        "solution": clean_solution(raw.solution),
+        "thinking": clean_thinking(raw.thinking),
+        "source": source,
+    }
+    if not items and not text_only:
+        raise RowProblem("no image")
+    return row | {"images": [normalise_image(_image_bytes(item, root)) for item in items]}

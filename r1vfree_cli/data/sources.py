@@ -1,0 +1,257 @@
+"""The sources of data: where each is on the hub, how its records become raw rows, how a local copy is read.
+
+Every source reads the hub through `datasets`, or a local copy of the same layout: parquet files, a `save_to_disk`
+folder, or JSON / JSON lines with image files beside (an image folder's `metadata.jsonl` included).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, nearest
+from .rows import COLUMNS, RawRow, RowProblem
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source.
+
+    hub: its repository on the hub; None when it only reads local files (or draws).
+    convert: a record (dict of its columns) -> `RawRow`; raises `RowProblem`.
+    rename: split of the source -> split that it becomes; others keep their name.
+    columns: which of the row's columns hold something.
+    text_only: whether rows without an image are kept.
+    """
+
+    name: str
+    about: str
+    convert: Callable[[dict], RawRow]
+    hub: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = ("id", "images", "problem", "solution", "source")
+    text_only: bool = False
+
+
+# --- records -> raw rows ---------------------------------------------------------------------------------------
+
+
+def _first(record: dict, *names: str) -> Any:
+    """The first of the columns that holds something."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _images(record: dict) -> Any:
+    return _first(record, "images", "image", "image_path", "file_name")
+
+
+def _own_rows(record: dict) -> RawRow:
+    """Files of the user: the row's columns, with `question`, `answer`, `image`, `file_name` as other names."""
+    return RawRow(
+        id=record.get("id"),
+        images=_images(record),
+        problem=_first(record, "problem", "question"),
+        solution=_first(record, "solution", "answer"),
+        thinking=record.get("thinking"),
+    )
+
+
+def _r1v_rows(record: dict) -> RawRow:
+    """R1-V's layout: image, problem, solution in <answer> tags; `thinking` in the distilled one. Ids are made."""
+    return RawRow(
+        images=_images(record),
+        problem=_first(record, "problem", "question"),
+        solution=record.get("solution"),
+        thinking=record.get("thinking"),
+    )
+
+
+def _rlhf_v(record: dict) -> RawRow:
+    """RLHF-V: `text` holds JSON with question, chosen and rejected; copies of it have these as columns.
+
+    `chosen`, a person's correction of a model's answer, becomes the reference answer.
+    """
+    texts = record
+    if "question" not in record and "text" in record:
+        texts = record["text"]
+        if isinstance(texts, str):
+            try:
+                texts = json.loads(texts)
+            except (ValueError, RecursionError):
+                raise RowProblem("text is not JSON") from None
+        if not isinstance(texts, dict):
+            raise RowProblem("text is not JSON")
+    # `image_path` names a file of the original data sets, which is not part of this one.
+    return RawRow(images=_first(record, "images", "image"), problem=texts.get("question"), solution=texts.get("chosen"))
+
+
+def _r1v_free(record: dict) -> RawRow:
+    """R1V-Free's copy of RLHF-V: problem and solution as columns beside RLHF-V's own."""
+    if _first(record, "problem", "question") is None and "text" in record:
+        return _rlhf_v(record)
+    return RawRow(
+        images=_first(record, "images", "image"),
+        problem=_first(record, "problem", "question"),
+        solution=record.get("solution"),
+    )
+
+
+def _hallusionbench(record: dict) -> RawRow:
+    """HallusionBench, from its JSON (`filename` in the image folder) or the hub copy (`image`)."""
+    keys = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id")
+    if any(record.get(key) is None for key in keys):
+        raise RowProblem("HallusionBench keys missing")
+    answer = {"0": "no", "1": "yes"}.get(str(record.get("gt_answer")))
+    if answer is None:
+        raise RowProblem("gt_answer is neither 0 nor 1")
+    return RawRow(
+        id="/".join(str(record[key]) for key in keys),
+        images=_first(record, "image", "filename"),
+        problem=record.get("question"),
+        solution=answer,
+    )
+
+
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source("rlhf-v", "open-ended questions, human-corrected answers", _rlhf_v, "openbmb/RLHF-V-Dataset"),
+        Source("r1v-free", "RLHF-V as R1V-Free trained on it", _r1v_free, "Exgc/R1V-Free_RLHFV"),
+        Source("clevr-count", "CLEVR, counting", _r1v_rows, "leonardPKU/clevr_cogen_a_train"),
+        Source(
+            "clevr-complex", "CLEVR, composed questions", _r1v_rows, "MMInstruction/Clevr_CoGenT_TrainA_70K_Complex"
+        ),
+        Source("geoqa", "geometry problems", _r1v_rows, "leonardPKU/GEOQA_R1V_Train_8K"),
+        Source(
+            "clevr-r1",
+            "CLEVR, counting, with reasoning for SFT",
+            _r1v_rows,
+            "MMInstruction/Clevr_CoGenT_TrainA_R1",
+            columns=COLUMNS,
+        ),
+        Source(
+            "hallusionbench",
+            "HallusionBench's 1129 yes/no questions, text-only ones included",
+            _hallusionbench,
+            "lmms-lab/HallusionBench",
+            rename={"image": "test", "non_image": "test", "train": "test"},
+            text_only=True,
+        ),
+        Source("jsonl", "your JSON lines, images as files (--input, --images)", _own_rows),
+        Source("parquet", "your parquet files, images as bytes (--input)", _own_rows),
+        Source("shapes", "drawn here: coloured shapes and questions about them", _own_rows, columns=COLUMNS),
+    )
+}
+BY_HUB = {source.hub: source for source in SOURCES.values() if source.hub}
+
+
+def find_source(name: str) -> Source:
+    """The source of that name, or of that hub repository.
+
+    Raises:
+        UsageError: there is none; the nearest name is in the hint.
+    """
+    found = SOURCES.get(name) or BY_HUB.get(name)
+    if found:
+        return found
+    near = nearest(name, SOURCES)
+    raise UsageError(
+        f"unknown source {name!r}; known are {', '.join(SOURCES)}", hint=f"did you mean {near}?" if near else None
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records that can be read again and again.
+
+    name: what messages call it. rows: how many positions there are. root: where its image paths start.
+    read: sorted positions (None: all) -> (position, record); a record that cannot be read is a `RowProblem`.
+    """
+
+    name: str
+    rows: int
+    root: Path | None
+    read: Callable[[list[int] | None], Iterator[tuple[int, dict | RowProblem]]]
+
+
+def open_source(
+    source: Source, *, input: str | None, images: Path | None, split: str | None, limit: int | None, seed: int
+) -> dict[str, list[Table]]:
+    """Find a source's records: split -> tables.
+
+    Args:
+        input: a local file or folder; None for the hub.
+        images: folder that image paths are relative to; by default the folder of the file that names them.
+        split: read only this split of the source; None reads all of them.
+        limit, seed: size and seed of what `shapes` draws.
+
+    Raises:
+        UsageError: no such input, folder or split; the hub cannot be reached.
+        DataError: unreadable files.
+    """
+    from . import local
+
+    if images is not None and not Path(images).is_dir():
+        raise UsageError(f"no image folder {images}")
+    if source.name == "shapes":
+        if input is not None or images is not None:
+            raise UsageError("shapes are drawn: --input and --images do not apply")
+        return _drawn(split, limit, seed)
+    if input is None and source.hub is None:
+        raise UsageError(f"source {source.name} needs --input, a file or a folder")
+    if input is not None and not Path(input).exists():
+        raise UsageError(f"no such --input: {input}")
+    found = _hub(source, split) if input is None else local.open_local(Path(input), images)
+    tables: dict[str, list[Table]] = {}
+    for name, table in found:
+        if split in (None, name, source.rename.get(name)):
+            tables.setdefault(source.rename.get(name, name), []).append(table)
+    if not tables:
+        raise UsageError(f"{input} has no split {split!r}; it has {', '.join(sorted({name for name, _ in found}))}")
+    return tables
+
+
+def _hub(source: Source, split: str | None) -> list[tuple[str, Table]]:
+    """Download (or find in the cache) the source's splits."""
+    import datasets
+
+    from . import local
+
+    assert source.hub is not None
+    try:
+        there = datasets.get_dataset_split_names(source.hub)
+        wanted = [name for name in there if split in (None, name, source.rename.get(name))]
+        if not wanted:
+            raise UsageError(f"{source.hub} has no split {split!r}; it has {', '.join(there)}")
+        return [
+            (name, local.dataset_table(datasets.load_dataset(source.hub, split=name), f"{source.hub} {name}", None))
+            for name in wanted
+        ]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        raise UsageError(
+            f"cannot load {source.hub} from the hub: {next(iter(str(e).splitlines()), type(e).__name__)}",
+            hint="check the connection and `hf auth login`, or give a local copy with --input",
+        ) from None
+
+
+def _drawn(split: str | None, limit: int | None, seed: int) -> dict[str, list[Table]]:
+    from . import shapes
+
+    if split is not None and split not in shapes.SPLITS:
+        raise UsageError(f"shapes has no split {split!r}; it has {', '.join(shapes.SPLITS)}")
+
+    def table(name: str) -> Table:
+        rows = shapes.DEFAULT_ROWS[name] if limit is None else limit
+
+        def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
+            yield from enumerate(shapes.iter_shapes(name, seed, rows))
+
+        return Table(f"shapes {name}", rows, None, read)
+
+    return {name: [table(name)] for name in ([split] if split else shapes.SPLITS)}
