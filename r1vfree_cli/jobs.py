@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import console, contract, embedded, launch, preflight, recipes, run_dir
 from .config import GrpoRecipe, SftRecipe
-from .errors import DataError, GuardStop, Interrupted, R1VError, UsageError
+from .errors import GuardStop, Interrupted, R1VError, UsageError
 from .run_dir import RunDir
 
 
@@ -47,7 +48,7 @@ def train(
     for line in findings.warnings:
         console.warn(line)
     resume = resume or _unfinished(where, recipe, overwrite)
-    return _run(stage, recipe, where, resume=resume, overwrite=overwrite)
+    return run(stage, recipe, where, resume=resume, overwrite=overwrite)
 
 
 def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
@@ -77,7 +78,10 @@ def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) 
     return True
 
 
-def _run(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, *, resume: bool, overwrite: bool) -> dict:
+def run(
+    stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, *, resume: bool = False, overwrite: bool = False
+) -> dict:
+    """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary."""
     node = recipe.launch.node_rank
     seconds: dict[str, float] = {}
     with _locked(where.path, node) if node == 0 else nullcontext():
@@ -90,8 +94,7 @@ def _run(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, *, resume: b
             recipe_file = logs / "recipe.yaml"
             run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
         try:
-            _pieces(recipe, seconds)
-            _rows(recipe, seconds)
+            prepare(recipe, seconds)
             _launch(stage, recipe, where, logs, recipe_file, resume, seconds)
         except BaseException as e:
             if node == 0:
@@ -141,6 +144,16 @@ def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
     console.log(f"{title}: {seconds[title]:.0f} s")
 
 
+def prepare(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float] | None = None) -> None:
+    """Make what the recipe needs and this machine lacks: embedded models, prepared rows; all of it cached.
+
+    `seconds` receives the time of each stage.
+    """
+    seconds = {} if seconds is None else seconds
+    _pieces(recipe, seconds)
+    _rows(recipe, seconds)
+
+
 def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
     """Build the embedded models that the recipe names, unless they are cached."""
     names = [recipe.model.name]
@@ -156,7 +169,7 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
                 continue
             if stage.kind == "recipe":
                 kind, _, name = stage.args[0].partition("/")
-                _run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder), resume=False, overwrite=False)
+                run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder))
             else:
                 threads = max(1, os.cpu_count() or 1)
                 plan = launch.module_plan(*stage.args, str(folder / "final"), threads=threads)
@@ -165,7 +178,7 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
 
 def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
     """Prepare the data of known sources once, before any rank asks for them."""
-    from .data.load import ensure_rows, is_known_source
+    from .data.load import ensure_rows
 
     seed = (recipe.train.model_extra or {}).get("seed", 42)
     wanted = [(recipe.data.path, recipe.data.split)]
@@ -173,8 +186,7 @@ def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
         wanted.append((recipe.data.heldout.path, recipe.data.heldout.split))
     start = time.monotonic()
     for path, split in wanted:
-        if is_known_source(path):
-            ensure_rows(embedded.with_seed(path, seed), split)
+        ensure_rows(embedded.with_seed(path, seed), split)
     if time.monotonic() - start > 1:
         seconds["prepare data"] = round(time.monotonic() - start, 1)
 
@@ -188,30 +200,28 @@ def _launch(
     resume: bool,
     seconds: dict[str, float],
 ) -> None:
-    serve, server = launch.served(recipe), None
-    env = {"R1V_RECIPE": str(recipe_file)}
-    if resume:
-        env["R1V_RESUME"] = "1"
-    if serve:
-        port = serve.port or launch.free_port()
-        env["R1V_REWARD_URL"] = f"http://127.0.0.1:{port}"
-        server = (launch.server_plan(serve, recipe.launch, port), port)
-    base = launch.plan(stage, recipe, where.path)
-    plan = replace(base, env={**base.env, **env})
-    document: dict[str, Any] = {
+    env = {"R1V_RECIPE": str(recipe_file)} | ({"R1V_RESUME": "1"} if resume else {})
+    serve = launch.served(recipe)
+    with launch.serving(serve, recipe.launch, logs) if serve else nullcontext({}) as served:
+        base = launch.plan(stage, recipe, where.path)
+        plan = replace(base, env={**base.env, **env, **served})
+        if recipe.launch.node_rank == 0:
+            run_dir.write_json(where.launch, _launch_document(plan))
+        console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
+        with _timed(stage, seconds), _View(stage, where) as view:
+            launch.execute(plan, logs, watch=view.update)
+
+
+def _launch_document(plan: launch.Plan) -> dict:
+    """launch.json: how this attempt was started. The environment holds only what r1v itself set: no keys."""
+    return {
         "command": shlex.join(["r1v", *sys.argv[1:]]),
         "argv": plan.argv,
         "env": plan.env,
-        "server": {"argv": server[0].argv, "env": server[0].env} if server else None,
         "versions": contract.versions(),
         "git_commit": contract.git_commit(),
         "started": round(time.time(), 3),
     }
-    if recipe.launch.node_rank == 0:
-        run_dir.write_json(where.launch, document)
-    console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
-    with _timed(stage, seconds), _View(stage, where) as view:
-        launch.execute(plan, logs, server=server, watch=view.update)
 
 
 class _View:
@@ -228,7 +238,7 @@ class _View:
         self._stage, self._where = stage, where
         self._offset = where.metrics.stat().st_size if where.metrics.is_file() else 0
         self._samples: dict[Path, int] = {}
-        self._bar: Any = None
+        self._bar = ExitStack()
         self._progress: console.Progress | None = None
         self._step = 0
 
@@ -236,8 +246,7 @@ class _View:
         return self
 
     def __exit__(self, *exc) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
+        self._bar.close()
 
     def update(self) -> None:
         """Show what was logged since the last call."""
@@ -245,8 +254,8 @@ class _View:
         for line in self._new(self._where.metrics):
             step = int(line.get("step", 0))
             if self._progress is None:
-                self._bar = console.progress(self._stage, self._where.status.get("total_steps"))
-                self._progress = self._bar.__enter__()
+                bar = console.progress(self._stage, self._where.status.get("max_steps"))
+                self._progress = self._bar.enter_context(bar)
             note = " ".join(
                 f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float)
             )
@@ -264,8 +273,6 @@ class _View:
             data = f.read()
         end = data.rfind(b"\n") + 1
         self._offset += end
-        import json
-
         return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
 
     def _show_samples(self) -> None:
@@ -297,4 +304,21 @@ def summary_rows(summary: dict) -> list[list[str]]:
     return rows
 
 
-__all__ = ["DataError", "summary_rows", "train"]
+def serve_reward(
+    model: str, *, revision: str | None, host: str, port: int, devices: str | None, api_key_env: str | None
+) -> None:
+    """Become the reward server; does not return.
+
+    Raises:
+        UsageError: `devices` is not a list of indices, or the key's variable is not set.
+    """
+    if devices is not None:
+        if not all(part.strip().isdigit() for part in devices.split(",")):
+            raise UsageError(f"--devices {devices!r} is not a list of GPU indices", hint="for example --devices 6,7")
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    if api_key_env is not None and not os.environ.get(api_key_env):
+        raise UsageError(f"--api-key-env: the environment variable {api_key_env} is not set")
+    argv = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", model, "--host", host, "--port", str(port)]
+    argv += ["--revision", revision] if revision else []
+    argv += ["--api-key-env", api_key_env] if api_key_env else []
+    os.execv(sys.executable, argv)

@@ -18,7 +18,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,7 +149,6 @@ def execute(
     plan: Plan,
     logs: Path,
     *,
-    server: tuple[Plan, int] | None = None,
     watch: Callable[[], None] | None = None,
     grace_s: float = 150,
 ) -> None:
@@ -162,15 +162,9 @@ def execute(
         Interrupted: stopped by a signal.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    started: list[subprocess.Popen] = []
     with _Signals() as signals:
+        main = _start(plan, logs / "launcher.log")
         try:
-            if server is not None:
-                process = _start(server[0], logs / "reward-server.log")
-                started.append(process)
-                _wait_healthy(process, server[1], logs / "reward-server.log", signals)
-            main = _start(plan, logs / "launcher.log")
-            started.append(main)
             stopping: float | None = None
             while main.poll() is None:
                 time.sleep(POLL_S)
@@ -190,9 +184,28 @@ def execute(
             if main.returncode:
                 raise _cause(logs, main.returncode)
         finally:
-            for process in reversed(started):
-                _kill(process)
+            _kill(main)
             _signal_ranks(logs, signal.SIGKILL)
+
+
+@contextmanager
+def serving(serve: Serve, launch: Launch, logs: Path) -> Iterator[dict[str, str]]:
+    """Run a reward server while the body runs; yields the environment that tells workers where it is.
+
+    Raises:
+        UsageError: it ended, or was not healthy in time; with its log's tail.
+        Interrupted: a signal came while it was starting.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    port = serve.port or free_port()
+    log = logs / "reward-server.log"
+    process = _start(server_plan(serve, launch, port), log)
+    try:
+        with _Signals() as signals:
+            _wait_healthy(process, port, log, signals)
+        yield {"R1V_REWARD_URL": f"http://127.0.0.1:{port}"}
+    finally:
+        _kill(process)
 
 
 def _start(plan: Plan, log: Path) -> subprocess.Popen:

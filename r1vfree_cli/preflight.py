@@ -42,9 +42,8 @@ def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False) -> Findings:
     _data(recipe, found)
     if isinstance(recipe, GrpoRecipe) and recipe.feedback:
         feedback = recipe.feedback
-        for key, name in (("model", feedback.model if feedback.backend == "local" else None),):
-            if name:
-                _model(name, f"rewards.feedback.{key}", found)
+        if feedback.backend == "local":
+            _model(str(feedback.model), "rewards.feedback.model", found)
         if feedback.serve:
             _model(feedback.serve.model, "rewards.feedback.serve.model", found)
         if feedback.base_url:
@@ -128,19 +127,18 @@ def _model(name: str, key: str, found: Findings) -> None:
 
 
 def _data(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
-    from .data.load import columns, is_known_source
+    from .data.load import columns
+    from .data.sources import BY_HUB
 
-    places = [("data.path", recipe.data.path)]
+    places = [("data.path", recipe.data.path, recipe.data.split)]
     if recipe.data.heldout:
-        places.append(("data.heldout.path", recipe.data.heldout.path))
+        places.append(("data.heldout.path", recipe.data.heldout.path, recipe.data.heldout.split))
     needs_solution = isinstance(recipe, SftRecipe) or any(r.name == "accuracy" for r in recipe.rewards)
-    for key, path in places:
-        if is_known_source(path):
-            if not path.startswith("shapes"):
-                found.unchecked.append(f"{key}: {path} on the hub")
-            continue
+    for key, path, split in places:
+        if path in BY_HUB:
+            found.unchecked.append(f"{key}: {path} on the hub")
         try:
-            names = columns(path)
+            names = columns(path, split)
         except R1VError as e:
             found.errors.append(f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else ""))
             continue

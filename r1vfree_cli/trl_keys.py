@@ -7,6 +7,7 @@ import importlib.util
 import typing
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .errors import UsageError, nearest
 
@@ -37,7 +38,7 @@ _BASES = [("trl", "trainer/base_config.py", "_BaseConfig"), ("transformers", "tr
 
 
 @cache
-def trl_keys(stage: str) -> dict[str, object]:
+def trl_keys(stage: str) -> dict[str, Any]:
     """Name -> type of every field of the TRL config of `stage` (`grpo` or `sft`), inherited ones included.
 
     A type that cannot be read without importing TRL is `typing.Any`.
@@ -45,13 +46,13 @@ def trl_keys(stage: str) -> dict[str, object]:
     Raises:
         UsageError: TRL or transformers is not installed.
     """
-    keys: dict[str, object] = {}
+    keys: dict[str, Any] = {}
     for package, file, name in reversed(_FILES[stage] + _BASES):
         keys |= _fields(package, file, name)
     return keys
 
 
-def _fields(package: str, file: str, name: str) -> dict[str, object]:
+def _fields(package: str, file: str, name: str) -> dict[str, Any]:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
         raise UsageError(f"{package} is not installed", hint="pip install -e .")
@@ -66,7 +67,7 @@ def _fields(package: str, file: str, name: str) -> dict[str, object]:
     }
 
 
-def _type(annotation: str) -> object:
+def _type(annotation: str) -> Any:
     known = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
     scope = {"__builtins__": {}, "Any": typing.Any, "Optional": typing.Optional, "Union": typing.Union}
     try:

@@ -136,8 +136,13 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path):
     assert not alive(pid)
 
 
-def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path):
-    server = launch.Plan([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"])
-    with pytest.raises(UsageError, match="before it was ready") as e:
-        launch.execute(launch.Plan([sys.executable, "-c", ""]), tmp_path / "logs", server=(server, launch.free_port()))
+def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypatch):
+    broken = launch.Plan([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"])
+    monkeypatch.setattr(launch, "server_plan", lambda *_: broken)
+    recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
+    with (
+        pytest.raises(UsageError, match="before it was ready") as e,
+        launch.serving(recipe.feedback.serve, recipe.launch, tmp_path / "logs"),
+    ):
+        pass
     assert "no such model" in e.value.details
