@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
@@ -16,13 +15,13 @@ from trl import GRPOConfig
 
 from .. import console, contract
 from ..config import GrpoRecipe
-from ..data.load import data_sha256, ensure_rows, load_rows
+from ..data.load import data_sha256, load_rows
 from ..embedded import with_seed
 from ..errors import Interrupted, R1VError, UsageError, from_dict
 from ..rewards import build_rewards
 from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, cache_dir
 from .callbacks import RunCallback
-from .checkpoints import checkpoints, resume_point, save_final
+from .checkpoints import resume_point, save_final
 from .common import is_main, load_policy, load_processor, peft_config, to_prompts, worker
 from .grpo_callbacks import BeforeTraining, GuardCallback, RolloutCallback
 from .guard import CollapseGuard
@@ -40,7 +39,7 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     """
     given = dict(recipe.train.model_extra or {})
     # The loss is reported as it is: a NaN replaced by an average would hide from the guard.
-    defaults = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
+    defaults: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
     if recipe.model.revision is not None:  # TRL loads the reference policy itself
         given["model_init_kwargs"] = {"revision": recipe.model.revision}
     try:
@@ -75,9 +74,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     path = with_seed(recipe.data.path, args.seed)
     split, limit = recipe.data.split, recipe.data.max_prompt_tokens
     with PartialState().local_main_process_first():  # the others find the lengths in the cache
-        rows, dropped = drop_long_prompts(
-            load_rows(str(ensure_rows(path, split)), split, recipe.data.limit), processor, limit
-        )
+        rows, dropped = drop_long_prompts(load_rows(path, split, recipe.data.limit), processor, limit)
         heldout = heldout_rows(recipe.data.heldout, processor, limit, args.seed) if recipe.data.heldout else None
     if dropped:
         console.log(f"dropped {dropped} rows: prompt longer than {limit} tokens; {len(rows)} are left")
@@ -150,7 +147,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
 
 def _enough(rows, args: GRPOConfig) -> None:
     """TRL leaves out the rest of an epoch that does not fill a generation batch; with too few rows that is all."""
-    prompts = args.generation_batch_size // args.num_generations
+    prompts = (args.generation_batch_size or 0) // (args.num_generations or 1)
     if len(rows) < prompts:
         raise UsageError(
             f"{len(rows)} rows are fewer than the {prompts} prompts of one generation batch",

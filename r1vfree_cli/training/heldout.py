@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
 from .. import config
-from ..data.load import ensure_rows, load_rows
+from ..data.load import load_rows
 from ..embedded import with_seed
 from ..errors import DataError
 from ..prompts import build_messages, parse
@@ -27,7 +27,7 @@ def heldout_rows(heldout: config.Heldout, processor, max_prompt_tokens: int | No
         DataError: there are none.
     """
     path = with_seed(heldout.path, seed)
-    rows = load_rows(str(ensure_rows(path, heldout.split)), heldout.split, heldout.limit)
+    rows = load_rows(path, heldout.split, heldout.limit)
     answered = [i for i, s in enumerate(rows["solution"]) if s is not None and str(s).strip()]
     if not answered:
         raise DataError(f"data.heldout {heldout.path}, split {heldout.split}, has no row with a solution")
