@@ -19,7 +19,7 @@ from ..data.load import data_sha256, load_rows
 from ..embedded import with_seed
 from ..errors import Interrupted, R1VError, UsageError, from_dict
 from ..rewards import build_rewards
-from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, cache_dir
+from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
 from .callbacks import RunCallback
 from .checkpoints import resume_point, save_final
 from .common import is_main, load_policy, load_processor, peft_config, to_prompts, worker
@@ -80,7 +80,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         console.log(f"dropped {dropped} rows: prompt longer than {limit} tokens; {len(rows)} are left")
     _enough(rows, args)
 
-    rewards = build_rewards(recipe.rewards, seed=args.seed, cache_root=cache_dir("judge"))
+    rewards = build_rewards(recipe.rewards, seed=args.seed)
     on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
     trainer = R1VGRPOTrainer(
         model=load_policy(recipe.model, args.seed),

@@ -18,6 +18,7 @@ from ..errors import DataError
 from ..prompts import build_messages, parse
 from .lengths import drop_long_prompts
 from .sampling import keyed_draws
+from .trainer import R1VGRPOTrainer
 
 
 def heldout_rows(heldout: config.Heldout, processor, max_prompt_tokens: int | None, seed: int):
@@ -35,7 +36,7 @@ def heldout_rows(heldout: config.Heldout, processor, max_prompt_tokens: int | No
     return rows
 
 
-def measure(trainer: GRPOTrainer, rows) -> dict[str, dict[str, float]]:
+def measure(trainer: R1VGRPOTrainer, rows) -> dict[str, dict[str, float]]:
     """{"accuracy": {greedy, sampled}, "format": {greedy, sampled}}, shares of 1 over all rows; all ranks must call it.
 
     Sampled means the recipe's sampling, with the same random numbers at every call. An answer is right when it equals
@@ -63,10 +64,10 @@ def _same(answer: str | None, solution: str) -> bool:
     return answer is not None and answer.strip().casefold() == str(solution).strip().casefold()
 
 
-def _generate_all(trainer: GRPOTrainer, rows, *, greedy: bool) -> list[str]:
+def _generate_all(trainer: R1VGRPOTrainer, rows, *, greedy: bool) -> list[str]:
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     share = -(-len(rows) // world)
-    size = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+    size = trainer.args.per_device_train_batch_size * (trainer.args.steps_per_generation or 1)
     texts: list[str] = []
     for start in range(rank * share, (rank + 1) * share, size):
         # Under ZeRO-3 all ranks generate together, so the last ones repeat rows that are thrown away below.
@@ -76,7 +77,7 @@ def _generate_all(trainer: GRPOTrainer, rows, *, greedy: bool) -> list[str]:
     return gather_object(texts)[: len(rows)]
 
 
-def _generate(trainer: GRPOTrainer, batch: list[dict], *, first: int, greedy: bool) -> list[str]:
+def _generate(trainer: R1VGRPOTrainer, batch: list[dict], *, first: int, greedy: bool) -> list[str]:
     prompts = [
         prepare_multimodal_messages(
             build_messages(row["problem"], len(row["images"] or [])), images=row["images"] or []
@@ -87,11 +88,11 @@ def _generate(trainer: GRPOTrainer, batch: list[dict], *, first: int, greedy: bo
     draws = keyed_draws((trainer.args.seed, 1), first=first, rows=len(batch), tokens=trainer.max_completion_length)
     with _greedy(trainer) if greedy else draws:
         ids, _ = GRPOTrainer._generate_single_turn(trainer, prompt_ids, images, fields, 1)
-    return trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+    return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 @contextmanager
-def _greedy(trainer: GRPOTrainer) -> Iterator[None]:
+def _greedy(trainer: R1VGRPOTrainer) -> Iterator[None]:
     if trainer.use_vllm:
         backend, names = trainer.vllm_generation, ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         old = {name: getattr(backend, name) for name in names}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, gather_object
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from ..config import Guard
 from ..errors import GuardStop, R1VError, from_dict
@@ -31,6 +31,8 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
       is keyed by seed, step and row (`keyed_draws`);
     - every rollout of all ranks is kept until `take_rollouts`.
 
+    A new sampling backend or loss needs no change here: everything that is not named is TRL's.
+
     Args:
         reward_funcs: TRL's; each may have `required: bool`, `max_failed_fraction: float`, `failures`, and
             `stats() -> dict[str, float]`, counted since the last call.
@@ -38,11 +40,17 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         kwargs: GRPOTrainer's own; `model` is a loaded model, `processing_class` a processor.
     """
 
+    # Narrower than declared by TRL: always set here.
+    args: GRPOConfig
+    model: Any
+    num_generations: Any
+    max_completion_length: Any
+
     def __init__(self, *, reward_funcs: Sequence[Any], guard: Guard | None = None, **kwargs):
         args, model, processor = kwargs["args"], kwargs["model"], kwargs["processing_class"]
         self.guard = guard
         self.required = [bool(getattr(r, "required", False)) for r in reward_funcs]
-        self._watched = [watch(r) for r in reward_funcs]
+        self._watched: list[Any] = [watch(r) for r in reward_funcs]
         self._pending: list[Rollout] = []
         self._latest: list[Rollout] = []
         self._raw: torch.Tensor | None = None
@@ -55,14 +63,9 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     # --- sampling ----------------------------------------------------------------------------------------------
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
-        def generate():
-            return super(R1VGRPOTrainer, self)._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, **kwargs
-            )
-
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm:  # samples in a process of its own
-            return generate()
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         micro = self._step % self.args.gradient_accumulation_steps
         with keyed_draws(
             (self.args.seed, 0, self.state.global_step, micro),
@@ -70,16 +73,18 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             rows=len(prompt_ids),
             tokens=self.max_completion_length,
         ):
-            return generate()
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     # --- rewards and rollouts ----------------------------------------------------------------------------------
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [N, R], all ranks
         self._raise_together()
-        generations = self.num_generations if self.model.training else self.num_generations_eval
-        masked = comparable(rewards, self.required, generations)
-        if self.model.training:
+        training = self._is_training()
+        masked = comparable(
+            rewards, self.required, self.num_generations if training else self.num_generations_eval or 1
+        )
+        if training:
             self._raw = rewards
             self._latest = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
             self._pending += self._latest
@@ -87,7 +92,7 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         return masked
 
     def _generate_and_score_completions(self, inputs):
-        training = self.model.training
+        training = self._is_training()
         output = super()._generate_and_score_completions(inputs)
         if training:
             advantages = list(self._logs["advantages"])[-len(self._latest) :]
@@ -95,6 +100,9 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
                 rollout.advantage = advantage
             self._report_raw_rewards()
         return output
+
+    def _is_training(self) -> bool:
+        return bool(self.model.training)
 
     def take_rollouts(self) -> list[Rollout]:
         """Rollouts of all ranks since the last call, in the order of the global batch."""
@@ -164,7 +172,7 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
                 raise GuardStop(
                     f"reward {name} failed for {failed} of {len(rewards)} rollouts in step "
                     f"{self.state.global_step + 1} ({failed / len(rewards):.0%}, allowed {allowed:.0%})",
-                    details=reward.causes() + offenders(self._latest, "unscored"),
+                    details=gather_object(reward.causes())[:4] + offenders(self._latest, "unscored"),
                     hint="bring the judge back and continue with --resume; "
                     f"rewards.{name}.max_failed_fraction is the limit",
                 )
@@ -203,7 +211,7 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     # --- figures -----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.model.training:
+        if "loss" in logs and self._is_training():
             logs.update(self._reward_stats())
         super().log(logs, start_time)
 
