@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,10 @@ def _launch(
 ) -> None:
     env = {"R1V_RECIPE": str(recipe_file)} | ({"R1V_RESUME": "1"} if resume else {})
     serve = launch.served(recipe)
-    with launch.serving(serve, recipe.launch, logs) if serve else nullcontext({}) as served:
+    server: AbstractContextManager[dict[str, str]] = nullcontext({})
+    if serve:
+        server = launch.serving(serve, recipe.launch, logs)
+    with server as served:
         base = launch.plan(stage, recipe, where.path)
         plan = replace(base, env={**base.env, **env, **served})
         if recipe.launch.node_rank == 0:
