@@ -1,0 +1,172 @@
+"""`report()`: collect, view, render both templates, and only then write: a report is replaced whole or not at all."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import UsageError
+from ..run_dir import write_bytes
+from . import benchmark, training
+from .collect import Eval, Run, collect, number
+from .images import Album
+from .plots import MARK
+
+GALLERY_LEAD = (
+    "From the first and the last kept steps and evenly spaced ones between, the groups whose advantages differ most: "
+    "these teach most and are no average sample. Best advantage first."
+)
+
+
+class Raw(str):
+    """Markdown that r1v made itself and that must not be escaped again."""
+
+
+def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
+    """Write report.md, report.html and their pictures about run dirs and eval dirs into `out`.
+
+    Files of an earlier report are recognised by the mark in them and replaced; pictures of it that are no longer
+    needed are removed. A file of the same name without the mark is somebody else's: it is replaced only with
+    `overwrite`. The first eval dir is what the others are compared with.
+
+    Returns:
+        What `--json` prints: `out`, `files`, `runs`, `evals`, `comparisons`, `missing`.
+
+    Raises:
+        UsageError: no dirs; evals that cannot stand in one table; a foreign file in the way.
+        DataError: a dir that is neither, or damaged main files.
+    """
+    runs, evals = collect(dirs)
+    album = Album()
+    view = _view(runs, evals, album)
+    files = {"report.html": _html(view).encode(), "report.md": _markdown(view).encode()}
+    files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album.files
+    _write(Path(out), files, overwrite)
+    return {
+        "out": str(out),
+        "files": sorted(files),
+        "runs": [_run_summary(r) for r in runs],
+        "evals": [{"label": e.label, "path": str(e.path), "metrics": e.scores["metrics"]} for e in evals],
+        "comparisons": [c.to_dict() for c in view["comparisons"]],
+        "missing": [{"where": who, "what": note} for who, note in view["missing"]],
+    }
+
+
+def _run_summary(run: Run) -> dict:
+    last = run.metrics[-1] if run.metrics else {}
+    state, step = run.status.get("state"), number(run.status.get("step", last.get("step")))
+    return {"label": run.label, "path": str(run.path), "state": state, "step": step, "reward": last.get("reward")}
+
+
+def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
+    figures = training.curves(runs)
+    run_views = [training.view(run, album) for run in runs]
+    bench = benchmark.view(evals, album) if evals else None
+    missing = [(e.label, note) for e in evals for note in e.notes]
+    missing += [(r.label, note) for r in run_views for note in r.notes]
+    names = [e.label for e in evals] + [r.label for r in runs]
+    return {
+        "mark": MARK,
+        "version": __version__,
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "title": "Report: " + (", ".join(names) if len(names) < 4 else f"{len(runs)} runs, {len(evals)} evals"),
+        "notices": [*(bench.notices if bench else []), *_run_notices(runs)],
+        "benchmark": bench,
+        "comparisons": bench.comparisons if bench else [],
+        "figures": figures,
+        "all_figures": figures + (bench.figures if bench else []),
+        "runs": run_views,
+        "gallery_lead": GALLERY_LEAD,
+        "missing": list(dict.fromkeys(missing)),
+    }
+
+
+def _run_notices(runs: list[Run]) -> list[str]:
+    found = []
+    for run in runs:
+        if run.status.get("state") != "finished":
+            state, reason = run.status.get("state") or "of unknown state", run.status.get("reason")
+            found.append(f"Run {run.label} is {state}, not finished" + (f": {reason}" if reason else "."))
+    return found
+
+
+# --- HTML and Markdown -----------------------------------------------------------------------------------------
+
+
+def _environment(**options):
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("r1vfree_cli.report", "templates")
+    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=False, **options)
+
+
+def _html(view: dict) -> str:
+    return _environment(autoescape=True).get_template("report.html.j2").render(view).lstrip()
+
+
+def _markdown(view: dict) -> str:
+    # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
+    environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
+    environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
+    text = environment.get_template("report.md.j2").render(view)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def markdown(value: Any) -> str:
+    """Text as Markdown that shows exactly it: no emphasis, no cell or block starts, no HTML."""
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text)
+    return re.sub(r"\s*\n\s*", "<br>", text.strip("\n"))
+
+
+def fence(text: Any) -> Raw:
+    """A fenced code block that no line in the text can end."""
+    longest = max((len(run) for run in re.findall(r"`+", str(text))), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return Raw(f"{ticks}text\n{text}\n{ticks}")
+
+
+def attribute(text: Any) -> Raw:
+    """A value for a double-quoted HTML attribute, on one line."""
+    from html import escape
+
+    return Raw(re.sub(r"\s+", " ", escape(str(text))).replace("|", "&#124;"))
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
+    foreign = [name for name in files if (out / name).exists() and not _is_ours(out / name)]
+    if foreign and not overwrite:
+        raise UsageError(
+            f"{out} holds files that r1v report did not write",
+            details=[f"in the way: {', '.join(sorted(foreign))}"],
+            hint="--out names another folder, --overwrite replaces them",
+        )
+    blocked = [name for name in foreign if (out / name).is_dir()]
+    if blocked:
+        raise UsageError(f"{out / blocked[0]} is a folder; a file of the report must stand there")
+    try:
+        # The pages last: they never name a picture that is not there yet.
+        for name in sorted(files, key=lambda n: n.startswith("report.")):
+            write_bytes(out / name, files[name])
+    except OSError as e:
+        raise UsageError(f"cannot write the report into {out}: {e.strerror}", hint="choose another --out") from None
+    for pattern in ("report-*.png", "report-*.jpg"):
+        for old in out.glob(pattern):
+            if old.name not in files and _is_ours(old):
+                old.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file carries the mark in its head, where every file of a report has it."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        return MARK.encode() in f.read(1024)

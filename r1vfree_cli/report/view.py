@@ -1,0 +1,104 @@
+"""What both templates print: tables of cells, and how numbers are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .collect import number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: text, a smaller second line, and whether it is the best of its column."""
+
+    text: str
+    sub: str = ""
+    best: bool = False
+
+
+@dataclass
+class Table:
+    """A table with a caption. The first cell of a row is its header; `head` rows are set apart (baselines)."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    quiet: list[int] = field(default_factory=list)  # indices of rows set back: baselines
+
+
+NONE = "n/a"
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """A value that is in percent already."""
+    found = number(value)
+    return NONE if found is None else f"{found:.{digits}f}"
+
+
+def signed(value: Any, digits: int = 1) -> str:
+    """With its sign; a true minus."""
+    found = number(value)
+    if found is None:
+        return NONE
+    text = f"{abs(found):.{digits}f}"
+    return ("±" if float(text) == 0 else "+" if found > 0 else "−") + text
+
+
+def p_value(value: Any) -> str:
+    """`p = 0.012`, never `p = 0`: the swap test has as many draws as it has."""
+    found = number(value)
+    return "" if found is None else "p < 0.001" if found < 0.001 else f"p = {found:.3f}"
+
+
+def plain(value: Any) -> str:
+    """Any value, short: 4 significant digits, thousands apart, lists with commas."""
+    if value is None or value == "":
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        found = number(value)
+        if found is None:
+            return NONE
+        return f"{found:,.0f}" if found == int(found) and abs(found) < 1e15 else f"{found:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(v) for v in value) or NONE
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items()) or NONE
+    return str(value)
+
+
+def duration(value: Any) -> str:
+    """Seconds, for people."""
+    seconds = number(value)
+    if seconds is None or seconds < 0:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def flatten(document: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dicts as `a.b` -> value, in order; an empty one is left out."""
+    rows: list[tuple[str, str]] = []
+    for key, value in document.items():
+        if isinstance(value, dict):
+            rows += flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+            for i, item in enumerate(value):
+                rows += (
+                    flatten(item, f"{prefix}{key}.{i}.")
+                    if isinstance(item, dict)
+                    else [(f"{prefix}{key}.{i}", plain(item))]
+                )
+        else:
+            rows.append(
+                (
+                    f"{prefix}{key}",
+                    str(value) if isinstance(value, int) and not isinstance(value, bool) else plain(value),
+                )
+            )
+    return rows
