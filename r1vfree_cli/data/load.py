@@ -45,7 +45,7 @@ def ensure_rows(path: str, split: str = "train") -> Path:
             if not _intact(out, split):
                 prepare(out=out, overwrite=True, **arguments)
         return out
-    here = Path(os.path.expanduser(path))
+    here = Path(path if "\0" in path else os.path.expanduser(path))
     if not os.path.exists(here):
         raise UsageError(f"no such data: {path}", hint=_hint(path))
     _files(here, split)
@@ -91,15 +91,14 @@ def _check_images(column: Any, path: str) -> None:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    image = column.type.value_type if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) else None
-    for chunk in column.chunks if image is not None else []:
+    def all_bytes(chunk: Any) -> bool:
         items = pc.list_flatten(chunk)
-        if pa.types.is_struct(image) and image.get_field_index("bytes") >= 0:
+        if pa.types.is_struct(items.type) and items.type.get_field_index("bytes") >= 0:
             items = pc.struct_field(items, "bytes")
-        if items.null_count or not (pa.types.is_binary(items.type) or pa.types.is_large_binary(items.type)):
-            image = None
-            break
-    if image is None:
+        return items.null_count == 0 and (pa.types.is_binary(items.type) or pa.types.is_large_binary(items.type))
+
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if not is_list or not all(all_bytes(chunk) for chunk in column.chunks):
         raise DataError(
             f"{path}: the column images must hold lists of image bytes, found {column.type}",
             hint="r1v prepare-data parquet makes rows of it",

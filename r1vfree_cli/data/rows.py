@@ -7,6 +7,7 @@ is dropped without being counted.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections import Counter
@@ -28,8 +29,8 @@ MIN_SIDE = 28  # pixels; the patch grid of Qwen-VL processors is 14, merged 2 x 
 MAX_ASPECT = 200  # long side / short side; Qwen-VL's resizing refuses more
 MAX_PIXELS = 64_000_000  # an image, decoded: 192 MB as RGB
 MAX_FILE_BYTES = 256 * 2**20
-# Pillow would start Ghostscript for EPS, and its rarer formats are rarely attacked by its own tests.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Pillow would start Ghostscript for EPS, and few people have tried to break its rarer formats.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 _ORIENTATION = 0x0112  # EXIF tag
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
@@ -106,7 +107,7 @@ def normalise_image(data: bytes) -> bytes:
         raise RowProblem("image file too large")
     try:
         # Only the header is read here: a bomb is refused before it is decoded.
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RowProblem("image has too many pixels") from None
     except Exception:  # Pillow's parsers raise many kinds on hostile bytes
@@ -135,6 +136,12 @@ def normalise_image(data: bytes) -> bytes:
         else:
             rgb.save(out, "PNG", compress_level=3)
         return out.getvalue()
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # WEBP and AVIF can be missing from a build
 
 
 def _is_8bit_png(data: bytes) -> bool:

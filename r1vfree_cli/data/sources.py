@@ -7,6 +7,7 @@ folder, or JSON / JSON lines with image files beside (an image folder's `metadat
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,7 +198,7 @@ def open_source(
     """
     from . import local
 
-    if images is not None and not Path(images).is_dir():
+    if images is not None and not os.path.isdir(images):
         raise UsageError(f"no image folder {images}")
     if source.name == "shapes":
         if input is not None or images is not None:
@@ -205,39 +206,33 @@ def open_source(
         return _drawn(split, limit, seed)
     if input is None and source.hub is None:
         raise UsageError(f"source {source.name} needs --input, a file or a folder")
-    if input is not None and not Path(input).exists():
+    if input is not None and not os.path.exists(input):
         raise UsageError(f"no such --input: {input}")
-    found = _hub(source, split) if input is None else local.open_local(Path(input), images)
+    found = _hub(source) if input is None else local.open_local(Path(input), images)
     tables: dict[str, list[Table]] = {}
     for name, table in found:
         if split in (None, name, source.rename.get(name)):
             tables.setdefault(source.rename.get(name, name), []).append(table)
     if not tables:
-        raise UsageError(f"{input} has no split {split!r}; it has {', '.join(sorted({name for name, _ in found}))}")
+        raise UsageError(f"{input or source.hub} has no split {split!r}; it has {', '.join(sorted({name for name, _ in found}))}")
     return tables
 
 
-def _hub(source: Source, split: str | None) -> list[tuple[str, Table]]:
-    """Download (or find in the cache) the source's splits."""
+def _hub(source: Source) -> list[tuple[str, Table]]:
+    """Download the source's splits, or find them in the cache of `datasets`."""
     import datasets
 
     from . import local
 
     assert source.hub is not None
     try:
-        there = datasets.get_dataset_split_names(source.hub)
-        wanted = [name for name in there if split in (None, name, source.rename.get(name))]
-        if not wanted:
-            raise UsageError(f"{source.hub} has no split {split!r}; it has {', '.join(there)}")
-        return [
-            (name, local.dataset_table(datasets.load_dataset(source.hub, split=name), f"{source.hub} {name}", None))
-            for name in wanted
-        ]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        found = datasets.load_dataset(source.hub)
+    except Exception as e:  # the hub's client, its HTTP library and the readers raise kinds of their own
         raise UsageError(
             f"cannot load {source.hub} from the hub: {next(iter(str(e).splitlines()), type(e).__name__)}",
             hint="check the connection and `hf auth login`, or give a local copy with --input",
         ) from None
+    return [(name, local.dataset_table(found[name], f"{source.hub}/{name}", None)) for name in found]
 
 
 def _drawn(split: str | None, limit: int | None, seed: int) -> dict[str, list[Table]]:
