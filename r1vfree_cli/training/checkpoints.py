@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from .. import console, contract
 from ..errors import DataError, R1VError, UsageError
 from ..run_dir import RunDir
@@ -65,9 +67,21 @@ class WholeCheckpoints(_Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
-        if self.args.should_save and self.args.save_total_limit:
-            for _, old in checkpoints(folder)[: -self.args.save_total_limit]:
+        if self.args.should_save:
+            clean(folder)
+            limit = self.args.save_total_limit
+            for _, old in checkpoints(folder)[:-limit] if limit else []:
                 _remove(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):  # an adapter
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Files keep the names that published checkpoints have, which for vision-language models are not the
+        # module's. Trainer reads them as they are and only warns that nothing fits; from_pretrained translates.
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+        model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def save_final(trainer, folder: Path) -> None:

@@ -218,7 +218,7 @@ def summary(run: RunDir, trainer, rows: int, dropped: dict[str, int], times: dic
         "steps": trainer.state.global_step,
         "rows": rows,
         "dropped": dropped,
-        "time": {name: round(seconds, 2) for name, seconds in times.items()},
+        "seconds": {name: round(seconds, 2) for name, seconds in times.items()},
         **{key: {"first": values[0], "last": values[-1]} for key, values in ends.items() if values},
     }
 

@@ -241,3 +241,15 @@ def draw_rows(n: int, *, seed: int = 0, sizes=((56, 56), (84, 56), (56, 84))) ->
         }
         for i in range(n)
     ]
+
+
+def write_rows(folder: Path | str, rows: list[dict], split: str = "train") -> Path:
+    """A folder with `rows` (as of `draw_rows`) as one parquet file, for `data.path`; solution may be None."""
+    import datasets
+
+    text = datasets.Value("string")
+    names = ("id", "problem", "solution", "thinking", "source")
+    features = datasets.Features({name: text for name in names} | {"images": datasets.List(datasets.Image())})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(Path(folder) / f"{split}-00000.parquet"))
+    return Path(folder)

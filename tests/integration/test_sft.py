@@ -1,0 +1,370 @@
+"""Supervised warm start on tiny models of the real classes: what is learnt from, what is left out, what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import yaml
+from PIL import Image
+
+from r1vfree_cli import contract, launch, prompts, recipes
+from r1vfree_cli.errors import DataError, Interrupted, UsageError
+from r1vfree_cli.run_dir import RunDir, read_jsonl
+from r1vfree_cli.training import callbacks, checkpoints, sft
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R1V_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sft, "is_main", lambda: True)
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each kind; the names say the other class, which must not matter."""
+    root = tmp_path_factory.mktemp("models")
+    names = {"qwen2_vl": "Qwen2.5-VL-copy", "qwen2_5_vl": "Qwen2-VL-copy"}
+    return {kind: tiny_models.save_tiny(root / name, kind) for kind, name in names.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tiny_models.write_rows(tmp_path_factory.mktemp("data"), tiny_models.draw_rows(12))
+
+
+def make_recipe(
+    model: Path, data: Path, *, lora=None, launch=None, max_prompt_tokens=None, pixels=(784, 7056), **train
+):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "seed": 7,
+    }
+    document = {
+        "model": {
+            "name": str(model),
+            "dtype": "float32",
+            "min_pixels": pixels[0],
+            "max_pixels": pixels[1],
+            "lora": lora,
+        },
+        "data": {"path": str(data), "max_prompt_tokens": max_prompt_tokens},
+        "train": settings | train,
+        "launch": launch or {"preset": "cpu"},
+    }
+    return recipes.validate("sft", document, "of the test")
+
+
+def train(recipe, path: Path, *, resume: bool = False) -> RunDir:
+    """The worker's main, in this process."""
+    run = RunDir(path)
+    run.begin(recipes.to_yaml(recipe), resume=resume)
+    sft.main(recipe, run)
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def rows_of(n: int = 6, **kwargs) -> list[dict]:
+    return tiny_models.draw_rows(n, **kwargs)
+
+
+# --- what the loss is on ---------------------------------------------------------------------------------------
+
+
+def hand_loss(model, processor, rows) -> float:
+    """Cross-entropy of the assistant's tokens and <|im_end|>, each row alone and unpadded."""
+    total, count = 0.0, 0
+    for row in rows:
+        messages = prompts.build_messages(row["problem"], len(row["images"]))
+        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = prompt + prompts.target_text(row["thinking"], row["solution"]) + "<|im_end|>"
+        start = processor(text=[prompt], images=row["images"], return_tensors="pt")["input_ids"].shape[1]
+        inputs = processor(text=[text], images=row["images"], return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        with torch.no_grad():
+            logits = model(**inputs).logits[0].double()  # [tokens, vocabulary]
+        for place in range(start, len(ids)):
+            total -= torch.log_softmax(logits[place - 1], -1)[ids[place]].item()
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_loss_equals_a_hand_computed_masked_cross_entropy(kind, tiny, data, tmp_path):
+    """Rows of different images and lengths in one batch: wrong pairs of image and prompt, or a token of the prompt
+    in the loss, would change it."""
+    recipe = make_recipe(tiny[kind], data)
+    model, processor = tiny_models.load_tiny(tiny[kind])
+    rows = rows_of()
+    expected = hand_loss(model, processor, rows)
+    trainer = sft.R1VSFTTrainer(
+        model=model,
+        args=sft.sft_config(recipe, RunDir(tmp_path)),
+        data_collator=sft.Collator(processor),
+        train_dataset=sft.load_rows(str(data)),
+        processing_class=processor,
+    )
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(sft.Collator(processor)(rows)))
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_are_the_target_and_the_end_of_turn_and_never_the_prompt_none_or_vision_tokens(tiny):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    rows = rows_of()  # every other one has no thinking: "None" must not stand there
+    batch = sft.Collator(processor)(rows)
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
+        learnt = labels[labels != -100]
+        assert learnt.tolist() == ids[labels != -100].tolist()
+        assert learnt[-1] == end and (learnt == end).sum() == 1
+        text = processor.tokenizer.decode(learnt)
+        assert text == prompts.target_text(row["thinking"], row["solution"]) + "<|im_end|>"
+        assert "None" not in text
+        visual = {processor.tokenizer.convert_tokens_to_ids(t) for t in tiny_models.SPECIAL_TOKENS if "vision" in t}
+        assert not set(learnt.tolist()) & (visual | {processor.image_token_id})
+
+
+def test_image_before_text_and_the_same_prompt_as_grpo(tiny):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    row = rows_of(1)[0]
+    batch = sft.Collator(processor)([row])
+    prompt = batch["input_ids"][0][batch["labels"][0] == -100]
+    # What TRL's GRPOTrainer does with the row's `prompt`: template with generation prompt, then the processor.
+    messages = prompts.build_messages(row["problem"], 1)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt.tolist() == processor(text=[text], images=row["images"])["input_ids"][0]
+    decoded = processor.tokenizer.decode(prompt)
+    assert decoded.index("<|image_pad|>") < decoded.index(row["problem"])
+
+
+def test_mm_token_type_ids_and_mask_mark_image_and_padding(tiny):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    batch = sft.Collator(processor)(rows_of())
+    image = batch["input_ids"] == processor.image_token_id
+    assert torch.equal(batch["mm_token_type_ids"] == 1, image)
+    assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == processor.tokenizer.pad_token_id)
+    assert image.sum() == batch["image_grid_thw"].prod(-1).sum() // 4
+
+
+def test_rows_without_images_and_with_two(tiny):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    rows = rows_of(3)
+    rows[0]["images"] = []
+    rows[2]["images"] = [tiny_models.draw(1), tiny_models.draw(2, (84, 84))]
+    batch = sft.Collator(processor)(rows)
+    assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [0, 6, 4 + 9]
+    assert "pixel_values" not in sft.Collator(processor)(rows[:1])
+
+
+# --- what is left out ------------------------------------------------------------------------------------------
+
+
+def select(tmp_path, rows, processor, **limits):
+    limits = {"max_prompt_tokens": None, "max_length": None} | limits
+    return sft.select_rows(sft.load_rows(str(tiny_models.write_rows(tmp_path / "rows", rows))), processor, **limits)
+
+
+def test_rows_without_solution_or_with_control_tokens_are_dropped_and_counted(tiny, tmp_path):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    rows = rows_of()
+    rows[0]["solution"] = None
+    rows[1]["solution"] = "  "
+    rows[2]["problem"] = "What is in <|image_pad|>?"
+    rows[3]["solution"] = "red<|im_end|>"
+    kept, dropped = select(tmp_path, rows, processor)
+    assert kept["id"][:] == [rows[4]["id"], rows[5]["id"]]
+    assert dropped == {"no solution": 2, "control tokens in the text": 2}
+
+
+def test_long_rows_are_dropped_and_counted_and_no_image_is_cut(tiny, tmp_path):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    rows = rows_of()
+    lengths = [int(sft.Collator(processor)([row])["attention_mask"].sum()) for row in rows]
+    limit = sorted(lengths)[2]
+    kept, dropped = select(tmp_path, rows, processor, max_length=limit)
+    assert kept["id"][:] == [r["id"] for r, n in zip(rows, lengths) if n <= limit]
+    assert dropped == {f"longer than {limit} tokens": sum(n > limit for n in lengths)}
+    batch = sft.Collator(processor)([kept[i] for i in range(len(kept))])
+    assert batch["attention_mask"].sum(-1).max() == limit
+    assert (batch["input_ids"] == processor.image_token_id).sum() == batch["image_grid_thw"].prod(-1).sum() // 4
+
+
+def test_nothing_left_is_one_clear_error(tiny, tmp_path):
+    _, processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    with pytest.raises(DataError, match="no row is left.*6 prompt longer than 5 tokens"):
+        select(tmp_path, rows_of(), processor, max_prompt_tokens=5)
+
+
+def test_max_length_of_the_recipe_reaches_the_rows_and_never_trl(tiny, data, tmp_path):
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, max_length=10)
+    assert sft.sft_config(recipe, RunDir(tmp_path / "a")).max_length is None
+    with pytest.raises(DataError, match="longer than 10 tokens"):
+        train(recipe, tmp_path / "b")
+
+
+# --- the run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, data, tmp_path_factory) -> RunDir:
+    """An uninterrupted run of 4 steps."""
+    return train(make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272)), tmp_path_factory.mktemp("sft") / "run")
+
+
+def test_final_loads_and_keeps_processor_template_limits_and_end_tokens(finished, tiny):
+    model, processor = tiny_models.load_tiny(finished.final)
+    base, base_processor = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values()))
+    assert processor.chat_template == base_processor.chat_template
+    assert model.generation_config.eos_token_id == base.generation_config.eos_token_id
+    assert model.generation_config.pad_token_id == base.generation_config.pad_token_id
+    assert processor.tokenizer.eos_token == "<|im_end|>"
+    # Pixel limits set as attributes would be lost here.
+    assert (processor.image_processor.size.shortest_edge, processor.image_processor.size.longest_edge) == (1568, 6272)
+    assert processor(text=["<|image_pad|>"], images=[Image.new("RGB", (400, 400))])["input_ids"][0] == (
+        [processor.image_token_id] * 4
+    )
+    assert not list(finished.path.rglob("*.bin"))
+
+
+def test_metrics_status_summary_and_contract(finished):
+    lines = [line for _, line in read_jsonl(finished.metrics)]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for key in ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "step_time"):
+        assert all(isinstance(line[key], float) for line in lines), key
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert finished.status["state"] == "finished" and finished.status["step"] == 4
+    summary = json.loads(finished.summary.read_text())
+    assert summary["rows"] == 12 and summary["loss"]["last"] == lines[-1]["loss"]
+    for folder in (finished.final, finished.checkpoints / "checkpoint-2", finished.checkpoints / "checkpoint-4"):
+        found = contract.read(folder)
+        assert found and found["max_pixels"] == 6272 and found["template_hash"] == prompts.template_hash()
+        assert found["data"]["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_model_class_is_chosen_from_the_config_not_from_the_path(kind, tiny, data, tmp_path):
+    run = train(make_recipe(tiny[kind], data, max_steps=1, save_strategy="no"), tmp_path / "run")
+    assert json.loads((run.final / "config.json").read_text())["model_type"] == kind
+
+
+def test_lora_trains_an_adapter_over_an_unchanged_base(tiny, data, tmp_path):
+    run = train(make_recipe(tiny["qwen2_5_vl"], data, lora={"r": 3, "alpha": 5}, max_steps=2), tmp_path / "run")
+    assert (run.final / "adapter_model.safetensors").is_file() and not (run.final / "model.safetensors").exists()
+    model, processor = tiny_models.load_tiny(run.final)  # the Auto class follows the adapter to its base
+    base, _ = tiny_models.load_tiny(tiny["qwen2_5_vl"])
+    inputs = sft.Collator(processor)(rows_of(2))
+    inputs.pop("labels")
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits, base(**inputs).logits, atol=1e-4)
+
+
+# --- resume ----------------------------------------------------------------------------------------------------
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """As if SIGTERM had come during `step`."""
+    seen = iter(range(1, 1000))
+    monkeypatch.setattr(callbacks, "stop_requested", lambda: next(seen) >= step)
+
+
+def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_path, finished, monkeypatch):
+    """`--resume` read and ignored would start again; a lost optimizer, RNG or place in the data would show too."""
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    assert run.status["state"] == "interrupted" and not run.final.exists()
+    assert [step for step, _ in checkpoints.checkpoints(run.checkpoints)] == [2, 3]
+    # Beyond the checkpoint: a killed attempt had logged a step more, and half a line.
+    with open(run.metrics, "a") as f:
+        f.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    monkeypatch.setenv("R1V_RESUME", "1")
+    train(recipe, run.path, resume=True)
+    assert [line["step"] for _, line in read_jsonl(run.metrics)] == [1, 2, 3, 4]
+    expected = weights(finished.final)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run.final).items())
+
+
+def test_resume_point_skips_what_is_not_whole(finished, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    run = RunDir(tmp_path)
+    shutil.copytree(finished.checkpoints, run.checkpoints)
+    assert checkpoints.resume_point(run) is None  # not a resume
+    monkeypatch.setenv("R1V_RESUME", "1")
+    assert checkpoints.resume_point(run).name == "checkpoint-4"
+    (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
+    shutil.copytree(run.checkpoints / "checkpoint-2", run.checkpoints / checkpoints.ASIDE / "checkpoint-6")
+    assert checkpoints.resume_point(run).name == "checkpoint-2"
+    assert "checkpoint-4 is not whole" in capsys.readouterr().err
+    (run.checkpoints / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(UsageError, match="save_only_model"):
+        checkpoints.resume_point(run)
+    shutil.rmtree(run.checkpoints)
+    assert checkpoints.resume_point(run) is None
+
+
+def test_a_killed_save_leaves_no_checkpoint_and_the_limit_bounds_the_rest(tiny, data, tmp_path, monkeypatch):
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, max_steps=4, save_steps=1, save_total_limit=2)
+    run = train(recipe, tmp_path / "run")
+    assert [step for step, _ in checkpoints.checkpoints(run.checkpoints)] == [3, 4]
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.Trainer._save_rng_state", no_space)
+    with pytest.raises(UsageError, match="no space left"):
+        train(recipe, tmp_path / "full")
+    assert checkpoints.checkpoints(tmp_path / "full" / "checkpoints") == []
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3"])
+def test_two_processes_give_the_same_first_step_and_a_model_that_loads(preset, tiny, data, tmp_path, finished):
+    recipe = make_recipe(
+        tiny["qwen2_5_vl"],
+        data,
+        pixels=(1568, 6272),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        launch={"preset": preset, "device": "cpu", "processes": 2},
+    )
+    run = RunDir(tmp_path / "run")
+    run.begin(recipes.to_yaml(recipe))
+    launch.execute(launch.plan("sft", recipe, run.path), run.logs)
+    assert yaml.safe_load(run.recipe.read_text())["launch"]["processes"] == 2
+    first = next(line for _, line in read_jsonl(run.metrics))
+    alone = next(line for _, line in read_jsonl(finished.metrics))
+    assert first["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+    assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+    trained = tiny_models.load_tiny(run.final)[0].state_dict()
+    base = tiny_models.load_tiny(tiny["qwen2_5_vl"])[0].state_dict()
+    assert trained.keys() == base.keys()
+    changed = [name for name in base if not torch.equal(trained[name], base[name])]
+    assert len(changed) == len(base)
+    assert {r["id"] for r in sft.load_rows(str(data))} and checkpoints.is_whole(run.checkpoints / "checkpoint-2")
