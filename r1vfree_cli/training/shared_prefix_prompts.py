@@ -1,0 +1,161 @@
+"""The distinct prompts of a batch and their images, each processed once however many completions it has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+class RowsByReference(torch.utils.data.Dataset):
+    """A dataset that loads each distinct row of a batch once and repeats it by reference.
+
+    TRL's sampler asks for every row once per completion, and for the same batch again for every step that reuses its
+    completions; a row holds decoded images.
+    """
+
+    def __init__(self, rows) -> None:
+        self.rows = rows
+        self._last: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list:
+        self._last = {i: self._last[i] if i in self._last else self.rows[i] for i in dict.fromkeys(indices)}
+        return [self._last[i] for i in indices]
+
+
+def equal_prompts(a: Any, b: Any) -> bool:
+    """Whether two prompts are the same, images compared by content where they are not one object."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_prompts(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal_prompts, a, b))
+    if hasattr(a, "shape"):
+        return a.shape == b.shape and bool((a == b).all())
+    return bool(a == b)
+
+
+@dataclass
+class DistinctPrompts:
+    """What the processor made of the distinct prompts of a batch.
+
+    ids: token ids of each.
+    images: the images of each, or None.
+    fields: the processor's other outputs: `pixel_values` and `image_grid_thw` over all images, lists per prompt.
+    sizes: how many rows of the batch each prompt has; they are adjacent.
+    encoded: `pixel_values` holds what the vision tower made of the images.
+    """
+
+    ids: list[list[int]]
+    images: list | None
+    fields: dict[str, Any]
+    sizes: list[int]
+    encoded: bool = False
+
+    def repeat(self, values: Sequence) -> list:
+        """One value per prompt to one per row."""
+        return [v for v, size in zip(values, self.sizes, strict=True) for _ in range(size)]
+
+    def lead_images(self) -> list[list] | None:
+        """Images per row as the passes take them: only the first row of a prompt has them."""
+        if self.images is None:
+            return None
+        return [row for x, size in zip(self.images, self.sizes, strict=True) for row in [x or []] + [[]] * (size - 1)]
+
+    def grids(self) -> list[torch.Tensor | None]:
+        """`image_grid_thw` of each prompt."""
+        grid = self.fields.get("image_grid_thw")
+        if grid is None or self.images is None:
+            return [None] * len(self.ids)
+        return list(torch.split(grid, [len(x or []) for x in self.images]))
+
+    def repeated_fields(self) -> dict[str, Any]:
+        """The fields as the processor would have made them of all rows."""
+        out = dict(self.fields)
+        if self.images is not None and "pixel_values" in out:
+            grids = self.grids()
+            patches = torch.split(out["pixel_values"], [int(g.prod(-1).sum()) for g in grids])
+            out["pixel_values"] = torch.cat(self.repeat(patches))
+            out["image_grid_thw"] = torch.cat(self.repeat(grids))
+        return {k: self.repeat(v) if isinstance(v, list) else v for k, v in out.items()}
+
+
+class PreparedProcessor:
+    """Stands in for a processor whose next call is for inputs that are known already."""
+
+    def __init__(self, processor, prepared: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self._processor = processor
+        self._prepared = prepared
+
+    def __getattr__(self, name: str):
+        return getattr(self._processor, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return self._prepared()
+
+
+def left_pad(
+    rows: Sequence[Sequence[int]], value: int, multiple: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different length as (B, P) tensors of values and of ones where a row has them."""
+    width = max(len(row) for row in rows)
+    if multiple:
+        width = -(-width // multiple) * multiple
+    ids = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+# --- images through the vision tower -----------------------------------------------------------------------------
+
+
+def encode_images(whole, pixel_values: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """What the vision tower of `whole` makes of the images: (image tokens, H), levels side by side for DeepStack."""
+    out = whole.get_image_features(pixel_values, grid, return_dict=True)
+    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    return torch.cat([torch.cat(tuple(x)) for x in levels], dim=-1)
+
+
+def model_images(whole, pixel_values: torch.Tensor | None, grid: torch.Tensor, *, encoded: bool) -> dict[str, Any]:
+    """Keyword arguments that show the images to the model: raw, or as `encode_images` left them."""
+    if pixel_values is None or not len(pixel_values):
+        return {}
+    if not encoded:
+        return {"pixel_values": pixel_values, "image_grid_thw": grid}
+    first, *deeper = pixel_values.split(whole.config.get_text_config().hidden_size, dim=-1)
+    output = BaseModelOutputWithPooling(pooler_output=(first,))
+    output.deepstack_features = [(x,) for x in deeper]
+    return {"mm_encoder_outputs": {"image": output}}
+
+
+def same_frozen_vision(policy, reference) -> bool:
+    """Whether the vision tower is not trained and the reference has the same one, so that its output serves both.
+
+    It also needs a transformers whose models take that output (`mm_encoder_outputs`, 5.19).
+    """
+    if "mm_encoder_outputs" not in inspect.signature(type(policy).forward).parameters:
+        return False
+    own = dict(policy.base_model.visual.named_parameters())
+    if any(p.requires_grad for p in own.values()):
+        return False
+    if reference is None:
+        return True
+    other = dict(reference.base_model.visual.named_parameters())
+    # Under ZeRO-3 a rank holds its shard of each weight in `ds_tensor`.
+    return own.keys() == other.keys() and all(
+        torch.equal(getattr(own[k], "ds_tensor", own[k]).cpu(), getattr(other[k], "ds_tensor", other[k]).cpu())
+        for k in own
+    )
