@@ -1,1 +1,109 @@
-"""Rewards: text rewards, AI feedback and its backends."""
+"""Rewards: text rewards, AI feedback and its backends. Nothing here imports torch until a local judge is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import AnyReward, FeedbackReward, Reward
+from ..embedded import is_embedded, resolve_model
+from ..errors import UsageError
+from ..run_dir import cache_dir
+from .feedback import Feedback
+from .judging import Backend
+from .text import accuracy_reward, format_reward
+
+URL_VARIABLE = "R1V_REWARD_URL"  # set by the launcher, which starts the server of `serve`
+
+
+class TextReward:
+    """A pure function of the text, with the name and weight of the recipe."""
+
+    required = False
+
+    def __init__(self, reward: Reward, name: str, function: Callable[..., list]):
+        self.__name__, self.weight, self._function = name, reward.weight, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[float | None]:
+        return self._function(*args, **kwargs)
+
+    def identity(self) -> dict:
+        """What the run contract keeps of this reward."""
+        return {"name": self.__name__, "weight": self.weight}
+
+
+def build_rewards(
+    rewards: Sequence[AnyReward], *, seed: int = 42, cache_root: Path | None = None
+) -> list[TextReward | Feedback]:
+    """The callables of a recipe's rewards, in order, after TRL's protocol; each with `__name__` and `weight`.
+
+    Args:
+        rewards: as validated.
+        seed: the run's, which names embedded judges.
+        cache_root: folder of the judgement cache; by default the user's.
+
+    Raises:
+        UsageError, DataError: an embedded judge does not exist or is not built yet.
+    """
+    functions: dict[str, Callable[..., list]] = {"format": format_reward, "accuracy": accuracy_reward}
+    return [
+        build_feedback(reward, seed=seed, cache_root=cache_root)
+        if isinstance(reward, FeedbackReward)
+        else TextReward(reward, reward.name, functions[reward.name])
+        for reward in rewards
+    ]
+
+
+def build_feedback(reward: FeedbackReward, *, seed: int = 42, cache_root: Path | None = None) -> Feedback:
+    """One AI feedback reward; connects to nothing and loads nothing yet."""
+    model = (reward.serve.model if reward.serve else reward.model) or ""
+    revision = reward.serve.revision if reward.serve else reward.revision
+    if is_embedded(model):
+        model = resolve_model(model, seed)
+    url = os.environ.get(URL_VARIABLE) if reward.serve else reward.base_url
+    if reward.serve and not url:
+        raise UsageError(f"rewards.feedback.serve: no server was started ({URL_VARIABLE} is not set)")
+    folder: Path | None = None
+    if reward.cache:
+        folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")
+    share = 1 / max(1, int(os.environ.get("WORLD_SIZE", "1")))
+    backend = _backend(reward, model, revision, str(url))
+    return Feedback(reward, backend, identity=_identity(reward, model, revision), cache=folder, share=share)
+
+
+def _backend(reward: FeedbackReward, model: str, revision: str | None, url: str) -> Backend:
+    # Imported here: the openai client takes a second to import, and text rewards do not need it.
+    if reward.backend == "local":
+        from .in_process import InProcessJudge
+
+        return InProcessJudge(model, revision)
+    from .chat import ChatJudge
+    from .classify import ClassifyJudge
+    from .http_judge import key_of
+
+    judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
+    return judge(reward, url, key_of(reward))
+
+
+def _identity(reward: FeedbackReward, model: str, revision: str | None) -> dict:
+    identity: dict[str, Any] = {"backend": reward.backend, "model": model, "revision": revision}
+    if Path(model).is_dir():
+        identity["files"] = _fingerprint(Path(model))
+    if reward.base_url:
+        identity["base_url"] = reward.base_url
+    if reward.request:
+        identity["request"] = reward.request
+    # The same model gives the same scores in this process and served by r1v: one cache for both.
+    if reward.backend == "local" or reward.serve:
+        identity["backend"] = "r1v"
+    return identity
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hex digest of a model folder's file names, sizes and times: another model in the same place is another judge."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    stats = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()

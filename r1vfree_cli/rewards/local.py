@@ -94,7 +94,7 @@ class LocalJudge:
         try:
             self.processor = AutoProcessor.from_pretrained(model, revision=revision)
             with _whole_model(), torch.random.fork_rng():
-                loaded, info = auto.from_pretrained(model, revision=revision, dtype=dtype, output_loading_info=True)
+                loaded, info = auto.from_pretrained(model, revision=revision, dtype=dtype, output_loading_info=True)  # type: ignore[misc]
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise _unloadable(model, e) from None
         if info["missing_keys"]:

@@ -1,0 +1,66 @@
+"""The `classify` backend: POST {base_url}/classify in the shape of vLLM's endpoint for chat messages.
+
+`r1v serve-reward` and `vllm serve` both speak it. vLLM turns a vision-language model into such a classifier with
+`--runner pooling --hf-overrides '{"architectures": ["Qwen2_5_VLForSequenceClassification"], "classifier_from_token":
+["No", "Yes"], "method": "no_post_processing"}'`: of two classes the last is P(Yes), as here.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import Field
+
+from .http_judge import HttpJudge, Reply, Usage
+from .judge_prompt import messages_for
+from .judging import Failure, Question, Verdict, checked
+
+
+class _Data(Reply):
+    probs: list[Any] = Field(min_length=1)
+
+
+class _Classification(Reply):
+    data: list[_Data]
+    usage: Usage = Usage()
+
+
+class ClassifyJudge(HttpJudge):
+    """One request per judgement: the server batches."""
+
+    path = "/classify"
+
+    async def open(self) -> None:
+        await super().open()
+        self.prompt = self.reward.prompt if self.reward.prompt != "auto" else await self._served_prompt()
+
+    async def _served_prompt(self) -> Any:
+        """Which prompt the served model wants: r1v's server says so at /info, another one is asked Yes or No.
+
+        A server that is down must not be taken for another one: its `Failure` goes on.
+        """
+        try:
+            wanted = json.loads(await self._send("GET", "/info", optional=True))["model"]["prompt"]
+        except (ValueError, TypeError, KeyError):
+            return "judge"
+        return wanted if wanted in ("judge", "conversation") else "judge"
+
+    def body(self, question: Question) -> dict:
+        messages = messages_for(self.prompt, question.problem, question.answer, len(question.images))
+        images = iter(question.images)
+        for message in messages:
+            message["content"] = [
+                {"type": "image_url", "image_url": {"url": next(images).data_uri}} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
+        model = {"model": self.reward.model} if self.reward.model else {}
+        asked = {"messages": messages, "add_generation_prompt": self.prompt == "judge"}
+        return {**model, **asked, **self.reward.request}
+
+    def read(self, document: Any) -> Verdict:
+        reply = _Classification.model_validate(document)
+        if len(reply.data) != 1:
+            raise Failure("wrong_count", f"{len(reply.data)} scores for one question")
+        score = checked(reply.data[0].probs[-1], bounded=self.prompt == "judge")
+        return Verdict(score, reply.usage.prompt_tokens)

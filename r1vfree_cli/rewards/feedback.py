@@ -1,0 +1,256 @@
+"""AI feedback as a reward: another model's judgement of the extracted answer, and what happens when there is none.
+
+Three kinds of failure, three answers. The policy's (no answer, an empty one, one over the length cap): the floor
+score, and no request. The infrastructure's: None, which means not scored and is never a number. The configuration's,
+and a used-up budget: an `R1VError`, which stops the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import FeedbackReward
+from ..errors import GuardStop, R1VError, UsageError
+from ..prompts import parse
+from .cache import JudgementCache
+from .judge_prompt import prompt_hash
+from .judging import Backend, Failure, JudgeImage, Question, Verdict
+from .text import completion_text
+
+Asked = tuple[Sequence[Any], str, str | None]  # PIL images, question, answer
+PROBE_S = 60.0  # how long a trial question may take
+PAUSE_S = 0.5
+
+
+class Feedback:
+    """An asynchronous reward after TRL's protocol: `await feedback(prompts, completions, images=..., problem=...)`.
+
+    It works in an event loop of its own, so that TRL's loop, canaries and probes may all ask it.
+
+    Args:
+        reward: the recipe's settings.
+        backend: the judge.
+        identity: what decides a judgement beside the question: model, revision, prompt. Part of cache keys.
+        cache: folder of the judgement cache, or None.
+        share: the part of `max_cost` that this process may spend.
+
+    Attributes:
+        failures: the last failures, as lines.
+    """
+
+    def __init__(
+        self,
+        reward: FeedbackReward,
+        backend: Backend,
+        *,
+        identity: dict,
+        cache: Path | None = None,
+        share: float = 1.0,
+    ):
+        self.__name__ = reward.name
+        self.weight, self.required = reward.weight, reward.required
+        self.max_failed_fraction = reward.max_failed_fraction
+        self.failures: deque[str] = deque(maxlen=100)
+        self._reward, self._backend, self._identity = reward, backend, identity
+        self._cache = JudgementCache(cache)
+        self._budget = None if reward.max_cost is None else reward.max_cost * share
+        self._spent = 0.0
+        self._opened = False
+        self._slots = asyncio.Semaphore(reward.concurrency)
+        self._stats: Counter[str] = Counter()
+        self._latencies: list[float] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._start_lock = threading.Lock()
+
+    async def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        images: Sequence[Any] | None = None,
+        problem: Sequence[str] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """One score, or None, for each completion.
+
+        Args:
+            prompts: not used: the judge sees the row's question, not the policy's prompt.
+            completions: replies, as text or as lists of messages.
+            images: for each completion a list of PIL images.
+            problem: for each completion the row's question.
+
+        Raises:
+            UsageError: the judge's configuration is wrong, or the rows have no `problem`.
+            GuardStop: `max_cost` is reached.
+        """
+        if problem is None:
+            raise UsageError("the feedback reward needs the column `problem`")
+        pictures = images if images is not None else [None] * len(completions)
+        asked = [
+            (picture or [], question, parse(completion_text(completion)).answer)
+            for picture, question, completion in zip(pictures, problem, completions, strict=True)
+        ]
+        return await asyncio.wrap_future(self._submit(self._score(asked, True, self._reward.step_deadline_s)))
+
+    def ask(
+        self, items: Sequence[Asked], *, use_cache: bool = True, deadline_s: float | None = None
+    ) -> list[float | None]:
+        """The same for (images, question, answer) directly, from synchronous code.
+
+        Raises:
+            UsageError, GuardStop: as when called.
+        """
+        seconds = self._reward.step_deadline_s if deadline_s is None else deadline_s
+        return self._submit(self._score(items, use_cache, seconds)).result()
+
+    def probe(self) -> None:
+        """Ask the judge one question, so that a wrong configuration is known before step 1.
+
+        Raises:
+            UsageError, DataError: with what the judge said.
+        """
+        from PIL import Image
+
+        item = ([Image.new("RGB", (56, 56), (200, 30, 30))], "What colour is the image?", "red")
+        seen = len(self.failures)
+        (score,) = self.ask([item], use_cache=False, deadline_s=min(PROBE_S, self._reward.step_deadline_s))
+        if score is None:
+            raise UsageError(
+                f"the judge gave no verdict on a trial question ({self._where()})",
+                details=list(self.failures)[seen:][-3:],
+                hint="start the judge, or correct rewards.feedback; r1v doctor --recipe NAME tries again",
+            )
+
+    def stats(self) -> dict[str, float]:
+        """Counts, times and costs since the last call, under `judge/...`; latencies in seconds."""
+        stats: dict[str, float] = {"judge/calls": 0, "judge/cache_hits": 0, "judge/cost": 0.0, **self._stats}
+        latencies = sorted(self._latencies)
+        if latencies:
+            stats["judge/latency_p50"] = latencies[len(latencies) // 2]
+            stats["judge/latency_p95"] = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
+        self._stats, self._latencies = Counter(), []
+        return stats
+
+    def identity(self) -> dict:
+        """What the run contract keeps of this reward."""
+        kept = {"floor": self._reward.floor, "max_answer_chars": self._reward.max_answer_chars}
+        return {"name": self.__name__, "weight": self.weight, **self._identity, **kept, "prompt_sha256": prompt_hash()}
+
+    def close(self) -> None:
+        """Let go of the judge and end the loop's thread."""
+        with self._start_lock:
+            loop, self._loop = self._loop, None
+        if loop is None:
+            return
+        if self._opened:
+            asyncio.run_coroutine_threadsafe(self._backend.close(), loop).result()
+            self._opened = False
+        self._cache.close()
+        loop.call_soon_threadsafe(loop.stop)
+
+    # --- inside the loop ---------------------------------------------------------------------------------------
+
+    def _submit(self, work: Coroutine[Any, Any, list[float | None]]) -> Any:
+        with self._start_lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="r1v-judge", daemon=True).start()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _score(self, items: Sequence[Asked], use_cache: bool, seconds: float) -> list[float | None]:
+        deadline = time.monotonic() + seconds
+        opened = await self._open(deadline)
+        wrapped: dict[int, JudgeImage] = {}
+        keys: list[str | None] = []
+        questions: dict[str, Question] = {}
+        identity = {**self._identity, "prompt": self._backend.prompt, "prompt_sha256": prompt_hash()}
+        for images, problem, answer in items:
+            if not answer or not answer.strip() or len(answer) > self._reward.max_answer_chars:
+                keys.append(None)
+                self._stats["judge/floored"] += 1
+                continue
+            pictures = tuple(wrapped.setdefault(id(image), JudgeImage(image)) for image in images)
+            question = Question(pictures, problem, answer.strip())
+            keys.append(question.key(identity))
+            questions.setdefault(question.key(identity), question)
+        scores = self._cache.get(list(questions)) if use_cache else {}
+        self._stats["judge/cache_hits"] += len(scores)
+        wanted = {key: question for key, question in questions.items() if key not in scores}
+        fresh: dict[str, float] = {}
+        try:
+            if wanted and opened:
+                await self._ask_all(wanted, fresh, deadline)
+        finally:
+            # What was paid for is kept, also when the run is about to stop.
+            if use_cache:
+                self._cache.put(fresh)
+        scores.update(fresh)
+        return [self._reward.floor if key is None else scores.get(key) for key in keys]
+
+    async def _open(self, deadline: float) -> bool:
+        """Get the judge ready, trying again until the deadline; False when it could not be reached."""
+        while not self._opened:
+            try:
+                await self._backend.open()
+                self._opened = True
+            except Failure as failure:
+                if time.monotonic() + PAUSE_S > deadline:
+                    self._failed(failure)
+                    return False
+                await asyncio.sleep(PAUSE_S)
+        return True
+
+    async def _ask_all(self, wanted: dict[str, Question], found: dict[str, float], deadline: float) -> None:
+        """Put into `found` the scores that the judge gives before the deadline; an R1VError ends the others."""
+        # A judge over HTTP gets its questions one by one, one in this process all of them in a batch.
+        parts = [[key] for key in wanted] if self._backend.one_by_one else [list(wanted)]
+        tasks = [asyncio.ensure_future(self._ask_part({k: wanted[k] for k in part}, found)) for part in parts]
+        timeout = max(0.0, deadline - time.monotonic())
+        done, pending = await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
+        for task in pending:
+            task.cancel()
+        if pending:
+            await asyncio.wait(pending)
+        errors = [e for task in done if (e := task.exception())]
+        if errors:
+            raise next((e for e in errors if isinstance(e, R1VError)), errors[0])
+        for _ in pending:
+            self._failed(Failure("deadline", "no verdict before the step's deadline"))
+
+    async def _ask_part(self, part: dict[str, Question], found: dict[str, float]) -> None:
+        async with self._slots:
+            if self._budget is not None and self._spent >= self._budget:
+                raise GuardStop(
+                    f"the judge's cost reached its ceiling: {self._spent:.4g} of {self._budget:.4g} in this process",
+                    hint="rewards.feedback.max_cost is the ceiling of all processes together; --resume goes on",
+                )
+            self._stats["judge/calls"] += len(part)
+            results = await self._backend.judge(list(part.values()))
+        for key, result in zip(part, results, strict=True):
+            if isinstance(result, Verdict):
+                found[key] = result.score
+                self._latencies.append(result.seconds)
+                self._pay(result)
+            else:
+                self._failed(result)
+
+    def _pay(self, verdict: Verdict) -> None:
+        self._stats["judge/tokens"] += verdict.input_tokens + verdict.output_tokens
+        if self._reward.price:
+            price = self._reward.price
+            cost = (verdict.input_tokens * price.input + verdict.output_tokens * price.output) / 1e6
+            self._spent += cost
+            # A Counter holds floats as well as counts.
+            self._stats["judge/cost"] += cost  # type: ignore[assignment]
+
+    def _failed(self, failure: Failure) -> None:
+        self._stats[f"judge/failed/{failure.kind}"] += 1
+        self.failures.append(f"{failure.kind}: {failure.message}")
+
+    def _where(self) -> str:
+        return str(getattr(self._backend, "base_url", None) or self._identity.get("model"))
