@@ -14,9 +14,11 @@ from typing import Any
 import yaml
 
 from ..errors import DataError, UsageError
+from ..recipes import read_yaml
 from ..run_dir import RunDir, read_json
 
 REDACTED = "[redacted]"
+_DEPTH = 40  # of nesting; nothing that r1v writes comes near it
 # Values under these keys are never shown. `api_key_env` (a variable's name) and `max_prompt_tokens` are no secrets.
 _SECRET_KEY = re.compile(
     r"(?i)^(env|environ|environment|.*(api[-_]?key|password|passwd|secret|authorization|credentials?|cookie)"
@@ -82,24 +84,31 @@ def table(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def clean(value: Any) -> Any:
     """The same document, fit to be shown: secrets replaced, control characters and lone surrogates too."""
     return _clean(value, _planted())
 
 
-def _clean(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, str):
-        return _clean_text(value, secrets)
+def _clean(value: Any, secrets: list[str], depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        return "..."
     if isinstance(value, dict):
         return {
-            _clean_text(str(k), secrets): REDACTED if v and _SECRET_KEY.match(str(k)) else _clean(v, secrets)
+            _clean_text(str(k), secrets): REDACTED if v and _SECRET_KEY.match(str(k)) else _clean(v, secrets, depth + 1)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
         # In an argv the value follows its flag: --api-key VALUE.
         flags = [isinstance(v, str) and v.startswith("--") and bool(_SECRET_KEY.match(v[2:])) for v in value]
-        return [REDACTED if i and flags[i - 1] else _clean(v, secrets) for i, v in enumerate(value)]
-    return value
+        return [REDACTED if i and flags[i - 1] else _clean(v, secrets, depth + 1) for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _clean_text(str(value), secrets)
 
 
 def _clean_text(text: str, secrets: list[str]) -> str:
@@ -107,8 +116,8 @@ def _clean_text(text: str, secrets: list[str]) -> str:
     for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = _URL_LOGIN.sub(f"{REDACTED}@", text)
-    text = _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
-    return _BEARER.sub(REDACTED, _SECRET_TEXT.sub(REDACTED, text))
+    text = _BEARER.sub(REDACTED, _SECRET_TEXT.sub(REDACTED, text))
+    return _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
 
 
 def _planted() -> list[str]:
@@ -254,9 +263,13 @@ def check_comparable(evals: list[Eval]) -> None:
 
 def _recipe(path: Path, notes: list[str]) -> dict:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as e:
-        notes.append(f"recipe.yaml cannot be read: {clean(str(e).splitlines()[0])}")
+        text = path.read_text(encoding="utf-8")
+        # An alias can make a small file endless; recipes that r1v writes have none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it holds YAML aliases")
+        document = read_yaml(text, "it")
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, UsageError) as e:
+        notes.append(f"recipe.yaml cannot be read: {clean(first_line(e))}")
         return {}
     if not isinstance(document, dict):
         notes.append("recipe.yaml holds no recipe")

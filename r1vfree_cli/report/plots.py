@@ -139,6 +139,8 @@ def _save(figure, name: str, alt: str, caption: str) -> Figure:
     # No mathtext: labels come from folder names, and a `$` in one must stay a `$`.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
         svg, png = io.StringIO(), io.BytesIO()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out now, and saving twice would do it twice more
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=160, metadata={"Software": MARK})
     return Figure(name, _inline(svg.getvalue(), name, alt), png.getvalue(), alt, caption)

@@ -111,15 +111,15 @@ def _markdown(view: dict) -> str:
     # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
     environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
     environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
-    text = environment.get_template("report.md.j2").render(view)
-    return re.sub(r"\n{3,}", "\n\n", text)
+    return environment.get_template("report.md.j2").render(view)
 
 
 def markdown(value: Any) -> str:
-    """Text as Markdown that shows exactly it: no emphasis, no cell or block starts, no HTML."""
+    """Text as Markdown that shows exactly it: no emphasis, no cell, list or heading starts, no HTML."""
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text)
-    return re.sub(r"\s*\n\s*", "<br>", text.strip("\n"))
+    text = re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", text.strip())
+    text = re.sub(r"^(\d+)([.)])(?=\s|$)|^()([-+=])(?=\s|-|=|$)", r"\1\3\\\2\4", text)
+    return re.sub(r"\s*\n\s*", "<br>", text)
 
 
 def fence(text: Any) -> Raw:

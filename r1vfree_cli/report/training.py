@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..prompts import INSTRUCTION
-from .collect import Run, clean, number, table
+from .collect import Run, clean, first_line, number, table
 from .images import Album, Picture, row_images
 from .plots import Figure, Series, curve
 from .view import NONE, Cell, Table, duration, flatten, percent, plain, signed
@@ -256,7 +256,7 @@ def _groups(run: Run, index: int, notes: list[str]) -> list[Group]:
     try:
         rows = pq.read_table(file).to_pylist()
     except (pa.ArrowException, OSError) as e:
-        notes.append(f"rollouts/{file.name} cannot be read: {clean(str(e).splitlines()[0])}")
+        notes.append(f"rollouts/{file.name} cannot be read: {clean(first_line(e))}")
         return []
     by_group: dict[Any, list[dict]] = {}
     for row in rows:

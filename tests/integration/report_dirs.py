@@ -36,9 +36,15 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def make_run(
-    path: Path, *, steps: int = 120, state: str = "finished", seed: int = 0, completion: str | None = None
+    path: Path,
+    *,
+    steps: int = 120,
+    state: str = "finished",
+    seed: int = 0,
+    completion: str | None = None,
+    plain: bool = False,
 ) -> Path:
-    """A GRPO run with metrics, rollouts every 20 steps over 8 rows with images, summary and contract."""
+    """A GRPO run with metrics (`plain`: reward alone), rollouts every 20 steps over 8 rows with images, summary and contract."""
     rng = random.Random(seed)
     path.mkdir(parents=True)
     data = path.parent / f"{path.name}-data"
@@ -83,7 +89,8 @@ def make_run(
             "judge/calls": 64,
             "judge/failed/timeout": int(step % 40 == 0),
         }
-        metrics.append(line)
+        # Pictures are what a report takes longest for: a plain run has one curve.
+        metrics.append({k: line[k] for k in ("step", "reward")} if plain else line)
     write_jsonl(path / "metrics.jsonl", metrics)
     (path / "rollouts").mkdir()
     for step in range(1, steps + 1, 20):
