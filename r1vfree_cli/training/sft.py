@@ -29,7 +29,13 @@ IGNORED = -100  # the label that cross-entropy skips
 
 
 class R1VSFTTrainer(WholeCheckpoints, SFTTrainer):
-    """TRL's trainer with whole checkpoints; the algorithm is TRL's."""
+    """TRL's trainer with whole checkpoints and a loss that is the mean over the tokens of the whole batch."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        # Qwen-VL classes say False, about their own loss. TRL computes it here, and would then average the means of
+        # ranks and micro-batches: rows with short answers would count for more, in a way that depends on the layout.
+        self.model_accepts_loss_kwargs = True
 
 
 # --- data ------------------------------------------------------------------------------------------------------
