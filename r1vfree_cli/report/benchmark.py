@@ -2,75 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..hallusion.score import METRICS, Item
-from ..hallusion.stats import compare
-from ..prompts import parse
+from ..hallusion.score import METRICS
+from .changes import Changes, Comparison, changes, pair
 from .collect import Eval, number, table
-from .images import Album, Picture
+from .images import Album
 from .plots import Figure, Series, dots
-from .replies import Replies, figure_bytes, read_replies
+from .replies import find_figures, read_replies
 from .view import NONE, Cell, Table, duration, flatten, p_value, percent, plain, signed
 
-SHOWN_CHANGES = 8  # questions shown of those gained, and of those lost
-MAX_CHARS = 3000  # of one reply
 _NAMES = {"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "easy_aAcc": "easy", "hard_aAcc": "hard"}
-
-
-@dataclass(frozen=True)
-class Said:
-    """One eval's reply to a question."""
-
-    who: str
-    verdict: str  # right, wrong, unclear, unjudged
-    answer: str
-    reply: str
-
-    @property
-    def tone(self) -> str:
-        return {"right": "up", "wrong": "down"}.get(self.verdict, "")
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A question that one eval has right and the other has not."""
-
-    where: str
-    question: str
-    right: str
-    replies: list[Said]
-    picture: Picture | None
-    has_figure: bool
-
-
-@dataclass(frozen=True)
-class Part:
-    title: str
-    shown: list[Changed]
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Questions gained and lost between two evals."""
-
-    title: str
-    lead: str
-    parts: list[Part]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`stats.compare` of an eval with the reference eval."""
-
-    label: str
-    reference: str
-    result: dict
-
-    def to_dict(self) -> dict:
-        return {"label": self.label, "reference": self.reference, **self.result}
 
 
 @dataclass(frozen=True)
@@ -99,15 +42,17 @@ class Benchmark:
 def view(evals: list[Eval], album: Album) -> Benchmark:
     """The benchmark's part for one or more comparable evals; the first is the reference of comparisons."""
     replies = {e.label: read_replies(e) for e in evals}
-    comparisons = [c for e in evals[1:] if (c := _compare(evals[0], e, replies))]
+    if len(evals) > 1:
+        find_figures(evals[0], replies[evals[0].label])
+    comparisons = [c for e in evals[1:] if (c := pair(evals[0], e, replies))]
     by_label = {e.label: e for e in evals}
     tables = [_main(evals, comparisons), *_pairs(comparisons), _by_category(evals), _by_subcategory(evals)]
     return Benchmark(
         lead=_lead(evals, comparisons),
-        tables=[t for t in [*tables, _honest(evals, replies)] if t.rows],
+        tables=[t for t in [*tables, _honest(evals)] if t.rows],
         figures=_figures(evals),
         comparisons=comparisons,
-        changed=[_changes(c, evals[0], by_label[c.label], replies, album) for c in comparisons],
+        changed=[changes(c, evals[0], by_label[c.label], replies, album) for c in comparisons],
         evals=[_how(e) for e in evals],
         notices=_notices(evals),
     )
@@ -132,30 +77,35 @@ def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
 def _notices(evals: list[Eval]) -> list[str]:
     found = []
     for e in evals:
+        warnings = e.scores.get("warnings")
+        found += [f"{e.label}: {plain(w)}" for w in warnings] if isinstance(warnings, list) else []
         unjudged = number(e.scores.get("unjudged")) or 0
-        if unjudged:
+        if unjudged and not any("unjudged" in line for line in found):
             found.append(
-                f"{e.label}: {unjudged:.0f} questions are unjudged and count as not right; its scores are a lower bound."
+                f"{e.label}: {unjudged:.0f} questions are unjudged; those without a verdict count as not right."
             )
-    for key, what in (
-        ("judge", "judges"),
-        ("judge_input", "judge inputs"),
-        ("template_hash", "prompts"),
-        ("max_pixels", "pixel limits"),
+    for what, read in (
+        ("judges", _judge),
+        ("prompts", lambda e: str(_setting(e, "template_hash") or "")[:12]),
+        ("pixel limits", lambda e: plain([v for k in ("min_pixels", "max_pixels") if (v := _setting(e, k))])),
     ):
-        values = {e.label: plain(_setting(e, key)) for e in evals}
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"{label}: {value}" for label, value in values.items())
+        values = {e.label: read(e) for e in evals}
+        if len(set(values.values()) - {"", NONE}) > 1:
+            listed = ", ".join(f"{label}: {value or NONE}" for label, value in values.items())
             found.append(f"The evals have different {what} ({listed}): part of a difference may come from that.")
     return found
 
 
 def _setting(e: Eval, key: str) -> Any:
-    """A setting, wherever in eval.json it is: at the top, in settings, or in the model's contract."""
-    for part in (e.settings, table(e.settings.get("settings")), table(e.settings.get("contract"))):
-        if key in part:
-            return part[key]
-    return None
+    return table(e.scores.get("settings")).get(key)
+
+
+def _judge(e: Eval) -> str:
+    """The judge in words: what must be equal for two results to be judged alike."""
+    judge = table(_setting(e, "judge"))
+    shown = f"shown the {judge['judge_input']}" if judge.get("judge_input") else ""
+    prompt = f"prompt {str(judge['prompt_sha256'])[:12]}" if judge.get("prompt_sha256") else ""
+    return " ".join(str(part) for part in (judge.get("kind"), judge.get("model"), shown, prompt) if part)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -194,8 +144,7 @@ def _main(evals: list[Eval], comparisons: list[Comparison]) -> Table:
 
 
 def _model(e: Eval) -> str:
-    model = _setting(e, "model")
-    name = model.get("name") or model.get("path") if isinstance(model, dict) else model
+    name = _setting(e, "model")
     return "" if not name or str(name) == e.label else str(name)
 
 
@@ -243,46 +192,47 @@ def _by_subcategory(evals: list[Eval]) -> Table:
     return Table("aAcc by subcategory, %", ["subcategory", *[e.label for e in evals]], rows)
 
 
-def _honest(evals: list[Eval], replies: dict[str, Replies]) -> Table:
-    """What the score alone hides: bias, kinds of error, answers that could not be read."""
-
-    def row(
-        name: str, value: Callable[[Eval], Any], show: Callable[[Any], str] = plain, sub: str = ""
-    ) -> list[Cell] | None:
-        found = [value(e) for e in evals]
-        return [Cell(name, sub), *[Cell(show(v)) for v in found]] if any(v is not None for v in found) else None
-
-    def diagnostic(*keys: str) -> Callable[[Eval], Any]:
-        def read(e: Eval) -> Any:
-            value: Any = e.scores.get("diagnostics")
-            for key in keys:
-                value = table(value).get(key)
-            return value
-
-        return read
-
-    rows = [
-        row("unjudged questions", lambda e: e.scores.get("unjudged")),
-        *[row(name, lambda e, key=key: replies[e.label].counts.get(key), sub=sub) for key, name, sub in _ANSWERS],
-        row("judge agrees with the yes/no rule", lambda e: replies[e.label].agreement, lambda v: f"{percent(v)} %"),
-        row("yes bias", diagnostic("yes_pct_diff"), lambda v: signed(v, 3), "yes_pct_diff; 0 is unbiased"),
-        row("wrong answers that said yes", diagnostic("fp_ratio"), lambda v: _digits(v), "fp_ratio; 0.5 is unbiased"),
-        row("language hallucination", diagnostic("language_hallucination")),
-        row("visual illusion", diagnostic("visual_illusion")),
-        row("mixed", diagnostic("mixed")),
-        row("figures all right", diagnostic("consistency", "correct")),
-        row("figures inconsistent", diagnostic("consistency", "inconsistent")),
-        row("figures all wrong", diagnostic("consistency", "wrong")),
+def _honest(evals: list[Eval]) -> Table:
+    """What the score alone hides: answers that could not be read, bias, kinds of error, time and calls."""
+    counts = lambda v: plain(number(v))  # noqa: E731
+    found = [
+        ("unjudged questions", "", ("unjudged",), counts),
+        ("replies without a usable answer in tags", "", ("answer_format", "no_answer_tags"), counts),
+        ("replies cut at the length limit", "", ("answer_format", "cut_at_length"), counts),
+        ("replies with no readable yes or no", "", ("answer_format", "unreadable"), counts),
+        ("judge agrees with the yes/no rule", "", ("judge_agreement",), _agreement),
+        ("yes bias", "yes_pct_diff; 0 is unbiased", ("diagnostics", "yes_pct_diff"), lambda v: signed(v, 3)),
+        ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", ("diagnostics", "fp_ratio"), _digits),
+        ("language hallucination", "", ("diagnostics", "language_hallucination"), counts),
+        ("visual illusion", "", ("diagnostics", "visual_illusion"), counts),
+        ("mixed", "", ("diagnostics", "mixed"), counts),
+        ("figures all right", "", ("diagnostics", "consistency", "correct"), counts),
+        ("figures inconsistent", "", ("diagnostics", "consistency", "inconsistent"), counts),
+        ("figures all wrong", "", ("diagnostics", "consistency", "wrong"), counts),
+        ("time to generate", "", ("times", "generate_s"), duration),
+        ("time to judge", "", ("times", "judge_s"), duration),
+        ("judge calls", "", ("settings", "judge", "calls"), counts),
+        ("judge tokens read", "", ("settings", "judge", "prompt_tokens"), counts),
+        ("judge tokens written", "", ("settings", "judge", "completion_tokens"), counts),
     ]
-    note = "Counts of questions; consistency counts figures." if any(rows) else ""
-    return Table("Behind the scores", ["", *[e.label for e in evals]], [r for r in rows if r], note)
+    rows = []
+    for name, sub, path, show in found:
+        values = [_at(e.scores, path) for e in evals]
+        if any(v is not None for v in values):
+            rows.append([Cell(name, sub), *[Cell(show(v)) for v in values]])
+    note = "Counts of questions, of figures in the lines that say so. n/a: not recorded." if rows else ""
+    return Table("Behind the scores", ["", *[e.label for e in evals]], rows, note)
 
 
-_ANSWERS = (
-    ("no_answer_tags", "replies without answer tags", ""),
-    ("cut_at_limit", "replies cut at the length limit", ""),
-    ("unreadable", "replies with no readable yes or no", ""),
-)
+def _at(document: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        document = table(document).get(key)
+    return document
+
+
+def _agreement(value: Any) -> str:
+    agree, n = (number(table(value).get(k)) for k in ("agree", "n"))
+    return f"{100 * agree / n:.1f} %" if agree is not None and n else NONE
 
 
 def _digits(value: Any) -> str:
@@ -290,14 +240,24 @@ def _digits(value: Any) -> str:
     return NONE if found is None else f"{found:.3f}"
 
 
+def _interval(e: Eval, metric: str) -> tuple[float, float] | None:
+    bounds = table(e.scores.get("intervals")).get(metric)
+    low, high = (number(b) for b in bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
+    return None if low is None or high is None else (low, high)
+
+
 def _figures(evals: list[Eval]) -> list[Figure]:
-    metrics = [Series(e.label, [], [_score(e.scores, m)[0] for m in METRICS]) for e in evals]
+    metrics = [
+        Series(e.label, [], [_score(e.scores, m)[0] for m in METRICS], [_interval(e, m) for m in METRICS])
+        for e in evals
+    ]
+    title = "HallusionBench" + " with 95 % intervals" * any(b for s in metrics for b in s.bounds or [])
     marks = []
     for key, name in (("always_yes", "always yes"), ("always_no", "always no")):
         part = table(evals[0].scores.get("baselines")).get(key)
         if part:
             marks.append(Series(name, [], [_score(part, m)[0] for m in METRICS]))
-    figures = [dots("report-hallusionbench", "HallusionBench", list(_NAMES.values()), metrics, marks=marks)]
+    figures = [dots("report-hallusionbench", title, list(_NAMES.values()), metrics, marks=marks)]
     names = _subcategories(evals)
     if names:
         parts = [
@@ -308,74 +268,16 @@ def _figures(evals: list[Eval]) -> list[Figure]:
     return figures
 
 
-# --- pairs of evals --------------------------------------------------------------------------------------------
-
-
-def _compare(reference: Eval, other: Eval, replies: dict[str, Replies]) -> Comparison | None:
-    a, b = replies[other.label].items, replies[reference.label].items
-    for e, items in ((other, a), (reference, b)):
-        if not items:
-            other.notes.append(f"no paired comparison: the judged questions of {e.label} are not there")
-            return None
-    try:
-        return Comparison(other.label, reference.label, compare(list(a.values()), list(b.values())))
-    except ValueError as e:
-        other.notes.append(f"no paired comparison with {reference.label}: {e}")
-        return None
-
-
-def _changes(c: Comparison, reference: Eval, other: Eval, replies: dict[str, Replies], album: Album) -> Changes:
-    before, after = replies[reference.label], replies[other.label]
-    parts = []
-    for key, title in (("gained", "Gained"), ("lost", "Lost")):
-        ids = c.result[key]
-        # Evenly spaced over the benchmark, not its first pages only.
-        n = min(SHOWN_CHANGES, len(ids))
-        chosen = [ids[i * len(ids) // n] for i in range(n)]
-        shown = [_changed(i, before, after, (reference, other), album) for i in chosen]
-        parts.append(Part(f"{title}: {n} of {len(ids)} shown", shown))
-    lead = f"{len(c.result['gained'])} questions gained and {len(c.result['lost'])} lost against {reference.label}."
-    return Changes(f"{c.label} against {c.reference}", lead, parts)
-
-
-def _changed(key: str, before: Replies, after: Replies, evals: tuple[Eval, Eval], album: Album) -> Changed:
-    item = after.items[key]
-    record = {**before.records.get(key, {}), **after.records.get(key, {})}
-    said = [_said(e, found, key) for e, found in zip(evals, (before, after))]
-    question = str(record.get("question") or key)
-    image = figure_bytes(evals[1], record) or figure_bytes(evals[0], record)
-    return Changed(
-        where=f"{item.category} {item.subcategory}, set {item.set_id}, figure {item.figure_id}, question {item.question_id}",
-        question=question,
-        right="yes" if item.gt else "no",
-        replies=said,
-        picture=album.add(image, f"figure of the question: {question[:200]}"),
-        has_figure=item.visual_input != 0,
-    )
-
-
-def _said(e: Eval, found: Replies, key: str) -> Said:
-    reply = found.reply(key)
-    answer = parse(reply).answer or reply.strip()[:160] or "(reply not kept)"
-    return Said(e.label, _verdict(found.items[key]), answer, reply[:MAX_CHARS] or "(reply not kept)")
-
-
-def _verdict(item: Item) -> str:
-    return {0: "wrong", 1: "right", 2: "unclear"}.get(item.code if item.code is not None else -1, "unjudged")
-
-
 # --- how it was made -------------------------------------------------------------------------------------------
 
 
 def _how(e: Eval) -> How:
     import shlex
 
-    commands: list[tuple[str, str]] = []
-    for key in ("command", "argv"):
-        value = e.settings.get(key)
-        value = shlex.join(map(str, value)) if isinstance(value, list) else value
-        if isinstance(value, str) and value and not commands:
-            commands.append(("command", value))
-    pairs = flatten({k: v for k, v in e.settings.items() if k not in ("command", "argv")})
-    rows = [[Cell(k), Cell(duration(v) if k.endswith("_s") else v)] for k, v in pairs]
-    return How(e.label, Table("Settings and versions", ["key", "value"], rows), pairs, commands)
+    argv = e.settings.get("command")
+    # The first word is the path of the program on the machine where it ran.
+    command = shlex.join(["r1v", *[str(a) for a in argv[1:]]]) if isinstance(argv, list) and argv else argv
+    commands = [("command", str(command))] if command else []
+    pairs = flatten({k: v for k, v in e.settings.items() if k not in ("command", "schema", "times", "warnings")})
+    rows = [[Cell(k), Cell(v)] for k, v in pairs]
+    return How(e.label, Table("Settings, versions and run contract", ["key", "value"], rows), pairs, commands)

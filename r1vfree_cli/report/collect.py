@@ -132,8 +132,9 @@ def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
     """Read the given dirs, each once, in the order given.
 
     Raises:
-        UsageError: none given; or evals of different protocols or question sets.
-        DataError: one is neither a run dir nor an eval dir, or its main files are damaged.
+        UsageError: none given; or evals of different protocols.
+        DataError: one is neither a run dir nor an eval dir, or its main files are damaged; or evals of different
+            numbers of questions.
     """
     if not dirs:
         raise UsageError("no folder given", hint="r1v report RUN_OR_EVAL_DIR...")
@@ -247,14 +248,15 @@ def check_comparable(evals: list[Eval]) -> None:
     """One report compares only evals of one protocol over one set of questions.
 
     Raises:
-        UsageError: naming the protocols or question counts, and who has which.
+        UsageError: naming the protocols, and who has which.
+        DataError: the same for the numbers of questions.
     """
-    for key, what in (("protocol", "protocols"), ("n_questions", "numbers of questions")):
+    for key, what, error in (("protocol", "protocols", UsageError), ("n_questions", "numbers of questions", DataError)):
         found: dict[str, list[str]] = {}
         for e in evals:
             found.setdefault(str(e.scores.get(key)), []).append(str(e.path))
         if len(found) > 1:
-            raise UsageError(
+            raise error(
                 f"the evals have different {what}, and their scores cannot stand in one table",
                 details=[f"{value}: {', '.join(who)}" for value, who in found.items()],
                 hint="make one report for each",

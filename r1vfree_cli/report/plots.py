@@ -36,6 +36,7 @@ class Series:
     label: str
     x: list[float]
     y: list[float | None]
+    bounds: list[tuple[float, float] | None] | None = None  # of `dots`: an interval a row
 
 
 def curve(name: str, title: str, unit: str, series: list[Series]) -> Figure:
@@ -82,6 +83,9 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     for j, s in enumerate(series):
         offset = (j - (len(series) - 1) / 2) * min(0.22, 0.6 / len(series))
         points = [(v, i + offset) for i, v in enumerate(s.y) if v is not None]
+        for i, bound in enumerate(s.bounds or []):
+            if bound is not None:
+                axes.plot(bound, (i + offset, i + offset), color=_COLOURS[j % 6], linewidth=1.4, alpha=0.55)
         axes.scatter(
             [p[0] for p in points],
             [p[1] for p in points],

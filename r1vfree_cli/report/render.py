@@ -36,8 +36,8 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
         What `--json` prints: `out`, `files`, `runs`, `evals`, `comparisons`, `missing`.
 
     Raises:
-        UsageError: no dirs; evals that cannot stand in one table; a foreign file in the way.
-        DataError: a dir that is neither, or damaged main files.
+        UsageError: no dirs; evals of different protocols; a foreign file in the way.
+        DataError: a dir that is neither, damaged main files, or evals of different questions.
     """
     runs, evals = collect(dirs)
     album = Album()

@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
-from ..errors import DataError
-from ..hallusion.score import CODE, SAME, Item, from_record
-from .collect import Eval, clean, json_lines, number, table
-
-_REPLY = ("model_prediction", "prediction", "reply", "response", "text")
+from ..errors import R1VError
+from ..hallusion import questions
+from ..hallusion.score import Item
+from .collect import Eval, clean, first_line, table
 
 
 @dataclass
 class Replies:
-    """By question id: the judged item and its record; counts of unreadable answers; agreement with the rule in %."""
+    """By question id: the judged item, its record in the official result format, and what reads its figure."""
 
     items: dict[str, Item] = field(default_factory=dict)
     records: dict[str, dict] = field(default_factory=dict)
-    counts: dict[str, float | None] = field(default_factory=dict)
-    agreement: float | None = None
+    figures: dict[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def reply(self, key: str) -> str:
-        record = self.records.get(key, {})
-        return next((str(record[k]) for k in _REPLY if record.get(k)), "")
+        value = self.records.get(key, {}).get("model_prediction")
+        return clean(value) if isinstance(value, str) else ""
+
+    def figure(self, key: str) -> bytes | None:
+        """The encoded figure, None where it cannot be read (any more)."""
+        try:
+            return self.figures[key]() if key in self.figures else None
+        except (R1VError, OSError):
+            return None
+
+    @property
+    def unjudged(self) -> int:
+        return sum(item.code is None for item in self.items.values())
 
 
 def read_replies(e: Eval) -> Replies:
-    """Join predictions.jsonl and judgements.jsonl by question; what does not fit is noted in `e.notes`."""
+    """Read `judged.json`; when it is not there or damaged, that is noted in `e.notes`."""
     found = Replies()
-    for name in ("predictions.jsonl", "judgements.jsonl"):
-        for record in json_lines(e.path / name, e.notes):
-            key = str(record.get("id"))
-            found.records[key] = found.records.get(key, {}) | clean(record)
-    bad = 0
-    for key, record in found.records.items():
-        try:
-            code = record.get("code", record.get(CODE))
-            item = from_record(record | {CODE: code, SAME: record.get(SAME)}, key)
-        except DataError:
-            bad += 1
-            continue
-        found.items[item.id] = item
-    if bad:
-        e.notes.append(f"{bad} questions cannot be read from predictions.jsonl and judgements.jsonl")
-    answers = table(e.scores.get("answers"))
-    found.counts = {k: number(answers.get(k)) for k in ("no_answer_tags", "cut_at_limit", "unreadable")}
-    found.agreement = number(answers.get("rule_agreement"))
+    file = e.path / "judged.json"
+    if not file.is_file():
+        e.notes.append("judged.json is not there: no questions one by one")
+        return found
+    try:
+        items, records = questions.load_judged(file)
+    except R1VError as error:
+        e.notes.append(f"judged.json is damaged: {clean(error.message)}")
+        return found
+    found.items = {item.id: item for item in items}
+    found.records = {item.id: record for item, record in zip(items, records)}
     return found
 
 
-def figure_bytes(e: Eval, record: dict) -> bytes | None:
-    """The encoded figure of a question, from the eval's image folder or zip; None when it is not there."""
-    name, root = record.get("filename"), e.settings.get("images")
-    if not isinstance(name, str) or not name or not isinstance(root, str) or not root:
-        return None
-    parts = [p for p in PurePosixPath(name).parts if p not in (".", "/")]
-    if ".." in parts:
-        return None
-    place = Path(root)
-    tails = [parts[i:] for i in range(len(parts)) if i < 2]
+def find_figures(e: Eval, found: Replies) -> None:
+    """Look for the figures where the evaluation read them: nothing is downloaded. What is missing is noted."""
+    source = table(e.settings.get("asked")).get("source") or _option(e, "--questions")
+    images = table(e.settings.get("asked")).get("images") or _option(e, "--images")
+    if not isinstance(source, str) or not Path(source).exists():
+        e.notes.append("the questions and figures are not on this machine, so changed answers have no images")
+        return
+    beside = Path(source).parent / "hallusion_bench"
+    place = Path(images) if isinstance(images, str) else beside if beside.is_dir() else None
     try:
-        if place.is_dir():
-            inside = [place.joinpath(*tail) for tail in tails]
-            return next(
-                (p.read_bytes() for p in inside if p.is_file() and place.resolve() in p.resolve().parents), None
-            )
-        with zipfile.ZipFile(place) as archive:
-            names = set(archive.namelist())
-            for prefix in ("", "hallusion_bench/"):
-                for tail in tails:
-                    if prefix + "/".join(tail) in names:
-                        return archive.read(prefix + "/".join(tail))
-    except (OSError, zipfile.BadZipFile, RuntimeError):
-        return None
+        found.figures = dict(questions.load(source, place, needed=lambda q: False).readers)
+    except R1VError as error:
+        e.notes.append(f"the figures cannot be read: {clean(first_line(error))}")
+        return
+    if not found.figures:
+        e.notes.append("the figures are not on this machine, so changed answers have no images")
+
+
+def _option(e: Eval, name: str) -> Any:
+    """The value of an option of the recorded command line."""
+    argv = e.settings.get("command")
+    argv = [str(a) for a in argv] if isinstance(argv, list) else []
+    for i, argument in enumerate(argv):
+        if argument == name and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
     return None

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageDraw
 
-from r1vfree_cli.hallusion.score import Item, score
+from r1vfree_cli.hallusion.run import EvalOptions, evaluate
 
 
 def drawing(seed: int, size: tuple[int, int] = (168, 112)) -> bytes:
@@ -174,38 +173,27 @@ def make_eval(
     protocol: str = "official",
     reply: str | None = None,
 ) -> Path:
-    """An eval dir with the questions judged at random, `right` of them right, and figures beside it."""
+    """What `r1v eval-hallusion --predictions` makes of random replies, `right` of them right; figures lie beside it."""
     rng = random.Random(seed)
-    path.mkdir(parents=True)
-    images = path.parent / "figures"
-    predictions, judgements, items = [], [], []
-    for i, q in enumerate(asked or questions()):
-        fields = ("category", "subcategory", "set_id", "figure_id", "question_id")
-        item = Item(*(str(q[k]) for k in fields), visual_input=int(q["visual_input"]), gt=int(q["gt_answer"]))
-        ok = rng.random() < right
-        item = replace(item, code=int(ok), same=rng.randrange(2))
-        items.append(item)
-        said = "yes" if bool(item.gt) == ok else "no"
+    images, made = path.parent / "figures", path.parent / f"{path.name}-made"
+    made.mkdir(parents=True)
+    asked = asked or questions()
+    predictions = []
+    for i, q in enumerate(asked):
+        said = "yes" if (q["gt_answer"] == "1") == (rng.random() < right) else "no"
         text = reply or f"<think>I look at the figure.</think><answer>{said}</answer>"
-        predictions.append({"id": item.id, **q, "model_prediction": text})
-        judgements.append({"id": item.id, "gpt4v_output_gpt_check": item.code, "same": item.same})
+        predictions.append({**q, "model_prediction": text})
         if q["filename"]:
             file = images / q["filename"]
             file.parent.mkdir(parents=True, exist_ok=True)
             if not file.exists():
                 file.write_bytes(drawing(i))
-    write_jsonl(path / "predictions.jsonl", predictions)
-    write_jsonl(path / "judgements.jsonl", judgements)
-    answers = {"no_answer_tags": 3, "cut_at_limit": 1, "unreadable": 0, "rule_agreement": 96.5}
-    (path / "scores.json").write_text(json.dumps(score(items, protocol) | {"answers": answers}))
-    settings = {
-        "model": f"models/{path.name}",
-        "judge": "rule",
-        "judge_input": "answer",
-        "images": str(images),
-        "command": f"r1v eval-hallusion models/{path.name} --judge rule",
-        "versions": {"r1v": "1.0.0", "transformers": "5.23.0"},
-        "contract": {"template_hash": "a" * 64, "max_pixels": 401408},
-    }
-    (path / "eval.json").write_text(json.dumps(settings))
+    (made / "predictions.json").write_text(json.dumps(predictions))
+    (made / "questions.json").write_text(json.dumps(asked))
+    options = {"predictions": made / "predictions.json", "questions": str(made / "questions.json")}
+    evaluate(EvalOptions(**options, out=path, protocol=protocol, judge="rule"))  # type: ignore[arg-type]
+    state = json.loads((path / "eval.json").read_text())
+    given = [f"--{key}={value}" for key, value in options.items()]
+    state["command"] = ["/usr/bin/r1v", "eval-hallusion", *given, "--images", str(images), "--judge", "rule"]
+    (path / "eval.json").write_text(json.dumps(state))
     return path

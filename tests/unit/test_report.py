@@ -138,7 +138,7 @@ def test_mixed_protocols_are_refused_and_named(tmp_path):
 
 
 def test_different_question_sets_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="numbers of questions"):
+    with pytest.raises(DataError, match="numbers of questions"):
         collect([scores(tmp_path / "a"), scores(tmp_path / "b", n_questions=5)])
 
 

@@ -89,7 +89,7 @@ def test_all_files_are_there_and_named(made):
         assert name in names
     for name in names - {"report.md", "report.html"}:
         Image.open(base / "out" / name).verify()
-    assert document["missing"] == []
+    assert document["missing"] == [], document["missing"]
 
 
 def test_html_needs_no_network_and_no_script(made):
@@ -266,7 +266,9 @@ def test_a_planted_key_reaches_no_file(tmp_path, monkeypatch):
     document = make_eval(tmp_path / "eval", reply=f"<answer>yes {key}</answer>")
     for path in (run / "launch.json", document / "eval.json"):
         found = json.loads(path.read_text())
-        found["command"] += f" --judge-base-url https://user:{key}@host/v1 --api-key {key}"
+        extra = ["--judge-base-url", f"https://user:{key}@host/v1", "--api-key", key]
+        command = found["command"]
+        found["command"] = command + extra if isinstance(command, list) else " ".join([command, *extra])
         found["env"] = {"X": key}
         path.write_text(json.dumps(found))
     (run / "status.json").write_text(json.dumps({"state": "failed", "reason": f"401 with {key}"}))
@@ -317,14 +319,40 @@ def test_bad_input_writes_nothing(tmp_path):
         report([good], tmp_path / "a" / "scores.json")
 
 
-def test_evals_over_other_questions_are_not_paired(tmp_path):
+def test_evals_over_other_questions_are_refused(tmp_path):
     a = make_eval(tmp_path / "a")
     asked = questions()
     asked[0]["set_id"] = "9"
     b = make_eval(tmp_path / "b", asked=asked)
+    with pytest.raises(DataError, match="another question set"):
+        report([a, b], tmp_path / "out")
+    c = make_eval(tmp_path / "c", asked=questions()[:-1])
+    with pytest.raises(DataError, match="numbers of questions"):
+        report([a, c], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_judged_questions_there_is_a_table_and_no_p(tmp_path):
+    a, b = make_eval(tmp_path / "a"), make_eval(tmp_path / "b", seed=1)
+    (a / "judged.json").write_text("{")
     document = report([a, b], tmp_path / "out")
-    assert document["comparisons"] == []
-    assert any("different questions" in m["what"] for m in document["missing"])
+    page, _ = read(tmp_path / "out")
+    assert document["comparisons"] == [] and "p =" not in page.text and "p <" not in page.text
+    missing = [m["what"] for m in document["missing"]]
+    assert any("judged.json is damaged" in m for m in missing) and any("no paired comparison" in m for m in missing)
+
+
+def test_different_judges_are_said(tmp_path):
+    a, b = make_eval(tmp_path / "a"), make_eval(tmp_path / "b", seed=1)
+    scores = json.loads((b / "scores.json").read_text())
+    scores["settings"]["judge"] = {"kind": "chat", "model": "big", "judge_input": "reply"}
+    scores["unjudged"] = 2
+    (b / "scores.json").write_text(json.dumps(scores))
+    report([a, b], tmp_path / "out")
+    page, md = read(tmp_path / "out")
+    for text in (page.text, md):
+        assert "different judges" in text and "chat big shown the reply" in text
+        assert "2 questions are unjudged" in text
 
 
 def test_a_report_imports_no_torch(tmp_path):
