@@ -332,24 +332,25 @@ def _ask_all(
     store: Callable[[str, dict], None],
     outcome: Outcome,
 ) -> None:
-    left = {}
-    for id_, (key, prompt) in jobs.items():
+    left: dict[str, list[str]] = {}  # key -> questions: what is shown twice is asked once
+    for id_, (key, _) in jobs.items():
         if entry := judge.cached(key):
             outcome.cache_hits += 1
             store(id_, entry)
         else:
-            left[id_] = (key, prompt)
+            left.setdefault(key, []).append(id_)
     if not left:
         return
     console.log(f"{title}: {len(left)} calls to {judge.endpoint.model} at {judge.endpoint.where}")
     with console.progress(title, len(left)) as bar:
 
-        def done(job: str, entry: dict) -> None:
-            store(job, entry)
+        def done(key: str, entry: dict) -> None:
+            for id_ in left[key]:
+                store(id_, entry)
             bar.advance()
 
-        async def work(job: str) -> dict:
-            return await judge.ask(*left[job], labels, outcome)
+        async def work(key: str) -> dict:
+            return await judge.ask(key, jobs[left[key][0]][1], labels, outcome)
 
         outcome.failed += judge.endpoint.run(list(left), work, done)
 

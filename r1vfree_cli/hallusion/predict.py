@@ -226,7 +226,8 @@ def claim(out: Path, identity: dict) -> None:
         UsageError: it does; the differing settings are named.
     """
     file = out / "eval.json"
-    if not file.is_file():
+    # An attempt that failed before its first answer leaves nothing worth guarding.
+    if not file.is_file() or not any((out / name).is_file() for name in ("predictions.jsonl", "judged.json")):
         return
     document = read_json(file)
     before = document.get("identity") if isinstance(document, dict) else None

@@ -31,6 +31,7 @@ def load_other(path: Path, protocol: str) -> Other:
         UsageError: another protocol, or nothing there.
         DataError: damaged, or partly unjudged.
     """
+    document: Any
     file, document = path, {"protocol": "official", "settings": {"judge": {"kind": "file"}}}
     if path.is_dir():
         if not (path / "scores.json").is_file() or not (path / "judged.json").is_file():
