@@ -65,10 +65,12 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     local = launch.processes // launch.nodes
     if launch.on_cpu:
-        env["ACCELERATE_USE_CPU"] = "true"
         env["CUDA_VISIBLE_DEVICES"] = ""
         if launch.preset.startswith("zero"):
+            # Not ACCELERATE_USE_CPU: accelerate would ignore DeepSpeed without a word and wrap the model in DDP.
             env["DS_ACCELERATOR"] = "cpu"
+        else:
+            env["ACCELERATE_USE_CPU"] = "true"
     else:
         devices = training_devices(recipe)
         if devices is not None:
