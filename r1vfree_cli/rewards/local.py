@@ -1,13 +1,4 @@
-"""A judge model in this process: scores (images, question, answer) in batches.
-
-Three kinds, told apart by the checkpoint's files and config, never by its name:
-
-- `yes_no`: any vision-language model; the score is P(Yes) against P(No) as the first word of its reply, in [0, 1].
-- `value_head`: a vision-language model with `value_head.safetensors` beside it (`v_head.summary.weight`, `.bias`;
-  the layout of TRL's value head, which Skywork-VL-Reward is published in); a linear score of the last token, unbounded.
-- `classification`: a `...ForSequenceClassification` architecture with an image processor; its logit when it has one
-  label (unbounded), the probability of its last label when it has more.
-"""
+"""A judge model in this process: scores (images, question, answer) in batches. `checkpoint` tells its kinds."""
 
 from __future__ import annotations
 
@@ -17,47 +8,23 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
 )
-from transformers.utils import cached_file
 
 from ..errors import DataError
-from .judge_prompt import PromptKind, as_data, messages_for
+from .checkpoint import VALUE_HEAD, checkpoint_file, detect_kind, prompt_of, unloadable
+from .judge_prompt import as_data, messages_for
 
-Kind = Literal["yes_no", "value_head", "classification"]
 Item = tuple[Sequence[Image.Image], str, str]  # images, question, answer
 Request = tuple[Sequence[Image.Image], list[dict]]  # images, messages with a placeholder for each
-
-VALUE_HEAD = "value_head.safetensors"
-
-
-def detect_kind(model: str, revision: str | None = None) -> Kind:
-    """What a checkpoint is, from its files and config.
-
-    Raises:
-        DataError: no such checkpoint, or its config needs code of its own.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError) as e:
-        raise _unloadable(model, e) from None
-    if any(a.endswith("ForSequenceClassification") for a in config.architectures or []):
-        return "classification"
-    return "value_head" if _file(model, VALUE_HEAD, revision) else "yes_no"
-
-
-def prompt_of(kind: Kind) -> PromptKind:
-    """Reward models with a head were trained on conversations; other models are asked."""
-    return "judge" if kind == "yes_no" else "conversation"
 
 
 class LocalJudge:
@@ -91,12 +58,13 @@ class LocalJudge:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         auto = AutoModelForSequenceClassification if self.kind == "classification" else AutoModelForImageTextToText
+        options = {"revision": revision, "trust_remote_code": False}
         try:
-            self.processor = AutoProcessor.from_pretrained(model, revision=revision)
+            self.processor = AutoProcessor.from_pretrained(model, **options)
             with _whole_model(), torch.random.fork_rng():
-                loaded, info = auto.from_pretrained(model, revision=revision, dtype=dtype, output_loading_info=True)  # type: ignore[misc]
+                loaded, info = auto.from_pretrained(model, output_loading_info=True, dtype=dtype, **options)  # type: ignore[misc]
         except (OSError, ValueError, KeyError, RuntimeError) as e:
-            raise _unloadable(model, e) from None
+            raise unloadable(model, e) from None
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])
             raise DataError(f"judge {model} lacks weights ({names}, ...); random ones would judge at random")
@@ -202,20 +170,9 @@ def _image_key(image: Image.Image) -> bytes:
     return digest.digest()
 
 
-def _file(model: str, name: str, revision: str | None) -> str | None:
-    return cached_file(
-        model,
-        name,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
 def _read_value_head(model: str, revision: str | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (H,) and bias () of the linear head, in float32 as TRL keeps it."""
-    path = _file(model, VALUE_HEAD, revision)
+    path = checkpoint_file(model, VALUE_HEAD, revision)
     assert path is not None
     tensors = load_file(path, device=str(device))
     weight = [t for name, t in tensors.items() if name.endswith("summary.weight")]
@@ -236,11 +193,3 @@ def _whole_model() -> Iterator[None]:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = reference
-
-
-def _unloadable(model: str, error: Exception) -> DataError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return DataError(
-        f"cannot load judge {model}: {first[:300]}",
-        hint="a checkpoint with code of its own can be served from its own environment: backend classify, base_url",
-    )

@@ -46,7 +46,9 @@ def chat_reply(content: str | None, **message: Any) -> dict:
     return {
         "id": "c",
         "object": "chat.completion",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content, **message}}],
+        "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content, **message}}
+        ],
         "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
     }
 
@@ -75,7 +77,9 @@ class JudgeServer:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
-                    outer.requests.append({**body, "_path": self.path, "_headers": {k.lower(): v for k, v in self.headers.items()}})
+                    outer.requests.append(
+                        {**body, "_path": self.path, "_headers": {k.lower(): v for k, v in self.headers.items()}}
+                    )
                     outer.busy += 1
                     outer.most_busy = max(outer.busy, outer.most_busy)
                 try:

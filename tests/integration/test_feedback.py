@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def feedback(url: str, tmp_path, backend: str = "classify", **settings):
-    defaults = {"timeout_s": 5.0, "max_retries": 0, "step_deadline_s": 20.0, "cache": str(tmp_path / "cache")}
+    defaults = {"timeout_s": 30.0, "max_retries": 0, "step_deadline_s": 60.0, "cache": str(tmp_path / "cache")}
     model = {"model": "judge-1"} if backend == "chat" else {}
     document = {"name": "feedback", "backend": backend, "base_url": url} | model | defaults | settings
     return build_feedback(FeedbackReward.model_validate(document))
@@ -120,7 +120,13 @@ def test_identical_requests_are_asked_once_per_step(tmp_path):
 def test_no_answer_empty_and_too_long_get_the_floor_without_a_request(tmp_path):
     with js.JudgeServer() as server:
         judge = feedback(server.url, tmp_path, floor=-1.0, max_answer_chars=50)
-        replies = ["no tags", "<answer></answer>", "<answer>   </answer>", "<answer>unclosed", f"<answer>{'x' * 51}</answer>"]
+        replies = [
+            "no tags",
+            "<answer></answer>",
+            "<answer>   </answer>",
+            "<answer>unclosed",
+            f"<answer>{'x' * 51}</answer>",
+        ]
         completions = [[{"role": "assistant", "content": r}] for r in replies]
         scores = asyncio.run(judge(prompts=[""] * 5, completions=completions, images=[[RED]] * 5, problem=["q"] * 5))
         assert scores == [-1.0] * 5 and server.requests == []
