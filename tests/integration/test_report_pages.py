@@ -204,6 +204,22 @@ def test_each_rollout_has_the_image_of_its_own_row(tmp_path):
         assert colours((tmp_path / "out" / file).read_bytes()) == {(i * 30, 255 - i * 30, 7)}
 
 
+def test_images_of_cached_data_are_found_by_the_runs_seed(tmp_path, monkeypatch):
+    """`shapes` without a seed of its own is drawn with the run's seed; another seed's images are not shown."""
+    from r1vfree_cli.data.load import ensure_rows
+    from r1vfree_cli.report.images import row_images
+
+    monkeypatch.setenv("R1V_CACHE", str(tmp_path / "cache"))
+    folder = ensure_rows("shapes?n=8&seed=7", "train")
+    rows = pq.read_table(next(folder.glob("*.parquet"))).to_pylist()
+    wanted = {rows[3]["id"]: rows[3]["images"][0]["bytes"]}
+    data = {"path": "shapes?n=8", "split": "train"}
+    assert row_images(data, set(wanted), seed=7) == (wanted, None)
+    found, note = row_images(data, set(wanted), seed=8)
+    assert found == {} and "not on this machine" in note
+    assert [p.name for p in (tmp_path / "cache" / "data").iterdir() if p.is_dir()] == [folder.name]  # nothing was drawn
+
+
 def test_a_killed_run_is_reported_as_far_as_it_goes(tmp_path):
     run = make_run(tmp_path / "run", plain=True, steps=6, state="running")
     for name in ("summary.json", "launch.json"):
