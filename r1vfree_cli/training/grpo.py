@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from trl import GRPOConfig
 
 from .. import console, contract
@@ -37,13 +38,19 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     Raises:
         UsageError: TRL or transformers refuses a combination.
     """
+    zero = recipe.launch.preset.startswith("zero")
     given = dict(recipe.train.model_extra or {})
+    if zero and recipe.launch.on_cpu:
+        # Told to use the CPU, accelerate leaves DeepSpeed out without a word; with no GPU in sight it uses the CPU
+        # anyway, but must be told how its processes talk.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        given["ddp_backend"] = "gloo"
     # The loss is reported as it is: a NaN replaced by an average would hide from the guard.
     defaults: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
     if recipe.model.revision is not None:  # TRL loads the reference policy itself
         given["model_init_kwargs"] = {"revision": recipe.model.revision}
     try:
-        return GRPOConfig(
+        args = GRPOConfig(
             **(defaults | given),
             num_generations=recipe.train.num_generations,
             per_device_train_batch_size=recipe.train.prompts_per_device * recipe.train.num_generations,
@@ -51,12 +58,15 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
             output_dir=str(run.checkpoints),
             bf16=recipe.model.dtype == "bfloat16",
             fp16=recipe.model.dtype == "float16",
-            use_cpu=recipe.launch.on_cpu,
+            use_cpu=recipe.launch.on_cpu and not zero,
             remove_unused_columns=False,  # rewards read the row's columns
             trust_remote_code=recipe.model.trust_remote_code,
         )
     except (ValueError, ImportError, RuntimeError) as e:
         raise UsageError(f"TRL refuses the recipe's train settings: {' '.join(str(e).split())[:500]}") from None
+    if zero and PartialState().distributed_type != DistributedType.DEEPSPEED:
+        raise UsageError(f"launch.preset is {recipe.launch.preset}, but this process was started without DeepSpeed")
+    return args
 
 
 def main(recipe: GrpoRecipe, run: RunDir) -> None:
@@ -86,6 +96,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         model=load_policy(recipe.model, args.seed),
         reward_funcs=rewards,
         guard=recipe.train.guard,
+        shared_prefix=recipe.train.shared_prefix,
         args=args,
         train_dataset=to_prompts(rows),
         processing_class=processor,

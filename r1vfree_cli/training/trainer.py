@@ -19,9 +19,10 @@ from .checkpoints import WholeCheckpoints, is_whole
 from .guard import offenders
 from .rollouts import Rollout
 from .sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
+from .shared_prefix import SharedPrefixMixin
 
 
-class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
+class R1VGRPOTrainer(WholeCheckpoints, SharedPrefixMixin, GRPOTrainer):
     """GRPO as TRL does it, but:
 
     - a sample whose required reward is None is out of its group: no part in mean and spread, advantage exactly 0;
@@ -37,6 +38,7 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         reward_funcs: TRL's; each may have `required: bool`, `max_failed_fraction: float`, `failures`, and
             `stats() -> dict[str, float]`, counted since the last call.
         guard: None turns the checks for NaN off.
+        shared_prefix: do the work on a group's prompt once (`SharedPrefixMixin`); the numbers are the same.
         kwargs: GRPOTrainer's own; `model` is a loaded model, `processing_class` a processor.
     """
 
@@ -46,9 +48,11 @@ class R1VGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     num_generations: Any
     max_completion_length: Any
 
-    def __init__(self, *, reward_funcs: Sequence[Any], guard: Guard | None = None, **kwargs):
+    def __init__(
+        self, *, reward_funcs: Sequence[Any], guard: Guard | None = None, shared_prefix: bool = False, **kwargs
+    ):
         args, model, processor = kwargs["args"], kwargs["model"], kwargs["processing_class"]
-        self.guard = guard
+        self.guard, self.shared_prefix = guard, shared_prefix
         self.required = [bool(getattr(r, "required", False)) for r in reward_funcs]
         self._watched: list[Any] = [watch(r) for r in reward_funcs]
         self._pending: list[Rollout] = []
