@@ -54,6 +54,11 @@ def find(name: str, seed: int = 0) -> Checkpoint:
     return Checkpoint(name, str(path), _contract(path), fingerprint(path))
 
 
+def is_adapter(path: str) -> bool:
+    """Whether the folder holds a LoRA adapter instead of a whole model."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
 def _is_model(path: Path) -> bool:
     return any((path / mark).is_file() for mark in _MARKS)
 

@@ -16,7 +16,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class Reply:
-    """One chat completion. `finish` is the endpoint's reason, `length` when it was cut."""
+    """One chat completion; the text may be empty. `finish` is the endpoint's reason, `length` when it was cut."""
 
     text: str
     model: str
@@ -96,11 +96,11 @@ class Endpoint:
                 raise CallFailed("bad reply", _line(e)) from None
         self._answered += 1
         choice = done.choices[0] if getattr(done, "choices", None) else None
-        if choice is None or not choice.message.content:
-            raise CallFailed("empty reply", "the reply has no text")
+        if choice is None:
+            raise CallFailed("bad reply", "the reply has no choices")
         usage = done.usage
         return Reply(
-            choice.message.content,
+            choice.message.content or "",
             done.model or self.model,
             choice.finish_reason,
             usage.prompt_tokens if usage else 0,

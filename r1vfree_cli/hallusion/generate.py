@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -83,9 +84,10 @@ class Generator:
         self.device = torch.device(device)
         self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self.seed = seed
-        adapter = name if (Path(name) / ADAPTER).is_file() else None
-        if adapter:
-            base = base or adapter_base(Path(name))
+        local = Path(name).is_dir()
+        adapter = name if (Path(name) / ADAPTER).is_file() or (base and not local) else None
+        if adapter and not base:
+            base = adapter_base(Path(name))
         wanted = config.Model(
             name=base if adapter and base else name,
             revision=revision,
@@ -93,8 +95,7 @@ class Generator:
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
-        own = bool(adapter) and (Path(name) / "preprocessor_config.json").is_file()
-        own = own or (bool(adapter) and (Path(name) / "processor_config.json").is_file())
+        own = adapter and any((Path(name) / f).is_file() for f in ("preprocessor_config.json", "processor_config.json"))
         self.processor = load_processor(wanted.model_copy(update={"name": name}) if own else wanted, seed)
         self.model = load_policy(wanted, seed)
         if adapter:
@@ -120,7 +121,7 @@ class Generator:
                 bar.advance()
         # Text-only prompts apart; the longest first, so that a lack of memory shows at once.
         prompts.sort(key=lambda p: (p.grid is None, -p.length, p.job.id))
-        left = {p.figure: sum(q.figure == p.figure for q in prompts) for p in prompts}
+        left = Counter(p.figure for p in prompts)
         with console.progress("generate", len(prompts)) as bar:
             start = 0
             while start < len(prompts):
@@ -188,7 +189,7 @@ class Generator:
 
     def _generate(self, batch: list[_Prompt], features: dict[str, Any]) -> list[Answer]:
         if self.settings.do_sample:
-            # Seeded by content, so that a resumed run samples what an uninterrupted one would.
+            # Seeded by content: the same batch samples the same replies, whatever ran before it.
             key = hashlib.sha256("\n".join([str(self.seed), *(p.job.id for p in batch)]).encode()).digest()
             torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
         if batch[0].figure and not self.reuse:

@@ -22,15 +22,15 @@ from .remote import Remote, fitted
 
 @dataclass
 class Plan:
-    """What will generate, and how. `identity` is everything that decides a reply, apart from the question."""
+    """What will generate, and how. `identity` is everything that decides a reply, apart from the question.
+
+    runtime: where a local model ran (device, dtype), known once it is loaded.
+    """
 
     identity: dict
     checkpoint: checkpoint.Checkpoint | None = None
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        return str(self.identity["model"])
+    runtime: dict = field(default_factory=dict)
 
 
 def plan(o: EvalOptions) -> Plan:
@@ -41,6 +41,8 @@ def plan(o: EvalOptions) -> Plan:
     """
     warnings: list[str] = []
     found = checkpoint.find(o.checkpoint, o.seed) if o.checkpoint else None
+    if o.base and (found is None or (Path(found.path).is_dir() and not checkpoint.is_adapter(found.path))):
+        raise UsageError("--base is the base model of a LoRA folder, and no LoRA folder is given")
     contract = found.contract if found else {}
     pixels = {}
     for key, asked, default in (
@@ -155,6 +157,11 @@ def _local(o: EvalOptions, planned: Plan, questions: QuestionSet, todo: list[Que
             device=o.device,
             seed=o.seed,
         )
+        planned.runtime = {
+            "device": str(generator.device),
+            "dtype": generator.dtype,
+            "figures_encoded_once": generator.reuse,
+        }
         by_id = {q.id: q for q in todo}
 
         def done(job: Job, answer: Answer) -> None:

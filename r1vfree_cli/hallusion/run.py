@@ -82,6 +82,7 @@ def _stages(
         }
         save("generate_s")
         records = predict.generate(o, planned, asked, out / "predictions.jsonl")
+        state["runtime"] = planned.runtime or state.get("runtime", {})
         save("generate_s")
     if o.stage == "generate":
         return {"stage": "generate", "out": str(out), "n_questions": len(records)}
@@ -104,7 +105,7 @@ def _stages(
     if o.stage == "judge":
         return {"stage": "judge", "out": str(out), "n_questions": len(items), "unjudged": len(outcome.unjudged)}
 
-    settings = {**planned.identity, "judge": state["judge"], "questions": asked.source}
+    settings = {**planned.identity, **state.get("runtime", {}), "judge": state["judge"], "questions": asked.source}
     doc = build(o, items, records, settings, other, list(state.get("warnings") or []), len(outcome.unjudged))
     doc["times"] = times
     doc["out"] = str(out)

@@ -26,8 +26,6 @@ from r1vfree_cli.hallusion import reading, score
 from r1vfree_cli.hallusion.run import EvalOptions, check_gates, evaluate, print_scores
 from r1vfree_cli.run_dir import write_json
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -673,6 +671,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(2, EvalOptions(judged=file, checkpoint="x/y"), "exclude each other")
     fails(2, EvalOptions(endpoint="http://localhost/v1"), "--model")
     fails(2, EvalOptions(predictions=file, judge="chat"), "--judge-model")
+    fails(2, EvalOptions(endpoint="http://localhost/v1", model="m", base="b"), "--base")
     fails(2, EvalOptions(predictions=file, judge="chat", judge_model="m", protocol="vlmevalkit"), "vlmevalkit")
     fails(2, EvalOptions(judged=file, protocol="vlmevalkit"), "--predictions")
     fails(2, EvalOptions(predictions=file, judge="chat", judge_model="m", out=tmp_path / "e"), "OPENAI_API_KEY")
