@@ -172,6 +172,104 @@ def merge(
         console.emit_table(str(out), ["", ""], [[key, value] for key, value in result.items()])
 
 
+@app.command("eval-hallusion")
+def eval_hallusion(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="A model folder, a run dir, a hub name or a LoRA folder.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="Base URL of an OpenAI-compatible server instead.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model's name at the endpoint.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The base of a LoRA folder, when it moved.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="The hub revision of the checkpoint.")] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option("--questions", help="HallusionBench.json, a TSV, or a folder or hub name of the data set."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder or zip of the figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The eval dir. Default: evals/NAME.")] = None,
+    stage: Annotated[str, typer.Option("--stage", help="generate, judge, score or all.")] = "all",
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Judge and score these outputs; no model needed.")
+    ] = None,
+    judged: Annotated[
+        Path | None, typer.Option("--judged", help="Score a file in the official result format; nothing else needed.")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option("--protocol", help="official (1129 questions) or vlmevalkit (951).")
+    ] = "official",
+    judge: Annotated[str, typer.Option("--judge", help="rule (offline) or chat (OpenAI-compatible).")] = "rule",
+    judge_model: Annotated[str | None, typer.Option("--judge-model")] = None,
+    judge_base_url: Annotated[
+        str | None, typer.Option("--judge-base-url", help="Default: the openai client's.")
+    ] = None,
+    judge_prompt: Annotated[Path | None, typer.Option("--judge-prompt", help="Another wording for the judge.")] = None,
+    judge_input: Annotated[str, typer.Option("--judge-input", help="answer (extracted) or reply (whole).")] = "answer",
+    api_key_env: Annotated[
+        str, typer.Option("--api-key-env", help="The variable that holds the key.")
+    ] = "OPENAI_API_KEY",
+    allow_unjudged: Annotated[
+        bool, typer.Option("--allow-unjudged", help="Score although judge calls failed.")
+    ] = False,
+    fail_under: Annotated[
+        list[str] | None, typer.Option("--fail-under", help="METRIC=PERCENT, exit 4 below it. Repeatable.")
+    ] = None,
+    compare_to: Annotated[
+        Path | None, typer.Option("--compare-to", help="An eval dir to compare with, question by question.")
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print calls and tokens, ask nothing.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions; for a try.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 1024,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Default: as trained.")] = None,
+    max_pixels: Annotated[int | None, typer.Option("--max-pixels", help="Default: as trained.")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1)] = 16,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds a request may take.")] = 60.0,
+    max_retries: Annotated[int, typer.Option("--max-retries", min=0)] = 4,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling and of the bootstrap.")] = 0,
+    json: Json = False,
+) -> None:
+    """HallusionBench: generate, judge, score; each stage resumes where it stopped."""
+    given = dict(locals())  # the options by name, before anything else is
+    from . import console
+    from .hallusion.options import EvalOptions, check_gates
+    from .hallusion.run import evaluate
+    from .hallusion.show import print_scores
+
+    del given["json"]
+    gates = given.pop("fail_under") or []
+    result = evaluate(EvalOptions(timeout_s=given.pop("timeout"), fail_under=gates, **given))
+    if json:
+        console.emit_json(result)
+    else:
+        print_scores(result)
+    if "metrics" in result:
+        check_gates(result, gates)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Check this recipe too.")] = None,
+    set: Set = None,
+    step: Annotated[bool, typer.Option("--step", help="Also run one step on the longest rows.")] = False,
+    json: Json = False,
+) -> None:
+    """Is this machine, and this recipe, ready? Exit 2 when something would stop the run."""
+    from . import console
+    from .doctor import diagnose, show
+
+    result = diagnose(recipe, set or [], step=step)
+    if json:
+        console.emit_json(result)
+    else:
+        show(result)
+    if not result["ready"]:
+        raise UsageError("not ready", hint="see the lines that say error")
+
+
 @app.command()
 def report(
     dirs: Annotated[list[Path], typer.Argument(help="Run dirs and eval dirs.")],

@@ -216,14 +216,28 @@ class Launch(Strict):
         return self.device == "cpu" or self.preset == "cpu"
 
 
-class GrpoRecipe(Strict):
-    """A whole `r1v grpo` recipe."""
-
+class _Recipe(Strict):
     model: Model
     data: Data
+    train: Any
+    launch: Launch = Field(default_factory=Launch)
+
+    @property
+    def seed(self) -> int:
+        """`train.seed`; 42 is transformers' default."""
+        return (self.train.model_extra or {}).get("seed", 42)
+
+    @property
+    def served(self) -> Serve | None:
+        """The reward server that the run starts, if any."""
+        return None
+
+
+class GrpoRecipe(_Recipe):
+    """A whole `r1v grpo` recipe."""
+
     rewards: list[AnyReward] = Field(min_length=1)
     train: GrpoTrain
-    launch: Launch = Field(default_factory=Launch)
 
     @field_validator("rewards")
     @classmethod
@@ -254,14 +268,15 @@ class GrpoRecipe(Strict):
     def feedback(self) -> FeedbackReward | None:
         return next((r for r in self.rewards if isinstance(r, FeedbackReward)), None)
 
+    @property
+    def served(self) -> Serve | None:
+        return self.feedback.serve if self.feedback else None
 
-class SftRecipe(Strict):
+
+class SftRecipe(_Recipe):
     """A whole `r1v sft` recipe."""
 
-    model: Model
-    data: Data
     train: SftTrain
-    launch: Launch = Field(default_factory=Launch)
 
 
 STAGES: dict[str, type[Strict]] = {"grpo": GrpoRecipe, "sft": SftRecipe}

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -156,23 +157,15 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None) -> list[Che
             run_dir.write_text(Path(folder) / "recipe.yaml", recipes.to_yaml(recipe))
             args += ["--stage", stage, "--recipe", str(Path(folder) / "recipe.yaml")]
         try:
-            with _judge_server(recipe, Path(folder)) as env:
-                plan = module_plan("r1vfree_cli.training.probe", *args)
-                launch.execute(launch.Plan(plan.argv, {**plan.env, **env}), Path(folder) / "logs")
+            plan = module_plan("r1vfree_cli.training.probe", *args)
+            logs = Path(folder) / "logs"
+            with ExitStack() as stack:
+                env = stack.enter_context(launch.serving(recipe, logs)) if recipe else {}
+                launch.execute(launch.Plan(plan.argv, {**plan.env, **env}), logs)
             return [Check(**line) for line in run_dir.read_json(out)]
         except R1VError as e:
             lines = [Check(**line) for line in run_dir.read_json(out)] if out.is_file() else []
             return [*lines, Check("probe", ERROR, " | ".join([e.message, *e.details[-3:]]), e.hint)]
-
-
-def _judge_server(recipe: GrpoRecipe | SftRecipe | None, folder: Path):
-    """The recipe's own reward server for the time of the probe; yields the environment that names it."""
-    from contextlib import nullcontext
-
-    serve = launch.served(recipe) if recipe is not None else None
-    if recipe is None or serve is None:
-        return nullcontext({})
-    return launch.serving(serve, recipe.launch, folder / "logs")
 
 
 def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def train(
 
 
 def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
-    serve = launch.served(recipe)
-    server = launch.server_plan(serve, recipe.launch, serve.port or 8000) if serve else None
+    server = launch.server_plan(recipe, recipe.served.port or 8000) if recipe.served else None
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": shlex.join(plan.argv),
@@ -158,10 +157,8 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
     """Build the embedded models that the recipe names, unless they are cached."""
     names = [recipe.model.name]
     if isinstance(recipe, GrpoRecipe) and recipe.feedback:
-        feedback = recipe.feedback
-        names += [n for n in (feedback.model, feedback.serve.model if feedback.serve else None) if n]
-    seed = (recipe.train.model_extra or {}).get("seed", 42)
-    for stage in embedded.stages(names, seed):
+        names += [n for n in (recipe.feedback.model, recipe.served.model if recipe.served else None) if n]
+    for stage in embedded.stages(names, recipe.seed):
         if stage.ready:
             continue
         with _timed(stage.title, seconds), embedded.building(stage) as folder:
@@ -180,13 +177,12 @@ def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
     """Prepare the data of known sources once, before any rank asks for them."""
     from .data.load import ensure_rows
 
-    seed = (recipe.train.model_extra or {}).get("seed", 42)
     wanted = [(recipe.data.path, recipe.data.split)]
     if recipe.data.heldout:
         wanted.append((recipe.data.heldout.path, recipe.data.heldout.split))
     start = time.monotonic()
     for path, split in wanted:
-        ensure_rows(embedded.with_seed(path, seed), split)
+        ensure_rows(embedded.with_seed(path, recipe.seed), split)
     if time.monotonic() - start > 1:
         seconds["prepare data"] = round(time.monotonic() - start, 1)
 
@@ -201,11 +197,7 @@ def _launch(
     seconds: dict[str, float],
 ) -> None:
     env = {"R1V_RECIPE": str(recipe_file)} | ({"R1V_RESUME": "1"} if resume else {})
-    serve = launch.served(recipe)
-    server: AbstractContextManager[dict[str, str]] = nullcontext({})
-    if serve:
-        server = launch.serving(serve, recipe.launch, logs)
-    with server as served:
+    with launch.serving(recipe, logs) as served:
         base = launch.plan(stage, recipe, where.path)
         plan = replace(base, env={**base.env, **env, **served})
         if recipe.launch.node_rank == 0:
@@ -325,3 +317,12 @@ def serve_reward(
     argv += ["--revision", revision] if revision else []
     argv += ["--api-key-env", api_key_env] if api_key_env else []
     os.execv(sys.executable, argv)
+
+
+def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
+    """Merge in a process of its own (it loads the model three times); returns its summary."""
+    args = [str(checkpoint), str(out)]
+    args += ["--base", base] if base else []
+    args += ["--dtype", dtype] if dtype else []
+    args += ["--overwrite"] if overwrite else []
+    return launch.run_json(launch.module_plan("r1vfree_cli.training.merge", *args))

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import GrpoRecipe, Launch, Serve, SftRecipe
+from .config import GrpoRecipe, SftRecipe
 from .errors import Interrupted, R1VError, UsageError, from_dict
 from .recipes import recipes_root
 
@@ -85,24 +85,19 @@ def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
     launch = recipe.launch
     if launch.devices is not None:
         return launch.devices
-    serve = served(recipe)
+    serve = recipe.served
     if serve is None or not serve.devices:
         return None
     free = (i for i in range(launch.processes // launch.nodes + len(serve.devices)) if i not in serve.devices)
     return [i for i, _ in zip(free, range(launch.processes // launch.nodes))]
 
 
-def served(recipe: GrpoRecipe | SftRecipe) -> Serve | None:
-    """The reward server that this recipe starts, if any."""
-    feedback = recipe.feedback if isinstance(recipe, GrpoRecipe) else None
-    return feedback.serve if feedback else None
-
-
-def server_plan(serve: Serve, launch: Launch, port: int) -> Plan:
-    """The reward server's command."""
-    argv = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", serve.model, "--port", str(port)]
-    # Loopback only: with several nodes, each starts a server for its own ranks.
-    argv += ["--host", "127.0.0.1"]
+def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
+    """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks."""
+    serve, launch = recipe.served, recipe.launch
+    assert serve is not None
+    argv = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", serve.model]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
     if serve.revision:
         argv += ["--revision", serve.revision]
     env = {"TOKENIZERS_PARALLELISM": "false", "R1V_PARENT_DEATH": "1"}
@@ -126,6 +121,43 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def run_json(plan: Plan) -> dict:
+    """Run a command that prints one JSON document, its logs passing through to stderr; returns the document.
+
+    Raises:
+        R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document.
+        Interrupted: stopped by a signal.
+    """
+    with _Signals() as signals:
+        process = subprocess.Popen(
+            plan.argv,
+            env={**os.environ, **plan.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            while True:
+                try:
+                    out, _ = process.communicate(timeout=POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if signals.count:
+                        raise Interrupted("interrupted") from None
+        finally:
+            _kill(process)
+    try:
+        document = json.loads(out)
+    except ValueError:
+        raise R1VError(
+            f"{shlex.join(plan.argv[1:4])} ended with exit code {process.returncode} and no result"
+        ) from None
+    if "error" in document:
+        raise from_dict(document["error"])
+    return document
 
 
 # --- running ---------------------------------------------------------------------------------------------------
@@ -191,17 +223,20 @@ def execute(
 
 
 @contextmanager
-def serving(serve: Serve, launch: Launch, logs: Path) -> Iterator[dict[str, str]]:
-    """Run a reward server while the body runs; yields the environment that tells workers where it is.
+def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[dict[str, str]]:
+    """Run the recipe's reward server, if it has one, while the body runs; yields what tells workers where it is.
 
     Raises:
         UsageError: it ended, or was not healthy in time; with its log's tail.
         Interrupted: a signal came while it was starting.
     """
+    if recipe.served is None:
+        yield {}
+        return
     logs.mkdir(parents=True, exist_ok=True)
-    port = serve.port or free_port()
+    port = recipe.served.port or free_port()
     log = logs / "reward-server.log"
-    process = _start(server_plan(serve, launch, port), log)
+    process = _start(server_plan(recipe, port), log)
     try:
         with _Signals() as signals:
             _wait_healthy(process, port, log, signals)

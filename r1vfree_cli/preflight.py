@@ -14,7 +14,7 @@ from pathlib import Path
 from .config import GrpoRecipe, SftRecipe
 from .embedded import is_embedded, stages
 from .errors import R1VError, UsageError
-from .launch import served, training_devices
+from .launch import training_devices
 
 _TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
 
@@ -63,7 +63,8 @@ def gpu_count() -> int:
 
 
 def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:
-    launch, serve = recipe.launch, served(recipe)
+    launch = recipe.launch
+    serve = recipe.served
     if launch.on_cpu:
         return
     local = launch.processes // launch.nodes

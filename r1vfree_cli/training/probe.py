@@ -38,13 +38,14 @@ def cuda_checks() -> list[dict]:
 
 def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
     """Prompt lengths (tokens) through the real processor as a histogram, and the longest that is kept."""
-    seed = (recipe.train.model_extra or {}).get("seed", 42)
-    path = with_seed(recipe.data.path, seed)
+    path = with_seed(recipe.data.path, recipe.seed)
     rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
-    lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, seed)))
+    lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, recipe.seed)))
     limit = recipe.data.max_prompt_tokens
     kept = [n for n in lengths if limit is None or n <= limit]
-    found = f"{len(lengths)} rows: {histogram(lengths)}; {len(lengths) - len(kept)} above data.max_prompt_tokens {limit}"
+    found = (
+        f"{len(lengths)} rows: {histogram(lengths)}; {len(lengths) - len(kept)} above data.max_prompt_tokens {limit}"
+    )
     if not kept:
         return _check("prompt tokens", "error", found, "raise data.max_prompt_tokens or lower model.max_pixels"), 0
     many = len(kept) < 0.9 * len(lengths)
@@ -70,8 +71,7 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     Activations follow Korthikanti et al. (2022), 34 bytes a token, layer and hidden unit with 16-bit numbers and
     fused attention; with checkpointing 2.
     """
-    seed = (recipe.train.model_extra or {}).get("seed", 42)
-    config = AutoConfig.from_pretrained(resolve_model(recipe.model.name, seed), revision=recipe.model.revision)
+    config = AutoConfig.from_pretrained(resolve_model(recipe.model.name, recipe.seed), revision=recipe.model.revision)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     total = sum(p.numel() for p in model.parameters())
@@ -131,15 +131,14 @@ def judge_check(recipe: GrpoRecipe) -> list[dict]:
     feedback = recipe.feedback
     if feedback is None:
         return []
-    seed = (recipe.train.model_extra or {}).get("seed", 42)
-    (reward,) = build_rewards([feedback], seed=seed, cache_root=None)
+    (reward,) = build_rewards([feedback], seed=recipe.seed, cache_root=None)
     try:
         reward.probe()
         checks = [_check("judge", "ok", ", ".join(f"{k} {v}" for k, v in reward.identity().items() if v is not None))]
         if feedback.canaries is not None:
-            path = with_seed(recipe.data.path, seed)
+            path = with_seed(recipe.data.path, recipe.seed)
             rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
-            report = ask(reward, rows, feedback.canaries, seed)
+            report = ask(reward, rows, feedback.canaries, recipe.seed)
             checks.append(_check("canaries", "ok" if report.ok else "error", report.table))
         return checks
     finally:

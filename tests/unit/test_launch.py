@@ -24,7 +24,7 @@ def test_the_6_plus_2_recipe_trains_on_the_gpus_that_the_judge_does_not_use(tmp_
     assert plan.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5"
     assert value(plan, "--num_processes") == "6" and value(plan, "--config_file").endswith("zero3.yaml")
     assert plan.argv[-3:] == ["-m", "r1vfree_cli.training.grpo", str(tmp_path)]
-    server = launch.server_plan(recipe.feedback.serve, recipe.launch, 8123)
+    server = launch.server_plan(recipe, 8123)
     assert server.env["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert server.argv[server.argv.index("--host") + 1] == "127.0.0.1"
 
@@ -142,7 +142,7 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypat
     recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
     with (
         pytest.raises(UsageError, match="before it was ready") as e,
-        launch.serving(recipe.feedback.serve, recipe.launch, tmp_path / "logs"),
+        launch.serving(recipe, tmp_path / "logs"),
     ):
         pass
     assert "no such model" in e.value.details
