@@ -37,12 +37,14 @@ class Series:
     x: list[float]
     y: list[float | None]
     bounds: list[tuple[float, float] | None] | None = None  # of `dots`: an interval a row
+    style: int = 0  # of `curve`: which colour and dash; a run has the same in every picture
 
 
-def curve(name: str, title: str, unit: str, series: list[Series]) -> Figure:
+def curve(name: str, title: str, unit: str, series: list[Series], *, legend: bool) -> Figure:
     """A metric over training steps, one line a run. Long noisy lines get their running mean in front of them."""
     figure, axes = _axes(3.9, 2.5)
-    for i, s in enumerate(series):
+    for s in series:
+        i = s.style
         y = [float("nan") if v is None else v for v in s.y]
         style: dict[str, Any] = {"color": _COLOURS[i % 6], "linestyle": _DASHES[i % 6], "linewidth": 1.8}
         smooth = _running_mean(s.y, max(len(y) // 25, 1))
@@ -54,7 +56,7 @@ def curve(name: str, title: str, unit: str, series: list[Series]) -> Figure:
     axes.set_title(title + (f" ({unit})" if unit else ""), loc="left", fontsize=11, color=_INK, pad=8)
     axes.set_xlabel("step", fontsize=9.5)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
-    if len(series) > 1:
+    if legend:
         axes.legend(loc="best", fontsize=8.5, frameon=False, labelcolor=_INK)
     parts = []
     for s in series:

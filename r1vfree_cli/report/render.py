@@ -19,6 +19,7 @@ GALLERY_LEAD = (
     "From the first and the last kept steps and evenly spaced ones between, the groups whose advantages differ most: "
     "these teach most and are no average sample. Best advantage first."
 )
+CURVES_LEAD = "Where a faint line lies behind a strong one, it is single steps, and the strong one their running mean."
 
 
 class Raw(str):
@@ -80,6 +81,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "all_figures": figures + (bench.figures if bench else []),
         "runs": run_views,
         "gallery_lead": GALLERY_LEAD,
+        "curves_lead": CURVES_LEAD,
         "missing": list(dict.fromkeys(missing)),
     }
 

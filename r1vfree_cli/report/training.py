@@ -103,13 +103,14 @@ def curves(runs: list[Run]) -> list[Figure]:
     figures = []
     for key in dict.fromkeys(order):
         series = [
-            Series(run.label, [x for x, _ in points], [y for _, y in points])
-            for run in runs
+            Series(run.label, [x for x, _ in points], [y for _, y in points], style=i)
+            for i, run in enumerate(runs)
             if (points := [(line["step"], line.get(key)) for line in run.metrics if _is_logged(run, line, key)])
         ]
         if any(y is not None for s in series for y in s.y):
             title, unit = names[key]
-            figures.append(curve("report-curve-" + re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-"), title, unit, series))
+            name = "report-curve-" + re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")
+            figures.append(curve(name, title, unit, series, legend=len(runs) > 1))
     return figures
 
 
