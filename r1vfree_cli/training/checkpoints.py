@@ -6,10 +6,14 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import console, contract
 from ..errors import DataError, R1VError, UsageError
@@ -73,6 +77,17 @@ class WholeCheckpoints(_Trainer):
             for _, old in checkpoints(folder)[:-limit] if limit else []:
                 _remove(old)
 
+    def _save(self, output_dir=None, state_dict=None):
+        # Loading under ZeRO-3 records renamings that were not needed as if they had been, and saving reverts them:
+        # `model.model.embed_tokens`, which other readers of the file do not know. None means the published names.
+        if is_deepspeed_zero3_enabled() and isinstance(self.model, PreTrainedModel):
+            self.model._weight_conversions = None
+        super()._save(output_dir, state_dict)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        with tensors_only() if resume_from_checkpoint and self.is_deepspeed_enabled else nullcontext():
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel):  # an adapter
@@ -93,6 +108,7 @@ def save_final(trainer, folder: Path) -> None:
     if trainer.args.should_save:
         shutil.rmtree(aside, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    trainer.model.config.use_cache = True  # Trainer turned it off for training
     try:
         trainer.save_model(str(aside), _internal_call=True)
         if trainer.args.should_save:
@@ -146,6 +162,27 @@ def resume_point(run: RunDir) -> Path | None:
         return path
     console.log("no whole checkpoint yet: starting from step 0")
     return None
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """While active, DeepSpeed's files are read without running what a pickle could hold.
+
+    DeepSpeed asks torch for full unpickling; torch lets the environment overrule that. Beside tensors only the three
+    plain classes that its ZeRO files are made of are let in.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 def strip_pickles(folder: Path) -> None:

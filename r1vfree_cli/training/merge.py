@@ -1,0 +1,381 @@
+"""One loadable model from a LoRA adapter, ZeRO shards or a whole checkpoint, checked on an image before it is kept.
+
+`python -m r1vfree_cli.training.merge CHECKPOINT OUT [--base B] [--dtype D] [--overwrite]` prints one JSON document on
+stdout: the summary, or `{"error": ...}` with the error's exit code. Everything runs in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from .. import contract
+from ..errors import DataError, R1VError, UsageError
+from ..prompts import build_messages, target_text
+from ..run_dir import RunDir, read_json
+from .checkpoints import checkpoints, is_whole, tensors_only
+from .common import die_with_parent
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are
+# exact but for the order of float32 sums; storing in a shorter type rounds every weight.
+EXACT = 1e-4
+ROUNDING = {"float32": EXACT, "float16": 1e-2, "bfloat16": 5e-2}
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+def merge(
+    checkpoint: Path, out: Path, base: str | None = None, dtype: str | None = None, overwrite: bool = False
+) -> dict:
+    """Write the model in `checkpoint` to `out`, so that `from_pretrained` loads it, and check what was written.
+
+    Args:
+        checkpoint: a run dir (its final model, else its newest whole checkpoint), a LoRA adapter, a DeepSpeed
+            checkpoint, or a whole model.
+        out: the folder to make; it appears whole or not at all.
+        base: the adapter's base model, where it is not the recorded one.
+        dtype: of the written weights; None: the base's, or the checkpoint's own.
+        overwrite: replace a model that is in `out`.
+
+    Returns:
+        The summary: kind, source, base, dtype, max_logit_difference, tolerance, files.
+
+    Raises:
+        UsageError: `out` is taken, or an unknown dtype.
+        DataError: nothing loadable there, or what was written answers differently; then nothing is left of it.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    source = locate(Path(checkpoint))
+    out = Path(out)
+    _check_out(out, source, overwrite)
+    kind = kind_of(source)
+    found = contract.read(source)
+    processor = _processor(source, base)
+    inputs = probe(processor)
+    if kind == "adapter":
+        model, base, stored = _adapter(source, base, found)
+        before = logits(model, inputs)
+        model = model.merge_and_unload()
+        _compare(logits(model, inputs), before, EXACT, "merging the adapter changed the model")
+    else:
+        model, stored = _shards(source) if kind == "shards" else _whole(str(source))
+        before = logits(model, inputs)
+    dtype = dtype or stored
+    _keep_end_tokens(model, processor)
+    with _writing(out, overwrite) as folder:
+        files = _write(model, processor, folder, dtype)
+        expected = logits(model.float(), inputs)
+        del model
+        got = _reload(folder, processor, inputs)
+        _compare(got, expected, EXACT, "the written model is not the merged one")
+        difference, tolerance = _compare(got, before, ROUNDING[dtype], f"storing as {dtype} changed the model")
+        summary: dict[str, Any] = {"kind": kind, "source": str(source), "base": base, "dtype": dtype}
+        summary |= {"max_logit_difference": difference, "tolerance": tolerance}
+        if found is not None:
+            contract.write(folder, found | {"merge": summary})
+            files.append(contract.FILE)
+    return {"out": str(out), **summary, "files": sorted(files), "contract": found is not None}
+
+
+# --- what there is ---------------------------------------------------------------------------------------------
+
+
+def locate(path: Path) -> Path:
+    """The model folder that is meant: of a run dir `final/`, else its newest whole checkpoint.
+
+    Raises:
+        DataError: there is no such folder, or the run has no model yet.
+    """
+    if not path.is_dir():
+        raise DataError(f"no checkpoint folder {path}")
+    run = RunDir(path)
+    if not run.holds_run:
+        return path
+    if run.final.is_dir():
+        return run.final
+    whole = [folder for _, folder in checkpoints(run.checkpoints) if is_whole(folder)]
+    if not whole:
+        raise DataError(f"the run in {path} has neither final/ nor a whole checkpoint yet")
+    return whole[-1]
+
+
+def kind_of(folder: Path) -> str:
+    """`adapter`, `whole` or `shards`.
+
+    Raises:
+        DataError: none of them; says what is there.
+    """
+    if (folder / "adapter_config.json").is_file():
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise DataError(f"{folder} is an adapter without its weights: adapter_model.safetensors is missing")
+        return "adapter"
+    has_config = (folder / "config.json").is_file()
+    if has_config and any(folder.glob("*.safetensors")):
+        return "whole"
+    if has_config and ((folder / "latest").is_file() or any(folder.glob("global_step*"))):
+        return "shards"
+    there = sorted(p.name for p in folder.iterdir())[:12]
+    hint = "a model folder has config.json and *.safetensors, an adapter adapter_config.json"
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in there):
+        hint = "weights in pickle files are not loaded: convert them to safetensors first"
+    raise DataError(f"{folder} holds no model; it holds {', '.join(there) or 'nothing'}", hint=hint)
+
+
+def _check_out(out: Path, source: Path, overwrite: bool) -> None:
+    if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+        raise UsageError(f"{out} holds the checkpoint itself", hint="choose another --out")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError(f"{out} exists already", hint="choose another --out, or replace it with --overwrite")
+    if not (out / "config.json").is_file():
+        raise UsageError(f"{out} is not a model folder, it is not overwritten", hint="choose another --out")
+
+
+# --- loading, always in float32 --------------------------------------------------------------------------------
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _whole(name: str, revision: str | None = None) -> tuple[Any, str]:
+    """(whole model, dtype of its files); weights that are missing or do not fit are errors, not random numbers."""
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise DataError(f"no model folder {name}")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        stored = _stored_dtype(config)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except _UNREADABLE as e:
+        raise DataError(f"cannot load {name} as a vision-language model: {_first_line(e)}") from None
+    model, info = loaded
+    wrong = [f"{kind.split('_')[0]}: {key}" for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]
+    if wrong:
+        raise DataError(f"the weights in {name} do not fit its config.json", details=wrong[:5])
+    return model.eval(), stored
+
+
+def _shards(folder: Path) -> tuple[Any, str]:
+    """(model whose float32 weights lie in a DeepSpeed checkpoint's shards, dtype that its config names)."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    tag = _tag(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        stored = _stored_dtype(config)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        with contextlib.suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        with tensors_only(), contextlib.redirect_stdout(sys.stderr):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+        model.load_state_dict(weights, strict=True)
+    except pickle.UnpicklingError:
+        raise DataError(f"the shards in {folder} hold more than tensors; they are not loaded") from None
+    except _UNREADABLE as e:
+        raise DataError(f"cannot put the shards in {folder} together: {_first_line(e)}") from None
+    return model.eval(), stored
+
+
+def _stored_dtype(config) -> str:
+    name = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    return name if name in DTYPES else "bfloat16"
+
+
+def _tag(folder: Path) -> str:
+    """The newest shards' folder name, as `latest` has it."""
+    latest = folder / "latest"
+    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
+        raise DataError(f"{folder} has no shards: its file `latest` names {tag or 'nothing'!r}")
+    return tag
+
+
+def _adapter(folder: Path, base: str | None, found: dict | None) -> tuple[Any, str, str]:
+    """(base with the adapter on it, name of the base, dtype of its files)."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = read_json(folder / "adapter_config.json")
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise DataError(f"{folder}/adapter_config.json does not describe a LoRA adapter")
+    name = base or settings.get("base_model_name_or_path")
+    if not name:
+        raise DataError(f"the adapter in {folder} does not name its base model", hint="give it with --base")
+    recorded = None if base else settings.get("revision") or (found or {}).get("revision")
+    try:
+        model, stored = _whole(str(name), recorded)
+    except DataError as e:
+        raise DataError(f"the adapter's base model: {e.message}", hint=e.hint or "give its place with --base") from None
+    try:
+        wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(folder)), autocast_adapter_dtype=False)
+        result = wrapped.load_adapter(str(folder), "default", torch_device="cpu")
+    except _UNREADABLE as e:
+        raise DataError(
+            f"the adapter in {folder} does not fit its base {name}: {_first_line(e)}", hint="is --base the right one?"
+        ) from None
+    wrong = [*result.missing_keys, *result.unexpected_keys]
+    if wrong:
+        raise DataError(f"the adapter in {folder} does not fit its base {name}", details=wrong[:5])
+    return wrapped.eval(), str(name), stored
+
+
+def _processor(folder: Path, base: str | None):
+    """The checkpoint's processor; of an adapter without one, the base's."""
+    places = [str(folder)]
+    if (folder / "adapter_config.json").is_file():
+        settings = read_json(folder / "adapter_config.json")
+        places.append(base or str(isinstance(settings, dict) and settings.get("base_model_name_or_path")))
+    error: Exception | None = None
+    for place in places:
+        try:
+            processor = AutoProcessor.from_pretrained(place)
+        except _UNREADABLE as e:
+            error = error or e
+            continue
+        if hasattr(processor, "image_processor"):
+            return processor
+    reason = _first_line(error) if error else "it has no image processor"
+    raise DataError(f"cannot load a processor from {' or '.join(places)}: {reason}")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def _keep_end_tokens(model, processor) -> None:
+    """The written model must stop where the tokenizer's turn ends, and know its padding."""
+    settings, tokenizer = model.generation_config, processor.tokenizer
+    ends = settings.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        settings.eos_token_id = [tokenizer.eos_token_id, *ends]
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _writing(out: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder that takes the place of `out` when the body ends well, and is deleted when it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if overwrite and out.exists():
+            old = out.parent / f".{out.name}.{os.getpid()}.old"
+            os.replace(out, old)
+            os.replace(folder, out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(folder, out)  # fails when somebody else filled it meanwhile
+    except (OSError, SafetensorError) as e:
+        raise UsageError(f"cannot write {out}: {getattr(e, 'strerror', None) or e}") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(model, processor, folder: Path, dtype: str) -> list[str]:
+    """Save model and processor; `model` is left rounded to `dtype`. Returns the names of the files."""
+    model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return [p.name for p in folder.iterdir()]
+
+
+# --- checking --------------------------------------------------------------------------------------------------
+
+
+def probe(processor) -> dict[str, torch.Tensor]:
+    """A prompt with a drawn photo-sized image and a whole reply, through the real processor."""
+    image = Image.linear_gradient("L").resize((224, 168)).convert("RGB")
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((30, 40, 110, 120), fill=(200, 30, 60))
+    pen.rectangle((130, 60, 200, 140), fill=(20, 90, 210))
+    text = processor.apply_chat_template(
+        build_messages("What is left of the blue square?"), tokenize=False, add_generation_prompt=True
+    )
+    reply = target_text("There are a circle and a square.", "a red circle")
+    return dict(processor(text=[text + reply], images=[image], return_tensors="pt"))
+
+
+def logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the probe, [tokens, vocabulary], float32."""
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits[0].float()
+
+
+def _reload(folder: Path, processor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of what was written, which must have the same end tokens, template and inputs too."""
+    model, _ = _whole(str(folder))
+    written = _processor(folder, None)
+    ends = model.generation_config.eos_token_id
+    if written.tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        raise DataError(f"the written generation config does not end at {written.tokenizer.eos_token!r}: {ends}")
+    if written.tokenizer.eos_token_id != processor.tokenizer.eos_token_id:
+        raise DataError("the written tokenizer has another end token")
+    again = probe(written)
+    if again.keys() != inputs.keys() or any(not torch.equal(again[k], inputs[k]) for k in inputs):
+        raise DataError("the written processor prepares the same image and text differently")
+    return logits(model, inputs)
+
+
+def _compare(got: torch.Tensor, expected: torch.Tensor, share: float, what: str) -> tuple[float, float]:
+    """(largest difference, tolerance); above it, or with NaN, a DataError that begins with `what`."""
+    tolerance = share * max(1.0, expected.abs().max().item())
+    difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
+    if not difference <= tolerance:
+        raise DataError(f"{what}: logits differ by {difference:.3g}, allowed is {tolerance:.3g}; nothing was written")
+    return difference, tolerance
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m r1vfree_cli.training.merge")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base")
+    parser.add_argument("--dtype")
+    parser.add_argument("--overwrite", action="store_true")
+    options: dict[str, Any] = vars(parser.parse_args(argv))
+    # So that a stopped merge removes what it has begun.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    die_with_parent(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            document, code = merge(**options), 0
+    except R1VError as e:
+        document, code = {"error": e.to_dict()}, e.exit_code
+    print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
