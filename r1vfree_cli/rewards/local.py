@@ -7,11 +7,11 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -63,7 +63,7 @@ class LocalJudge:
             self.processor = AutoProcessor.from_pretrained(model, **options)
             with _whole_model(), torch.random.fork_rng():
                 loaded, info = auto.from_pretrained(model, output_loading_info=True, dtype=dtype, **options)  # type: ignore[misc]
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
             raise unloadable(model, e) from None
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])
@@ -174,11 +174,14 @@ def _read_value_head(model: str, revision: str | None, device: torch.device) -> 
     """Weight (H,) and bias () of the linear head, in float32 as TRL keeps it."""
     path = checkpoint_file(model, VALUE_HEAD, revision)
     assert path is not None
-    tensors = load_file(path, device=str(device))
+    try:
+        tensors = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as e:
+        raise unloadable(model, f"{path.name}: {e}") from None
     weight = [t for name, t in tensors.items() if name.endswith("summary.weight")]
     bias = [t for name, t in tensors.items() if name.endswith("summary.bias")]
     if len(weight) != 1 or weight[0].shape[0] != 1:
-        raise DataError(f"{Path(path).name} of judge {model} holds no v_head.summary.weight of shape (1, hidden size)")
+        raise DataError(f"{path.name} of judge {model} holds no v_head.summary.weight of shape (1, hidden size)")
     return weight[0][0].float(), bias[0][0].float() if bias else torch.zeros((), device=device)
 
 

@@ -4,8 +4,7 @@ LitServe batches the requests of all clients. The wire is vLLM's /classify with 
 can take this server's place. `GET /health` is 200 when the model is loaded, `GET /info` tells which prompt it wants.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: LitServe reads the request's class from the signature of decode_request.
 import argparse
 import base64
 import binascii
