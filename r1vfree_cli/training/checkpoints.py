@@ -81,7 +81,7 @@ class WholeCheckpoints(_Trainer):
         # Loading under ZeRO-3 records renamings that were not needed as if they had been, and saving reverts them:
         # `model.model.embed_tokens`, which other readers of the file do not know. None means the published names.
         if is_deepspeed_zero3_enabled() and isinstance(self.model, PreTrainedModel):
-            self.model._weight_conversions = None
+            vars(self.model)["_weight_conversions"] = None
         super()._save(output_dir, state_dict)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):

@@ -13,7 +13,7 @@ from PIL import Image
 from r1vfree_cli import contract, launch, prompts, recipes
 from r1vfree_cli.errors import DataError, Interrupted, UsageError
 from r1vfree_cli.run_dir import RunDir, read_jsonl
-from r1vfree_cli.training import callbacks, checkpoints, sft
+from r1vfree_cli.training import callbacks, checkpoints, merge, sft
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -343,6 +343,20 @@ def test_a_killed_save_leaves_no_checkpoint_and_the_limit_bounds_the_rest(tiny, 
 # --- several processes -----------------------------------------------------------------------------------------
 
 
+def merges_shards(checkpoint: Path, final: Path, out: Path) -> None:
+    """The shards alone give the trained model; one missing is a clear error."""
+    (checkpoint / "model.safetensors").unlink()
+    assert merge.kind_of(checkpoint) == "shards"
+    summary = merge.merge(checkpoint, out)
+    assert summary["dtype"] == "float32" and contract.read(out)["merge"]["kind"] == "shards"
+    expected, got = weights(final), weights(out)
+    assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    next(checkpoint.glob("global_step2/*rank_1*optim*")).unlink()
+    with pytest.raises(DataError, match="cannot put the shards"):
+        merge.merge(checkpoint, out.with_name("none"))
+    assert not out.with_name("none").exists()
+
+
 @pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3"])
 def test_two_processes_give_the_same_first_step_and_a_model_that_loads(preset, tiny, data, tmp_path, finished):
     recipe = make_recipe(
@@ -367,4 +381,7 @@ def test_two_processes_give_the_same_first_step_and_a_model_that_loads(preset, t
     assert len(changed) == len(base)
     # Under the names that published checkpoints have: other programs read the file too.
     assert weights(run.final).keys() == weights(tiny["qwen2_5_vl"]).keys()
-    assert checkpoints.is_whole(run.checkpoints / "checkpoint-2")
+    checkpoint = run.checkpoints / "checkpoint-2"
+    assert checkpoints.is_whole(checkpoint)
+    if preset == "zero3":
+        merges_shards(checkpoint, run.final, tmp_path / "merged")
