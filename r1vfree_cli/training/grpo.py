@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,10 +40,7 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     zero = recipe.launch.preset.startswith("zero")
     given = dict(recipe.train.model_extra or {})
     if zero and recipe.launch.on_cpu:
-        # Told to use the CPU, accelerate leaves DeepSpeed out without a word; with no GPU in sight it uses the CPU
-        # anyway, but must be told how its processes talk.
-        os.environ.pop("ACCELERATE_USE_CPU", None)
-        given["ddp_backend"] = "gloo"
+        given["ddp_backend"] = "gloo"  # else accelerate, which sees no GPU, counts one process
     # The loss is reported as it is: a NaN replaced by an average would hide from the guard.
     defaults: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
     if recipe.model.revision is not None:  # TRL loads the reference policy itself
@@ -58,7 +54,7 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
             output_dir=str(run.checkpoints),
             bf16=recipe.model.dtype == "bfloat16",
             fp16=recipe.model.dtype == "float16",
-            use_cpu=recipe.launch.on_cpu and not zero,
+            use_cpu=recipe.launch.on_cpu and not zero,  # told so, accelerate would leave DeepSpeed out
             remove_unused_columns=False,  # rewards read the row's columns
             trust_remote_code=recipe.model.trust_remote_code,
         )
