@@ -107,6 +107,8 @@ def check_gates(doc: dict, fail_under: list[str]) -> None:
 def check(o: EvalOptions) -> None:
     """Raises UsageError for what can be known to be wrong before any file is read."""
     parse_gates(o.fail_under)
+    if o.fail_under and (o.estimate or o.stage in ("generate", "judge")):
+        raise UsageError("--fail-under needs scores, which --estimate and the stages generate and judge do not give")
     for name, value, allowed in (
         ("--protocol", o.protocol, PROTOCOLS),
         ("--stage", o.stage, STAGES),

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,8 +311,9 @@ def test_all_layouts_give_the_same_questions_and_figures(bench, tmp_path):
 
 
 def test_a_question_file_cannot_reach_outside_the_image_folder(bench, tmp_path):
-    (tmp_path / "VD").mkdir()
-    (tmp_path / "VD" / "ocr").symlink_to(bench / "hallusion_bench" / "VD" / "ocr")
+    (tmp_path / "VD" / "ocr").mkdir(parents=True)
+    for file in (bench / "hallusion_bench" / "VD" / "ocr").iterdir():
+        (tmp_path / "VD" / "ocr" / file.name).symlink_to(file)
     rows = [r for r in records() if r["category"] == "VD"]
     for r in rows:
         r["filename"] = "./VD/../VD/ocr/0_0.png" if r["set_id"] == "0" else r["filename"]
@@ -380,9 +382,26 @@ def test_batches_give_the_tokens_of_one_question_at_a_time(bench, tiny, tmp_path
     assert again["counts"] == doc["counts"] and again["diagnostics"] == doc["diagnostics"]
 
 
-def test_evaluation_at_other_pixel_limits_than_training_is_a_trap_avoided(bench, tiny, tmp_path):
-    import shutil
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_features_are_reused_in_the_other_families_too(bench, tmp_path, kind):
+    """Qwen3-VL adds features of several vision layers; they must go with their figure through the batches."""
+    from tiny_models import save_tiny
 
+    from r1vfree_cli.hallusion.generate import Generator, Job
+
+    save_tiny(tmp_path / "m", kind)
+    asked = questions_module.load(str(bench / "HallusionBench.json"), bench)
+    jobs = [Job(q.id, q.text, asked.image(q)) for q in asked.questions]
+    generator = Generator(str(tmp_path / "m"), max_new_tokens=8, min_pixels=1024, max_pixels=96 * 96, device="cpu")
+    assert generator.reuse
+    together, alone = {}, {}
+    generator.run(jobs, 7, lambda job, answer: together.update({job.id: answer}))
+    generator.reuse = False  # pixels with every question, one at a time
+    generator.run(jobs, 1, lambda job, answer: alone.update({job.id: answer}))
+    assert together == alone
+
+
+def test_evaluation_at_other_pixel_limits_than_training_is_a_trap_avoided(bench, tiny, tmp_path):
     from r1vfree_cli.prompts import template_hash
 
     run = tmp_path / "run"
@@ -595,6 +614,7 @@ def test_sigkill_while_judging_repeats_no_finished_call(tmp_path, serve):
     for least in (4, 10):
         kill_when(start(options), lambda: file.is_file() and file.read_bytes().count(b"\n") >= least)  # noqa: B023
     finished = {r["raw"] and r["id"] for _, r in _lines(file)}
+    shutil.rmtree(tmp_path / "cache")  # the eval dir alone is enough to go on from
     before = len(server.prompts)
     doc = evaluate(EvalOptions(predictions=tmp_path / "p.json", out=out, concurrency=2, **chat(server)))
     assert doc["unjudged"] == 0
@@ -667,6 +687,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(2, EvalOptions(judged=missing, fail_under=["aAc=50"]), "aAc", "did you mean aAcc")
     fails(2, EvalOptions(judged=missing, fail_under=["aAcc=high"]), "percentage")
     fails(2, EvalOptions(judged=missing, fail_under=["aAcc"]), "percentage")
+    fails(2, EvalOptions(judged=file, fail_under=["aAcc=1"], estimate=True), "needs scores")
     fails(2, EvalOptions(), "nothing to evaluate")
     fails(2, EvalOptions(judged=file, checkpoint="x/y"), "exclude each other")
     fails(2, EvalOptions(endpoint="http://localhost/v1"), "--model")
@@ -730,8 +751,6 @@ def test_missing_figures_and_bad_ones(bench, tmp_path):
     fails(3, EvalOptions(questions=official, images=empty, **base), "missing", "0_0.png")
     fails(2, EvalOptions(questions=official, images=tmp_path / "no.zip", **base), "neither a folder nor a zip")
     fails(2, EvalOptions(questions=str(tmp_path / "no.json"), **base), "no questions at")
-    import shutil
-
     shutil.copytree(bench / "hallusion_bench", tmp_path / "bad")
     (tmp_path / "bad" / "VD" / "ocr" / "0_0.png").write_bytes(b"no image")
     fails(3, EvalOptions(questions=official, images=tmp_path / "bad", **base), "VD_ocr_0_0", "not an image")

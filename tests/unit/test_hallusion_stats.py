@@ -99,7 +99,7 @@ def test_a_clear_difference_is_found_and_signed():
     entry = stats.compare(good, bad)["metrics"]["aAcc"]
     assert entry["difference"] > 20 and entry["interval"][0] > 0 and entry["p_swap"] < 0.001
     mirrored = stats.compare(bad, good)["metrics"]["aAcc"]
-    assert mirrored["difference"] == -entry["difference"]
+    assert mirrored["difference"] == -entry["difference"] and mirrored["p_swap"] == entry["p_swap"]
 
 
 def test_comparison_is_seeded_and_refuses_other_questions():
