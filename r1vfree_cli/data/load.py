@@ -52,6 +52,13 @@ def ensure_rows(path: str, split: str = "train") -> Path:
     return here
 
 
+def find_rows(path: str, split: str = "train") -> Path | None:
+    """Where `ensure_rows` has the rows or would take them from; None when they are not there yet. Prepares nothing."""
+    cached = _cached(path, split)
+    here = cache_dir("data", cached[0]) if cached else Path(os.path.expanduser(path))
+    return here if os.path.exists(here) else None
+
+
 def load_rows(path: str, split: str = "train", limit: int | None = None) -> datasets.Dataset:
     """The rows of a split, the first `limit` of them.
 

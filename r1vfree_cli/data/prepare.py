@@ -110,8 +110,11 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops) 
         return DataError(f"no records in {names}")
     first = next((r for ts in tables.values() for t in ts for _, r in t.read([0]) if isinstance(r, dict)), None)
     columns = [f"columns of the first record: {', '.join(map(str, first))}"] if first else []
+    missing = drops.counts["missing image"] + drops.counts["image path leaves the root"]
     return DataError(
-        f"source {source.name}: none of {drops.total} records can be used ({names})", details=drops.lines() + columns
+        f"source {source.name}: none of {drops.total} records can be used ({names})",
+        details=drops.lines() + columns,
+        hint="--images names the folder that image paths are relative to" if missing else None,
     )
 
 

@@ -335,6 +335,13 @@ def test_when_nothing_is_left_the_error_has_the_counts_and_nothing_is_written(tm
     assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]
 
 
+def test_forgotten_images_folder_is_hinted_at(tmp_path):
+    source = write_lines(tmp_path / "q.jsonl", [{"image": "a.png", "problem": "What?"}])
+    with pytest.raises(DataError) as caught:
+        prepare("jsonl", tmp_path / "out", input=str(source))
+    assert "--images" in caught.value.hint
+
+
 def test_images_read_from_a_folder_nothing_wrote_to(tmp_path):
     """Rows carry their images: once prepared, the folder they came from is not needed again."""
     questions = photos(tmp_path / "in", 4)
@@ -343,6 +350,23 @@ def test_images_read_from_a_folder_nothing_wrote_to(tmp_path):
     rows = load.load_rows(str(tmp_path / "out"))
     for i, row in enumerate(rows):
         assert np.array_equal(np.asarray(row["images"][0]), pixels(picture(i)))
+
+
+def test_text_that_is_no_utf8_costs_its_own_record_only(tmp_path):
+    problems = pa.array([b"What?", b"\xff\xfe", b"Why?"]).cast(pa.string(), safe=False)
+    image = pa.array([PIC] * 3, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"problem": problems, "image": image}), tmp_path / "x.parquet")
+    summary = prepare("parquet", tmp_path / "out", input=str(tmp_path / "x.parquet"))
+    assert summary["dropped"] == {"record cannot be decoded": 1}
+    assert summary["dropped_places"] == {"record cannot be decoded": ["x.parquet:2"]}
+    assert [r["problem"] for r in rows_of(tmp_path / "out")] == ["What?", "Why?"]
+
+
+def test_records_without_id_are_numbered_through_all_files(tmp_path):
+    for part in range(3):
+        write_hub_parquet(tmp_path / "in" / f"train-0000{part}-of-00003.parquet", [R1V] * 4)
+    prepare("clevr-count", tmp_path / "out", input=str(tmp_path / "in"))
+    assert [r["id"] for r in rows_of(tmp_path / "out")] == [f"clevr-count-{i:07d}" for i in range(12)]
 
 
 # --- limit, seed, the same bytes -------------------------------------------------------------------------------
@@ -508,7 +532,9 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
 
 
 def test_shapes_are_drawn_once_into_the_cache(tmp_path):
+    assert load.find_rows("shapes?n=12", "test") is None
     first = load.ensure_rows("shapes?n=12", "test")
+    assert load.find_rows("shapes?n=12", "test") == first
     stamp = (first / "data.json").stat().st_mtime_ns
     assert load.ensure_rows("shapes?n=12", "test") == first
     assert (first / "data.json").stat().st_mtime_ns == stamp and first.is_relative_to(tmp_path / "cache")
