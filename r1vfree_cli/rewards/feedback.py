@@ -42,6 +42,7 @@ class Feedback:
 
     Attributes:
         failures: the last failures, as lines.
+        floor: the score of a reply without a usable answer.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Feedback:
     ):
         self.__name__ = reward.name
         self.weight, self.required = reward.weight, reward.required
-        self.max_failed_fraction = reward.max_failed_fraction
+        self.max_failed_fraction, self.floor = reward.max_failed_fraction, reward.floor
         self.failures: deque[str] = deque(maxlen=100)
         self._reward, self._backend, self._identity = reward, backend, identity
         self._cache = JudgementCache(cache)

@@ -1,0 +1,221 @@
+"""Canaries: questions whose right order of scores is known. A judge that gets them wrong must not train anything.
+
+Asked before step 1 and every `every_steps`, past the cache:
+
+- empty: what a reply without an answer gets (the floor) is not above `max_empty_score`, nor above right answers;
+- template: answers that fit every question ("Yes" where it answers nothing, ":", "Thought process:", the instruction
+  itself) score at most `max_empty_score` in the mean, each;
+- right over wrong: right answers score above wrong ones in the mean, by more than `min_margin`;
+- own image over another: right answers score above the same answers about another image, likewise.
+
+Right answers are the rows' `solution`, used for this alone. Rows without any (label-free data) are replaced by
+drawn ones for the last two checks: discs of one colour, asked for the colour.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from ..config import Canaries
+from ..errors import GuardStop, R1VError, UsageError
+from ..prompts import INSTRUCTION
+from .feedback import Asked, Feedback
+from .text import reference_answer
+from .verify import normalised
+
+TEMPLATES = ("Yes", ":", "Thought process:", INSTRUCTION)
+FEWEST = 4  # right answers from the rows; with fewer, discs are drawn
+COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 210), "yellow": (240, 210, 40)}
+
+HEADER = ["check", "asked", "n", "mean score", "wanted", "verdict"]
+
+# To these, "yes" or "no" is an answer: "Yes" is no template there.
+_YES_NO = re.compile(
+    r"\s*(is|are|was|were|do|does|did|can|could|has|have|had|will|would|should)\b|.*\b(yes or no|yes/no|true or false)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the evidence. `ok` is None when nothing could be asked."""
+
+    name: str
+    asked: str
+    score: float | None
+    wanted: str
+    ok: bool | None
+    n: int
+
+
+@dataclass
+class CanaryReport:
+    """What was asked and scored. `ok`: no check failed. `examples`: single scores behind the failed checks."""
+
+    checks: list[Check] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    @property
+    def table(self) -> list[list[str]]:
+        """Rows under `HEADER`, for `console.emit_table`."""
+        verdicts = {True: "ok", False: "FAILED", None: "not asked"}
+        return [
+            [c.name, c.asked, str(c.n), "" if c.score is None else f"{c.score:.3f}", c.wanted, verdicts[c.ok]]
+            for c in self.checks
+        ]
+
+    @property
+    def lines(self) -> list[str]:
+        """The same as text, with examples of what scored too high."""
+        rows = [f"{row[5]:9} {row[0]}: {row[1]} (n={row[2]}): {row[3] or '-'}, wanted {row[4]}" for row in self.table]
+        return rows + self.examples
+
+    def error(self, step: int | None = None) -> R1VError:
+        """The refusal, with the evidence: before training a `UsageError`, at a step a `GuardStop`."""
+        hint = "take another judge; or set rewards.feedback.canaries.max_empty_score and min_margin to its scale"
+        if step is None:
+            return UsageError("the judge fails its canaries", details=self.lines, hint=hint)
+        return GuardStop(f"the judge fails its canaries at step {step}", details=self.lines, hint=hint)
+
+
+def check(judge: Feedback, rows: Sequence[dict[str, Any]], cfg: Canaries, seed: int = 0) -> CanaryReport:
+    """Ask the judge the canaries about at most `cfg.samples` of `rows`.
+
+    Args:
+        judge: a feedback reward.
+        rows: with `images` (PIL), `problem`, and `solution` where there is one.
+        cfg: sample size and thresholds.
+        seed: which rows are taken and how images are exchanged; the same seed asks the same again.
+
+    Raises:
+        UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
+    """
+    rng = random.Random(seed)
+    sample = [rows[i] for i in sorted(rng.sample(range(len(rows)), min(len(rows), cfg.samples)))]
+    labelled: list[Asked] = [
+        (row["images"], row["problem"], a) for row in sample if (a := reference_answer(row.get("solution")))
+    ]
+    drawn = len(labelled) < FEWEST
+    if drawn:
+        labelled = _discs(min(cfg.samples, 8))
+    plan = _Plan(judge)
+    right = plan.add(labelled)
+    wrong = plan.add(_with_wrong_answers(labelled, rng))
+    shuffled = plan.add(_about_other_images(labelled))
+    templates = {
+        t: plan.add([(r["images"], r["problem"], t) for r in sample if _fits(t, r["problem"])]) for t in TEMPLATES
+    }
+    plan.ask()
+
+    report = CanaryReport()
+    floor, best = judge.floor, fmean(known) if (known := right.known()) else None
+    report.checks.append(
+        Check("empty", "no answer", floor, f"<= {cfg.max_empty_score:g}", floor <= cfg.max_empty_score, 1)
+    )
+    if best is not None:
+        report.checks.append(Check("empty", "no answer", floor, f"<= {best:.3f}, right answers", floor <= best, 1))
+    for text, part in templates.items():
+        mean = fmean(scores) if (scores := part.known()) else None
+        ok = None if mean is None else mean <= cfg.max_empty_score
+        wanted = f"<= {cfg.max_empty_score:g}"
+        report.checks.append(Check("template", repr(text[:40]), mean, wanted, ok, len(part.known())))
+        report.examples += part.highest() if ok is False else []
+    where = "drawn discs" if drawn else "solutions"
+    for name, worse in (("right over wrong", wrong), ("own image over another", shuffled)):
+        gaps = [a - b for a, b in zip(right.scores, worse.scores, strict=True) if a is not None and b is not None]
+        gap = fmean(gaps) if gaps else None
+        ok = None if gap is None else gap > cfg.min_margin
+        report.checks.append(Check(name, f"difference, {where}", gap, f"> {cfg.min_margin:g}", ok, len(gaps)))
+        report.examples += worse.highest() if ok is False else []
+    return report
+
+
+class _Part:
+    """Some of the questions of a plan, and their scores once it was asked. A None among the questions is not asked."""
+
+    def __init__(self, items: Sequence[Asked | None]):
+        self.items = list(items)
+        self.scores: list[float | None] = [None] * len(self.items)
+
+    def known(self) -> list[float]:
+        return [s for s in self.scores if s is not None]
+
+    def highest(self) -> list[str]:
+        """The two that the judge liked best, as lines."""
+        scored = [(s, i) for s, i in zip(self.scores, self.items, strict=True) if s is not None and i is not None]
+        scored.sort(key=lambda pair: -pair[0])
+        return [f"scored {s:.3f}: {str(i[2])[:80]!r} for {i[1][:100]!r}" for s, i in scored[:2]]
+
+
+class _Plan:
+    def __init__(self, judge: Feedback):
+        self._judge = judge
+        self._parts: list[_Part] = []
+
+    def add(self, items: Sequence[Asked | None]) -> _Part:
+        self._parts.append(_Part(items))
+        return self._parts[-1]
+
+    def ask(self) -> None:
+        items = [item for part in self._parts for item in part.items if item is not None]
+        scores = self._judge.ask(items, use_cache=False)
+        missing = sum(s is None for s in scores)
+        if items and missing * 2 >= len(items):
+            raise UsageError(
+                f"the judge gave no verdict on {missing} of {len(items)} canaries",
+                details=list(self._judge.failures)[-3:],
+            )
+        found = iter(scores)
+        for part in self._parts:
+            part.scores = [None if item is None else next(found) for item in part.items]
+
+
+def _fits(template: str, problem: str) -> bool:
+    return template != "Yes" or not _YES_NO.match(problem)
+
+
+def _with_wrong_answers(labelled: Sequence[Asked], rng: random.Random) -> list[Asked | None]:
+    """Each question with an answer that is right for another one: for the same question where there is one."""
+    found: list[Asked | None] = []
+    for images, problem, answer in labelled:
+        others = [(p, a) for _, p, a in labelled if _differ(a, answer)]
+        alike = [a for p, a in others if p == problem] or [a for p, a in others if p.split()[:2] == problem.split()[:2]]
+        candidates = alike or [a for _, a in others]
+        found.append((images, problem, rng.choice(candidates)) if candidates else None)
+    return found
+
+
+def _about_other_images(labelled: Sequence[Asked]) -> list[Asked | None]:
+    """Each question and answer about the images of the next row that has another answer."""
+    n = len(labelled)
+    found: list[Asked | None] = []
+    for i, (_, problem, answer) in enumerate(labelled):
+        others = (labelled[(i + k) % n] for k in range(1, n))
+        images = next((other for other, _, a in others if _differ(a, answer)), None)
+        found.append(None if images is None else (images, problem, answer))
+    return found
+
+
+def _differ(a: str | None, b: str | None) -> bool:
+    return normalised(a or "") != normalised(b or "")
+
+
+def _discs(n: int) -> list[Asked]:
+    """Drawn questions that any judge with eyes can answer."""
+    from PIL import Image, ImageDraw
+
+    found: list[Asked] = []
+    for i, (name, rgb) in enumerate(list(COLOURS.items()) * (n // len(COLOURS) + 1)):
+        image = Image.new("RGB", (224, 224), (245, 245, 245))
+        ImageDraw.Draw(image).ellipse((40 + 4 * i, 50, 150 + 4 * i, 160), fill=rgb)
+        found.append(([image], "What colour is the disc?", name))
+    return found[:n]
