@@ -34,10 +34,12 @@ from .shared_prefix_prompts import (
     same_frozen_vision,
 )
 
+_Trainer: Any = object  # for type checkers: the attributes are GRPOTrainer's
+
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-class SharedPrefixMixin:
+class SharedPrefixMixin(_Trainer):
     """Put before `GRPOTrainer` in the bases.
 
     Attributes:
@@ -48,9 +50,14 @@ class SharedPrefixMixin:
     shared_prefix: bool = True
     shared_prefix_off: str | None = None
 
+    train_dataset: Any
+    processing_class: Any
+    _buffered_inputs: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._prompts: DistinctPrompts | None = None
+        self._prompts: DistinctPrompts  # of the batch in work
+        self._advantages: torch.Tensor | None = None  # of the micro-batch in work
         self._encodes_once = False
         self.shared_prefix_off = unsupported(self) if self.shared_prefix else "switched off"
         if self.shared_prefix_off:
@@ -62,7 +69,8 @@ class SharedPrefixMixin:
         install(policy)
         if reference is not None:
             install(reference)
-        self._encodes_once = same_frozen_vision(policy, reference)
+        same = torch.tensor(float(same_frozen_vision(policy, reference)), device=self.accelerator.device)
+        self._encodes_once = self.accelerator.reduce(same).item() == self.accelerator.num_processes
 
     @property
     def _shares(self) -> bool:
@@ -97,7 +105,7 @@ class SharedPrefixMixin:
             return super()._generate_and_score_completions(inputs)
         finally:
             self.processing_class = processor
-            self._prompts = None
+            self.__dict__.pop("_prompts", None)
 
     def _prepared_inputs(self) -> dict[str, torch.Tensor]:
         prompts = self._prompts
@@ -227,22 +235,50 @@ class SharedPrefixMixin:
         assert_installed(whole)
         width = input_ids.shape[1] - logits_to_keep
         groups = self._groups(input_ids[:, :width], attention_mask[:, :width], num_images, grid)
-        logps, entropies = [], []
-        for chunk in chunks(groups, batch_size or len(input_ids), self.num_generations):
-            packed = pack(whole.base_model, chunk, input_ids, attention_mask, logits_to_keep, grid)
+        live, idle = self._split_idle(groups) if torch.is_grad_enabled() else (groups, [])
+
+        def run(part: list[Group], model) -> list[torch.Tensor]:
+            """Log-probabilities (rows, C) of the part and, if wanted, entropies."""
+            packed = pack(whole.base_model, part, input_ids, attention_mask, logits_to_keep, grid)
             images = {}
-            if pixels is not None:
-                shown = torch.cat([pixels[g.pixels] for g in chunk])
-                images = model_images(
-                    whole, shown, torch.cat([grid[g.grids] for g in chunk]), encoded=self._encodes_once
-                )
+            if pixels is not None and grid is not None:
+                shown = torch.cat([pixels[g.pixels] for g in part])
+                grids = torch.cat([grid[g.grids] for g in part])
+                images = model_images(whole, shown, grids, encoded=self._encodes_once)
             with self.accelerator.autocast():
                 outputs = model(**packed.inputs, **images, shared_prefix=packed.layout, fused_lm_head=True)
             packed.layout.assert_used(whole.config.get_text_config().num_hidden_layers)
-            logps.append(packed.unpack(outputs.log_probs, logits_to_keep))
-            if compute_entropy:
-                entropies.append(packed.unpack(outputs.entropy, logits_to_keep))
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+            wanted = (outputs.log_probs, outputs.entropy) if compute_entropy else (outputs.log_probs,)
+            return [packed.unpack(x, logits_to_keep) for x in wanted]
+
+        passes = chunks(live, batch_size, self.num_generations) if batch_size else [live]
+        parts = [run(part, model) for part in passes]
+        if idle:
+            with torch.no_grad():  # local, as other ranks may have no such group
+                parts.append(run(idle, whole))
+        order = torch.tensor([row for g in live + idle for row in range(g.start, g.stop)], device=input_ids.device)
+        logps, *entropies = (torch.cat(x)[order.argsort()] for x in zip(*parts, strict=True))
+        return logps, entropies[0] if entropies else None, None
+
+    def _compute_loss(self, model, inputs):
+        self._advantages = inputs["advantages"]
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._advantages = None
+
+    def _split_idle(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
+        """Groups that have a gradient, and those that have none because all their advantages are zero.
+
+        With a KL term or an entropy bonus every group has one. Under ZeRO-3 every rank must make the same number of
+        forward passes. One group is always kept, so that there is something to run backward through.
+        """
+        if self._advantages is None or self.beta != 0.0 or self._entropy_bonus_enabled or self._zero3:
+            return groups, []
+        moving = (self._advantages != 0).view(len(self._advantages), -1).any(dim=1).tolist()
+        live = [g for g in groups if any(moving[g.start : g.stop])] or groups[:1]
+        kept = {g.start for g in live}
+        return live, [g for g in groups if g.start not in kept]
 
 
 def chunks(groups: list[Group], rows: int, generations: int) -> list[list[Group]]:
@@ -253,13 +289,15 @@ def chunks(groups: list[Group], rows: int, generations: int) -> list[list[Group]
     """
     size = max(rows // generations, 1) * generations
     out: list[list[Group]] = []
+    taken = 0
     for group in groups:
         start = group.start
         while start < group.stop:
-            stop = min(group.stop, (start // size + 1) * size)
-            if start % size == 0:
+            if taken % size == 0:
                 out.append([])
+            stop = min(group.stop, start + size - taken % size)
             out[-1].append(group.part(start, stop))
+            taken += stop - start
             start = stop
     return out
 

@@ -86,7 +86,7 @@ class DistinctPrompts:
         """The fields as the processor would have made them of all rows."""
         out = dict(self.fields)
         if self.images is not None and "pixel_values" in out:
-            grids = self.grids()
+            grids = torch.split(out["image_grid_thw"], [len(x or []) for x in self.images])
             patches = torch.split(out["pixel_values"], [int(g.prod(-1).sum()) for g in grids])
             out["pixel_values"] = torch.cat(self.repeat(patches))
             out["image_grid_thw"] = torch.cat(self.repeat(grids))
@@ -129,14 +129,16 @@ def encode_images(whole, pixel_values: torch.Tensor, grid: torch.Tensor) -> torc
     return torch.cat([torch.cat(tuple(x)) for x in levels], dim=-1)
 
 
-def model_images(whole, pixel_values: torch.Tensor | None, grid: torch.Tensor, *, encoded: bool) -> dict[str, Any]:
+def model_images(
+    whole, pixel_values: torch.Tensor | None, grid: torch.Tensor | None, *, encoded: bool
+) -> dict[str, Any]:
     """Keyword arguments that show the images to the model: raw, or as `encode_images` left them."""
     if pixel_values is None or not len(pixel_values):
         return {}
     if not encoded:
         return {"pixel_values": pixel_values, "image_grid_thw": grid}
     first, *deeper = pixel_values.split(whole.config.get_text_config().hidden_size, dim=-1)
-    output = BaseModelOutputWithPooling(pooler_output=(first,))
+    output: Any = BaseModelOutputWithPooling(pooler_output=(first,))  # type: ignore[arg-type]
     output.deepstack_features = [(x,) for x in deeper]
     return {"mm_encoder_outputs": {"image": output}}
 
@@ -148,14 +150,14 @@ def same_frozen_vision(policy, reference) -> bool:
     """
     if "mm_encoder_outputs" not in inspect.signature(type(policy).forward).parameters:
         return False
+
+    def weight(p: Any) -> torch.Tensor:
+        return getattr(p, "ds_tensor", p).detach().cpu()  # under ZeRO-3 the shard of this rank
+
     own = dict(policy.base_model.visual.named_parameters())
     if any(p.requires_grad for p in own.values()):
         return False
     if reference is None:
         return True
     other = dict(reference.base_model.visual.named_parameters())
-    # Under ZeRO-3 a rank holds its shard of each weight in `ds_tensor`.
-    return own.keys() == other.keys() and all(
-        torch.equal(getattr(own[k], "ds_tensor", own[k]).cpu(), getattr(other[k], "ds_tensor", other[k]).cpu())
-        for k in own
-    )
+    return own.keys() == other.keys() and all(torch.equal(weight(own[k]), weight(other[k])) for k in own)
