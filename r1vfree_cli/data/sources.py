@@ -214,7 +214,9 @@ def open_source(
         if split in (None, name, source.rename.get(name)):
             tables.setdefault(source.rename.get(name, name), []).append(table)
     if not tables:
-        raise UsageError(f"{input or source.hub} has no split {split!r}; it has {', '.join(sorted({name for name, _ in found}))}")
+        raise UsageError(
+            f"{input or source.hub} has no split {split!r}; it has {', '.join(sorted({name for name, _ in found}))}"
+        )
     return tables
 
 
