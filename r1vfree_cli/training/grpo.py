@@ -18,12 +18,12 @@ from ..config import GrpoRecipe
 from ..data.load import data_sha256, load_rows
 from ..embedded import with_seed
 from ..errors import Interrupted, R1VError, UsageError, from_dict
-from ..rewards import build_rewards
-from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
+from ..rewards import build_rewards, canaries
+from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
 from .callbacks import RunCallback
 from .checkpoints import resume_point, save_final
 from .common import is_main, load_policy, load_processor, peft_config, to_prompts, worker
-from .grpo_callbacks import BeforeTraining, GuardCallback, RolloutCallback
+from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
 from .lengths import drop_long_prompts
@@ -88,6 +88,9 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
 
     rewards = build_rewards(recipe.rewards, seed=args.seed)
     on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
+    canary = _canaries(recipe, rewards, rows if heldout is None else heldout, args.seed, run)
+    if canary is not None:
+        canary(None)
     trainer = R1VGRPOTrainer(
         model=load_policy(recipe.model, args.seed),
         reward_funcs=rewards,
@@ -115,7 +118,9 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     running = RunCallback(run)
     rollouts = RolloutCallback(trainer, run, recipe.train.show_rollouts)
     guard = GuardCallback(CollapseGuard(recipe.train.guard), rollouts) if recipe.train.guard else None
-    for callback in (BeforeTraining(before), running, rollouts, guard):
+    every = recipe.feedback.canaries.every_steps if recipe.feedback and recipe.feedback.canaries else 1
+    checking = PeriodicCheck(canary, every) if canary is not None else None
+    for callback in (BeforeTraining(before), running, rollouts, guard, checking):
         if callback is not None:
             trainer.add_callback(callback)
     if is_main():
@@ -133,9 +138,10 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
             if hasattr(reward, "close"):
                 reward.close()
     clock.lap("train")
-    if guard is not None and guard.stopped is not None:
-        _state(run, STOPPED, trainer, guard.stopped.message)
-        raise guard.stopped
+    for watcher in (guard, checking):
+        if watcher is not None and watcher.stopped is not None:
+            _state(run, STOPPED, trainer, watcher.stopped.message)
+            raise watcher.stopped
     if running.interrupted:
         _state(run, INTERRUPTED, trainer, "interrupted")
         raise Interrupted(f"interrupted after step {trainer.state.global_step}", hint="--resume goes on from there")
@@ -152,6 +158,30 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         _state(run, FINISHED, trainer, None)
 
 
+def _canaries(recipe: GrpoRecipe, rewards: list, rows, seed: int, run: RunDir) -> Callable[[int | None], None] | None:
+    """What asks the judge its canaries, on rank 0, and raises on every rank when it fails them; None: turned off.
+
+    Each report is a line of canaries.jsonl.
+    """
+    feedback = recipe.feedback
+    if feedback is None:
+        return None
+    settings = feedback.canaries
+    if settings is None:
+        console.log("canaries are turned off: nothing checks that the judge can tell right answers from wrong ones")
+        return None
+    judge = next(r for r in rewards if r.__name__ == feedback.name)
+
+    def ask(step: int | None) -> None:
+        report = canaries.check(judge, rows, settings, seed)
+        lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
+        append_jsonl(run.path / "canaries.jsonl", {"step": step or 0, "ok": report.ok, "checks": lines})
+        if not report.ok:
+            raise report.error(step)
+
+    return lambda step: on_main(lambda: ask(step))
+
+
 def _enough(rows, args: GRPOConfig) -> None:
     """TRL leaves out the rest of an epoch that does not fill a generation batch; with too few rows that is all."""
     prompts = (args.generation_batch_size or 0) // (args.num_generations or 1)
@@ -163,15 +193,20 @@ def _enough(rows, args: GRPOConfig) -> None:
 
 
 def on_main(work: Callable[[], Any]) -> None:
-    """Run `work` on rank 0; an R1VError of it is raised on every rank."""
-    failed: list[dict | None] = [None]
+    """Run `work` on rank 0; what it raises there is raised on every rank, as an R1VError elsewhere."""
+    error: Exception | None = None
     if is_main():
         try:
             work()
-        except R1VError as e:
-            failed = [e.to_dict()]
+        except Exception as e:
+            error = e
+    failed: list[dict | None] = [None]
+    if error is not None:
+        failed = [(error if isinstance(error, R1VError) else R1VError(f"rank 0 failed: {error!r}")).to_dict()]
     if PartialState().num_processes > 1:
         broadcast_object_list(failed)
+    if error is not None:
+        raise error
     if failed[0] is not None:
         raise from_dict(failed[0])
 

@@ -94,19 +94,20 @@ class GuardCallback(TrainerCallback):
 
 
 class PeriodicCheck(TrainerCallback):
-    """Runs `check` before training and after every `every` steps; an error that it raises ends training."""
+    """Runs `check(step)` after every `every` steps but the last; an R1VError of it, on all ranks, ends training."""
 
-    def __init__(self, check: Callable[[], None], every: int):
+    def __init__(self, check: Callable[[int], None], every: int):
         self.check, self.every = check, every
-        self.stopped: R1VError | None = None
+        self.stopped: GuardStop | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            try:
-                self.check()
-            except R1VError as e:
-                self.stopped = GuardStop(e.message, details=e.details, hint=e.hint)
-                control.should_save = control.should_training_stop = True
+        if state.global_step % self.every or state.global_step >= state.max_steps:
+            return
+        try:
+            self.check(state.global_step)
+        except R1VError as e:
+            self.stopped = GuardStop(e.message, details=e.details, hint=e.hint)
+            control.should_save = control.should_training_stop = True
 
 
 class BeforeTraining(TrainerCallback):

@@ -386,7 +386,10 @@ def test_a_signal_ends_with_a_checkpoint_and_resume_equals_the_uninterrupted_run
     rollout_file(run, 3).write_bytes(b"of a step whose checkpoint was never written")
     run.begin(recipes.to_yaml(recipe), resume=True)
     monkeypatch.setenv("R1V_RESUME", "1")
+    judge = SignalInStep(99)
+    monkeypatch.setattr(grpo, "build_rewards", lambda *a, **k: [grpo_worker.Letters(), judge])
     grpo.main(recipe, run)
+    assert judge.seen == [2, 3]  # the first two steps were not taken again
     pairs = list(zip(metrics(run), metrics(whole[1]), strict=True))
     assert [a["step"] for a, _ in pairs] == [1, 2, 3, 4]
     for key in ("loss", "grad_norm", "reward", "kl", "learning_rate"):
@@ -401,8 +404,10 @@ class SignalInStep(grpo_worker.Judge):
 
     def __init__(self, step: int):
         self.step = step
+        self.seen: list[int] = []
 
     async def __call__(self, *args, trainer_state, **kwargs):
+        self.seen.append(trainer_state.global_step)
         if trainer_state.global_step + 1 == self.step:
             common._stop.set()
         return await super().__call__(*args, trainer_state=trainer_state, **kwargs)
@@ -473,6 +478,48 @@ def test_a_config_fault_in_a_reward_ends_with_a_checkpoint(home, tmp_path, with_
     with_rewards(grpo_worker.Letters(), reward_of("feedback", fault))
     run, error = stopped_run(home, tmp_path, UsageError, "no such judge")
     assert error.exit_code == 2 and (run.checkpoints / "checkpoint-1").is_dir()
+
+
+class Known:
+    """A judge that knows the rows: 0.9 for a row's solution about its own image, else 0.1; after `until`, the reverse."""
+
+    __name__ = "feedback"
+    required, max_failed_fraction, floor, failures = True, 0.5, 0.0, ()
+
+    def __init__(self, until: int):
+        self.asked, self.until = 0, until
+        rows = [row for seed in (0, 1) for row in draw_rows(12, seed=seed)]
+        self.right = {(row["images"][0].tobytes(), row["problem"]): row["solution"] for row in rows}
+
+    def __call__(self, completions, **_):
+        return [i / len(completions) for i, _ in enumerate(completions)]
+
+    def ask(self, items, **_):
+        self.asked += 1
+        right, wrong = (0.9, 0.1) if self.asked <= self.until else (0.1, 0.9)
+        return [right if self.right.get((image.tobytes(), p)) == a else wrong for (image,), p, a in items]
+
+
+@pytest.mark.parametrize("until", [0, 1, 3])
+def test_a_judge_that_fails_its_canaries_is_refused_or_stops_the_run(home, tmp_path, with_rewards, until):
+    judge = Known(until)
+    with_rewards(grpo_worker.Letters(), judge)
+    feedback = {"name": "feedback", "backend": "local", "model": "x", "canaries": {"every_steps": 1, "samples": 8}}
+    doc = document(home, max_steps=3) | {"rewards": [{"name": "format"}, feedback]}
+    recipe = recipes.validate("grpo", doc, "test")
+    run = RunDir(tmp_path)
+    run.begin(recipes.to_yaml(recipe))
+    if until == 3:
+        grpo.main(recipe, run)
+        assert judge.asked == 3 and run.status["state"] == "finished"
+    else:
+        with pytest.raises(GuardStop if until else UsageError, match="fails its canaries") as caught:
+            grpo.main(recipe, run)
+        assert any("FAILED" in line and "right over wrong" in line for line in caught.value.details)
+        assert (run.checkpoints / "checkpoint-1").is_dir() == bool(until)
+        assert run.metrics.exists() == bool(until)
+    found = [line["ok"] for _, line in read_jsonl(run.path / "canaries.jsonl")]
+    assert found == ([True] * 3 if until == 3 else [True] * until + [False])
 
 
 def test_probe_failures_are_known_before_step_1(home, tmp_path, with_rewards):
