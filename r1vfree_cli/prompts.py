@@ -13,9 +13,20 @@ INSTRUCTION = (
 )
 
 
+_CONTROL = re.compile(r"<(?=\|[^|<>\s]*\|>)")
+
+
+def as_text(text: str) -> str:
+    """`text` with control tokens (`<|im_end|>`, `<|image_pad|>`) kept from being one: a space follows their `<`.
+
+    Data can then neither end a turn nor claim an image that is not there.
+    """
+    return _CONTROL.sub("< ", text)
+
+
 def user_text(problem: str) -> str:
     """The text part of the user's turn: question, then instruction."""
-    return f"{problem.strip()}\n{INSTRUCTION}"
+    return f"{as_text(problem).strip()}\n{INSTRUCTION}"
 
 
 def build_messages(problem: str, num_images: int = 1) -> list[dict]:
@@ -36,7 +47,7 @@ def target_text(thinking: str | None, answer: str) -> str:
     """
     if answer is None or not str(answer).strip():
         raise ValueError("an answer is needed for a training target")
-    return f"<think>{(thinking or '').strip()}</think><answer>{str(answer).strip()}</answer>"
+    return f"<think>{as_text(thinking or '').strip()}</think><answer>{as_text(str(answer)).strip()}</answer>"
 
 
 def template_hash() -> str:

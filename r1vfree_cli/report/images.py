@@ -8,10 +8,9 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.load import _cached
+from ..data.load import find_rows
 from ..embedded import with_seed
 from ..errors import R1VError
-from ..run_dir import cache_dir
 from .plots import MARK
 
 MAX_SIDE = 440  # px; twice the width that the page gives a picture
@@ -88,7 +87,7 @@ def row_images(data: dict, ids: set[str], *, seed: int = 42) -> tuple[dict[str, 
     if not path:
         return {}, "the recipe names no data, so its rollouts have no images"
     try:
-        folder = _local_rows(with_seed(path, seed), split)
+        folder = find_rows(with_seed(path, seed), split)
     except R1VError as e:
         return {}, f"the data {path} cannot be read, so its rollouts have no images: {e.message}"
     if folder is None:
@@ -96,12 +95,6 @@ def row_images(data: dict, ids: set[str], *, seed: int = 42) -> tuple[dict[str, 
     found = _scan(folder, split, ids)
     missing = len(ids - set(found))
     return found, f"{missing} of {len(ids)} images are not in the data {path}" if missing else None
-
-
-def _local_rows(path: str, split: str) -> Path | None:
-    cached = _cached(path, split)
-    place = cache_dir("data", cached[0]) if cached else Path(path).expanduser()
-    return place if place.exists() else None
 
 
 def _scan(place: Path, split: str, ids: set[str]) -> dict[str, bytes]:

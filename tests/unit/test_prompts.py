@@ -68,3 +68,11 @@ def test_the_template_hash_follows_the_instruction(monkeypatch):
     before = prompts.template_hash()
     monkeypatch.setattr(prompts, "INSTRUCTION", prompts.INSTRUCTION + " Be brief.")
     assert prompts.template_hash() != before
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"])
+def test_control_tokens_in_data_stay_text(token):
+    (message,) = prompts.build_messages(f"What does {token} mean?")
+    assert token not in message["content"][-1]["text"] and token[1:] in message["content"][-1]["text"]
+    assert token not in prompts.target_text(token, f"a {token} b")
+    assert prompts.user_text("Is a < b, or |x| > 1?").startswith("Is a < b, or |x| > 1?")
