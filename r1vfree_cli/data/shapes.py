@@ -17,7 +17,7 @@ COLOURS = {"red": (214, 40, 40), "green": (40, 160, 70), "blue": (50, 80, 220), 
 SHAPES = ("circle", "square", "triangle")
 KINDS = ("colour", "count", "shape", "relation", "presence")
 SPLITS = ("train", "sft", "judge", "test")
-DEFAULT_ROWS = {"train": 480, "sft": 6400, "judge": 6400, "test": 512}
+DEFAULT_ROWS = {"train": 480, "sft": 6400, "judge": 20000, "test": 512}
 
 CELL = 28  # pixels
 CAPTION_QUESTION = "What does the image show?"
@@ -27,12 +27,12 @@ QUESTIONS_PER_IMAGE = 4
 
 # What a policy says that learnt a habit instead of looking. Half of the warm start's answers are these, so that
 # there is something to gain from a judge that looks.
-HABIT = {"colour": "red", "count": "2", "shape": "circle", "relation": "left", "presence": "yes"}
+HABIT = {"colour": "red", "count": "2", "shape": "circle", "relation": "above", "presence": "yes"}
 ANSWERS = {
     "colour": tuple(COLOURS),
     "count": ("0", "1", "2", "3"),
     "shape": SHAPES,
-    "relation": ("left", "right", "above", "below"),
+    "relation": ("above", "below"),
     "presence": ("yes", "no"),
 }
 
@@ -82,7 +82,9 @@ def caption(scene: list[Shape]) -> str:
 
 
 def ask(rng: random.Random, scene: list[Shape], kind: str) -> tuple[str, str] | None:
-    """A question of a kind about the scene with its answer, or None when none has a clear answer."""
+    """A question with its answer, of one of `KINDS` or `caption`; None when none of the kind has a clear answer."""
+    if kind == "caption":
+        return CAPTION_QUESTION, caption(scene)
     if kind == "count":
         return _ask_count(rng, scene)
     if kind == "presence":
@@ -121,20 +123,12 @@ def _ask_presence(rng: random.Random, scene: list[Shape]) -> tuple[str, str]:
 
 def _ask_relation(rng: random.Random, scene: list[Shape]) -> tuple[str, str] | None:
     names = [shape.name for shape in scene]
-    pairs = [
-        (a, b)
-        for a in scene
-        for b in scene
-        if (a.row == b.row) != (a.column == b.column) and names.count(a.name) == names.count(b.name) == 1
-    ]
+    clear = [shape for shape in scene if names.count(shape.name) == 1]
+    pairs = [(a, b) for a in clear for b in clear if a.row != b.row]
     if not pairs:
         return None
     a, b = rng.choice(pairs)
-    if a.row == b.row:
-        answer = "left" if a.column < b.column else "right"
-    else:
-        answer = "above" if a.row < b.row else "below"
-    return f"Where is the {a.name}, seen from the {b.name}?", answer
+    return f"Is the {a.name} above or below the {b.name}?", "above" if a.row < b.row else "below"
 
 
 def question_kind(problem: str) -> str | None:
@@ -143,7 +137,7 @@ def question_kind(problem: str) -> str | None:
         ("What colour is", "colour"),
         ("How many", "count"),
         ("Which shape is", "shape"),
-        ("Where is", "relation"),
+        ("Is the ", "relation"),
         ("Is there", "presence"),
     ):
         if problem.startswith(start):
@@ -151,12 +145,20 @@ def question_kind(problem: str) -> str | None:
     return None
 
 
+def _kinds(rng: random.Random, split: str) -> list[str]:
+    """What is asked about one image."""
+    if split == "judge":
+        return ["caption", *KINDS]
+    kinds = rng.sample(KINDS, QUESTIONS_PER_IMAGE)
+    return ["caption" if split == "sft" and rng.random() < CAPTION_SHARE else kind for kind in kinds]
+
+
 def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dict]:
     """Yield `n` raw rows: id, images (one PNG as bytes), problem, solution, thinking.
 
-    `train` and `test` ask questions, all kinds alike; their solutions are right. `judge` adds captions. In `sft`
-    `CAPTION_SHARE` of the rows are captions, and of the other answers `WRONG_SHARE` are the kind's `HABIT`, right
-    or not. Splits and seeds share no random numbers, so they share no images.
+    `train` and `test` ask questions; their solutions are right. `judge` asks all kinds about every image, for a
+    caption first. In `sft` `CAPTION_SHARE` of the questions ask for a caption, and of the other answers
+    `WRONG_SHARE` are the kind's `HABIT`, right or not. Splits and seeds share no random numbers, so they share no images.
 
     Raises:
         ValueError: there is no such split.
@@ -170,20 +172,19 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
         scene = draw_scene(rng, rng.randint(1, 3))
         buffer = io.BytesIO()
         draw_image(rng, scene).save(buffer, "PNG")
-        for kind in rng.sample(KINDS, QUESTIONS_PER_IMAGE):
-            captioned = split in ("sft", "judge") and rng.random() < CAPTION_SHARE
-            asked = (CAPTION_QUESTION, caption(scene)) if captioned else ask(rng, scene, kind)
+        for kind in _kinds(rng, split):
+            asked = ask(rng, scene, kind)
             if asked is None:
                 continue
             problem, solution = asked
-            if split == "sft" and not captioned and rng.random() < WRONG_SHARE:
+            if split == "sft" and kind != "caption" and rng.random() < WRONG_SHARE:
                 solution = HABIT[kind]
             yield {
                 "id": f"shapes-{split}-{seed}-{made:06d}",
                 "images": [buffer.getvalue()],
                 "problem": problem,
                 "solution": solution,
-                "thinking": caption(scene) if not captioned else "",
+                "thinking": "" if kind == "caption" else caption(scene),
             }
             made += 1
             if made == n:
