@@ -125,24 +125,24 @@ def memory_check(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict:
 
 def judge_check(recipe: GrpoRecipe) -> list[dict]:
     """The judge answers, and passes the recipe's canaries."""
-    from ..rewards import build_rewards
-    from ..rewards.canaries import ask
+    from ..rewards import build_feedback, canaries
 
-    feedback = recipe.feedback
-    if feedback is None:
+    if recipe.feedback is None:
         return []
-    (reward,) = build_rewards([feedback], seed=recipe.seed, cache_root=None)
+    settings = recipe.feedback.canaries
+    judge = build_feedback(recipe.feedback, seed=recipe.seed)
     try:
-        reward.probe()
-        checks = [_check("judge", "ok", ", ".join(f"{k} {v}" for k, v in reward.identity().items() if v is not None))]
-        if feedback.canaries is not None:
-            path = with_seed(recipe.data.path, recipe.seed)
-            rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
-            report = ask(reward, rows, feedback.canaries, recipe.seed)
-            checks.append(_check("canaries", "ok" if report.ok else "error", report.table))
-        return checks
+        judge.probe()
+        checks = [_check("judge", "ok", ", ".join(f"{k} {v}" for k, v in judge.identity().items() if v is not None))]
+        if settings is None:
+            return [*checks, _check("canaries", "warning", "turned off in the recipe: canaries: null")]
+        path = with_seed(recipe.data.path, recipe.seed)
+        rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
+        report = canaries.check(judge, rows, settings, recipe.seed)
+        found = "passed" if report.ok else " | ".join(report.lines())
+        return [*checks, _check("canaries", "ok" if report.ok else "error", found)]
     finally:
-        reward.close()
+        judge.close()
 
 
 def _check(name: str, state: str, found: str, hint: str | None = None) -> dict:
