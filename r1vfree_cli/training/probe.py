@@ -139,7 +139,7 @@ def judge_check(recipe: GrpoRecipe) -> list[dict]:
         path = with_seed(recipe.data.path, recipe.seed)
         rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
         report = canaries.check(judge, rows, settings, recipe.seed)
-        found = "passed" if report.ok else " | ".join(report.lines())
+        found = "passed" if report.ok else " | ".join(report.lines)
         return [*checks, _check("canaries", "ok" if report.ok else "error", found)]
     finally:
         judge.close()
