@@ -150,13 +150,11 @@ def _stage(name: str, seed: int) -> Stage:
     folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, options, seed)}")
     title = _TITLES[piece]
     if piece == "tiny-policy":
-        args = (SFT_RECIPE, f"train.seed={seed}")
-        return Stage(name, title, "recipe", args, folder, after=(f"{PREFIX}tiny-init",))
-    verb = piece.removeprefix("tiny-")
-    args = ("r1vfree_cli.training.tiny", verb, "--seed", str(seed))
-    for key, value in options.items():
-        args += (f"--{key}", value)
-    return Stage(name, title, "module", args, folder)
+        recipe = (SFT_RECIPE, f"train.seed={seed}")
+        return Stage(name, title, "recipe", recipe, folder, after=(f"{PREFIX}tiny-init",))
+    module = ["r1vfree_cli.training.tiny", piece.removeprefix("tiny-"), "--seed", str(seed)]
+    module += [part for key, value in options.items() for part in (f"--{key}", value)]
+    return Stage(name, title, "module", tuple(module), folder)
 
 
 def _parse(name: str) -> tuple[str, dict[str, str]]:

@@ -59,7 +59,9 @@ def draw_scene(rng: random.Random, shapes: int) -> list[Shape]:
 
 def draw_image(rng: random.Random, scene: list[Shape]) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels; place, size and background vary."""
-    image = Image.new("RGB", (2 * CELL, 2 * CELL), (rng.randint(225, 255),) * 3)
+    # So many backgrounds that hardly two images are alike, however few scenes there are.
+    paper = (rng.randint(220, 255), rng.randint(220, 255), rng.randint(220, 255))
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), paper)
     pen = ImageDraw.Draw(image)
     for shape in scene:
         radius = rng.randint(7, 10)
@@ -158,7 +160,7 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
 
     `train` and `test` ask questions; their solutions are right. `judge` asks all kinds about every image, for a
     caption first. In `sft` `CAPTION_SHARE` of the questions ask for a caption, and of the other answers
-    `WRONG_SHARE` are the kind's `HABIT`, right or not. Splits and seeds share no random numbers, so they share no images.
+    `WRONG_SHARE` are the kind's `HABIT`, right or not. Splits and seeds draw from random numbers of their own.
 
     Raises:
         ValueError: there is no such split.

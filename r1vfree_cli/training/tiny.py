@@ -1,14 +1,18 @@
 """The tiny recipe's models: a Qwen2.5-VL of the real class, small enough for a CPU, with its real processor.
 
-`python -m r1vfree_cli.training.tiny init OUT --seed S` saves it with random weights.
+`python -m r1vfree_cli.training.tiny init OUT --seed S` saves it with random weights, which the recipe sft/tiny then
+warm-starts; `... judge OUT --seed S` trains and saves a judge.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AddedToken,
     GenerationConfig,
@@ -25,7 +29,8 @@ from ..data import shapes
 from ..rewards.judge_prompt import judge_text
 
 PIXELS = 56 * 56  # of every image: 2 x 2 visual tokens
-LAYERS = 2
+POLICY_LAYERS = 2
+JUDGE_LAYERS = 3  # find what the question means, answer it, compare
 INIT_STD = 0.12  # the usual 0.02 learns far slower at this size
 
 # In the order of Qwen2's vocabulary.
@@ -76,35 +81,32 @@ def corpus() -> list[str]:
     """Every text of the recipe, so that each of its words becomes one token."""
     things = [f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES]
     questions = [shapes.CAPTION_QUESTION, "How many shapes are there?"]
-    questions += [f"What colour is the {s}?" for s in shapes.SHAPES] + [f"How many {s}s are there?" for s in shapes.SHAPES]
-    questions += [f"Which shape is {c}?" for c in shapes.COLOURS] + [f"How many {c} shapes are there?" for c in shapes.COLOURS]
-    questions += [f"Is there a {t}?" for t in things] + [f"Is the {t} above or below the {t}?" for t in things]
-    answers = [a for kind in shapes.KINDS for a in shapes.ANSWERS[kind]]
+    questions += [f"What colour is the {shape}?" for shape in shapes.SHAPES]
+    questions += [f"Which shape is {colour}?" for colour in shapes.COLOURS]
+    questions += [f"How many {shape}s are there?" for shape in shapes.SHAPES]
+    questions += [f"How many {colour} shapes are there?" for colour in shapes.COLOURS]
+    questions += [f"Is there a {thing}?" for thing in things]
+    questions += [f"Is the {thing} above or below the {thing}?" for thing in things]
+    answers = [answer for kind in shapes.KINDS for answer in shapes.ANSWERS[kind]]
     words = [*things, ", ".join(things), *answers, "Yes", "No", "user", "assistant", "system"]
-    return [prompts.user_text(q) for q in questions] + [judge_text(q, a) for q in questions for a in words] + words * 2
+    texts = [prompts.user_text(q) for q in questions] + [judge_text(q, w) for q in questions for w in words] + words
+    # Tags are tokens of their own already.
+    return [re.sub("|".join(TAGS), " ", text) for text in texts]
 
 
 def make_processor() -> Qwen2_5_VLProcessor:
-    """The processor of the real class: byte-level BPE of the recipe's own words (any UTF-8 text still encodes)."""
-    base = Qwen2Tokenizer()
+    """A processor of the real class. Its byte-level BPE has whole words for the recipe's texts and bytes for others."""
+    backend = Qwen2Tokenizer().backend_tokenizer  # normalizes and splits as the real one does
     bpe = Tokenizer(models.BPE())
-    bpe.normalizer = base.backend_tokenizer.normalizer
-    bpe.pre_tokenizer = base.backend_tokenizer.pre_tokenizer
-    from tokenizers import pre_tokenizers
-
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,  # more than the texts have: it ends when every word is one token
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tags = "|".join(TAGS)
-    import re
-
-    bpe.train_from_iterator([re.sub(tags, " ", text) for text in corpus()], trainer)
-    model = json.loads(bpe.to_str())["model"]
+    bpe.normalizer, bpe.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # More than the texts have: it ends when every word is one token.
+    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(corpus() * 2, trainer)  # twice, as it merges only what it met twice
+    learnt = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        vocab=learnt["vocab"],
+        merges=[tuple(pair) for pair in learnt["merges"]],  # type: ignore[misc] # pairs, though declared as text
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
@@ -119,17 +121,18 @@ def make_processor() -> Qwen2_5_VLProcessor:
     )
 
 
-def make_model(processor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(processor, seed: int, *, layers: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A float32 model with random weights: text `layers` x 128, vision 2 x 96; an image of 28 px a side is a token."""
     ids = processor.tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
             "hidden_size": 128,
             "intermediate_size": 256,
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
+            "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
             "bos_token_id": ids("<|endoftext|>"),
             "eos_token_id": ids("<|im_end|>"),
@@ -150,8 +153,8 @@ def make_model(processor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
         vision_start_token_id=ids("<|vision_start|>"),
         vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=False,
-        initializer_range=INIT_STD,
     )
+    config.initializer_range = INIT_STD
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
@@ -160,3 +163,36 @@ def make_model(processor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
         eos_token_id=[ids("<|im_end|>"), ids("<|endoftext|>")],
     )
     return model
+
+
+def make_judge(processor, seed: int, steps: int | None = None) -> Qwen2_5_VLForConditionalGeneration:
+    """A trained judge; 0 steps: an untrained one, for controls. The policy of the same seed has other weights."""
+    from . import tiny_judge
+
+    model = make_model(processor, seed + 1_000_003, layers=JUDGE_LAYERS)
+    steps = tiny_judge.STEPS if steps is None else steps
+    if steps:
+        groups = tiny_judge.by_image(shapes.iter_shapes("judge", seed))
+        tiny_judge.train(model, processor, groups, steps=steps, seed=seed)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line in the module's docstring."""
+    parser = argparse.ArgumentParser(prog="r1vfree_cli.training.tiny")
+    parser.add_argument("piece", choices=("init", "judge"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of the judge; 0 leaves it untrained")
+    given = parser.parse_args(argv)
+    processor = make_processor()
+    if given.piece == "judge":
+        model = make_judge(processor, given.seed, given.steps)
+    else:
+        model = make_model(processor, given.seed, layers=POLICY_LAYERS)
+    model.save_pretrained(given.out)
+    processor.save_pretrained(given.out)
+
+
+if __name__ == "__main__":
+    main()
