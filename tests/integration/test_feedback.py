@@ -13,10 +13,10 @@ import judge_servers as js
 import pytest
 from PIL import Image
 
-from r1vfree_cli.config import FeedbackReward, FormatReward
+from r1vfree_cli.config import FeedbackReward
 from r1vfree_cli.errors import GuardStop, UsageError
 from r1vfree_cli.prompts import INSTRUCTION
-from r1vfree_cli.rewards import build_feedback, build_rewards
+from r1vfree_cli.rewards import build_feedback
 
 RED, BLUE = (Image.new("RGB", (40, 30), c) for c in ((200, 0, 0), (0, 0, 200)))
 
@@ -82,18 +82,6 @@ def test_scores_come_back_in_order_and_depend_on_image_question_and_answer(tmp_p
         how_many = next(text for text in by_request if "How many?" in text)
         assert scores[3] == pytest.approx(by_request[how_many])
         judge.close()
-
-
-def test_trl_sees_an_asynchronous_reward(tmp_path):
-    from trl.trainer.utils import is_async_callable
-
-    rewards = build_rewards(
-        [FormatReward(name="format", weight=0.2), FeedbackReward(name="feedback", base_url="http://127.0.0.1:1")],
-        cache_root=tmp_path,
-    )
-    assert [is_async_callable(r) for r in rewards] == [False, True]
-    assert [(r.__name__, r.weight, r.required) for r in rewards] == [("format", 0.2, False), ("feedback", 1.0, True)]
-    assert rewards[0](prompts=[], completions=[completion("x")], problem=["q"]) == [1.0]
 
 
 def test_judge_sees_the_answer_and_never_reasoning_or_label(tmp_path):
@@ -226,6 +214,14 @@ def test_what_is_no_verdict_is_none(tmp_path, backend, name, behave, kind):
         assert again[1] is not None and [again[0], again[2]] == [scores[0], scores[2]]
         assert len(server.requests) == asked + 1
         judge.close()
+
+
+@pytest.mark.parametrize("score, expected", [(7.5, 7.5), (-3.0, -3.0), (math.nan, None), (math.inf, None)])
+def test_reward_models_have_a_scale_of_their_own_and_still_only_numbers_count(tmp_path, score, expected):
+    with js.JudgeServer(js.classified([score])) as server:
+        assert call(feedback(server.url, tmp_path, prompt="conversation"), ["red"]) == [expected]
+        assert [m["role"] for m in server.requests[0]["messages"]] == ["user", "assistant"]
+        assert server.requests[0]["add_generation_prompt"] is False
 
 
 @pytest.mark.parametrize("behave", [js.reset_mid_body, js.status(503)], ids=["reset mid-body", "503"])

@@ -307,6 +307,8 @@ def test_trl_sees_an_asynchronous_reward(tmp_path):
     rewards = build_rewards(settings, cache_root=tmp_path)
     assert [is_async_callable(r) for r in rewards] == [False, True]
     assert [(r.__name__, r.weight, r.required) for r in rewards] == [("format", 0.2, False), ("feedback", 1.0, True)]
+    completions = [[{"role": "assistant", "content": "<think>a</think><answer>b</answer>"}], "b"]
+    assert rewards[0](prompts=["", ""], completions=completions, problem=["q", "q"]) == [1.0, 0.0]
 
 
 # --- the server ------------------------------------------------------------------------------------------------
