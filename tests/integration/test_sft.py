@@ -14,6 +14,7 @@ from r1vfree_cli import contract, launch, prompts, recipes
 from r1vfree_cli.errors import DataError, Interrupted, UsageError
 from r1vfree_cli.run_dir import RunDir, read_jsonl
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
+from r1vfree_cli.training.common import load_processor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -237,11 +238,12 @@ def test_final_loads_and_keeps_processor_template_limits_and_end_tokens(finished
     assert model.generation_config.eos_token_id == base.generation_config.eos_token_id
     assert model.generation_config.pad_token_id == base.generation_config.pad_token_id
     assert processor.tokenizer.eos_token == "<|im_end|>"
-    # Pixel limits set as attributes would be lost here.
+    # Pixel limits that do not reach the processor, or that are lost when it is saved, show here.
+    training = load_processor(make_recipe(tiny["qwen2_5_vl"], tiny["qwen2_vl"], pixels=(1568, 6272)).model)
     assert (processor.image_processor.size.shortest_edge, processor.image_processor.size.longest_edge) == (1568, 6272)
-    assert processor(text=["<|image_pad|>"], images=[Image.new("RGB", (400, 400))])["input_ids"][0] == (
-        [processor.image_token_id] * 4
-    )
+    for each in (training, processor):
+        ids = each(text=["<|image_pad|>"], images=[Image.new("RGB", (400, 400))])["input_ids"][0]
+        assert ids == [processor.image_token_id] * 4
     assert not list(finished.path.rglob("*.bin"))
 
 
@@ -296,12 +298,15 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
     run = RunDir(tmp_path / "run")
     assert run.status["state"] == "interrupted" and not run.final.exists()
     assert [step for step, _ in checkpoints.checkpoints(run.checkpoints)] == [2, 3]
+    before = [line for _, line in read_jsonl(run.metrics)]
     # Beyond the checkpoint: a killed attempt had logged a step more, and half a line.
     with open(run.metrics, "a") as f:
         f.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
     monkeypatch.setenv("R1V_RESUME", "1")
     train(recipe, run.path, resume=True)
-    assert [line["step"] for _, line in read_jsonl(run.metrics)] == [1, 2, 3, 4]
+    after = [line for _, line in read_jsonl(run.metrics)]
+    assert [line["step"] for line in after] == [1, 2, 3, 4]
+    assert after[:3] == before  # their times too: no step was done again
     expected = weights(finished.final)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run.final).items())
 
