@@ -168,8 +168,7 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
                 kind, _, name = stage.args[0].partition("/")
                 run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder))
             else:
-                threads = max(1, os.cpu_count() or 1)
-                plan = launch.module_plan(*stage.args, str(folder / "final"), threads=threads)
+                plan = launch.module_plan(*stage.args, str(folder / "final"))
                 launch.execute(plan, folder / "logs")
 
 

@@ -76,8 +76,12 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
         if devices is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     # accelerate would set 1 thread a process, torchrun too.
-    env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // local))
-    return env
+    return env | _threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _threads(n: int) -> dict[str, str]:
+    # Waiting threads sleep: spinning ones make a run twenty times slower where another process wants the core.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(n), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
@@ -108,11 +112,9 @@ def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
     return Plan(argv, env)
 
 
-def module_plan(module: str, *args: str, threads: int | None = None) -> Plan:
-    """A plain `python -m module args` in this environment, on the CPU."""
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    if threads:
-        env["OMP_NUM_THREADS"] = str(threads)
+def module_plan(module: str, *args: str) -> Plan:
+    """A plain `python -m module args` in this environment, with all cores."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"} | _threads(os.cpu_count() or 1)
     return Plan([sys.executable, "-m", module, *args], env)
 
 
