@@ -1,0 +1,106 @@
+"""Embedded models: what a name stands for, what makes a cached piece a new one, and builds that are whole or absent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1vfree_cli import embedded
+from r1vfree_cli.errors import DataError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1V_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def build(stage: embedded.Stage) -> None:
+    with embedded.building(stage) as folder:
+        assert folder is not None
+        (folder / "final").mkdir()
+        (folder / "final" / "config.json").write_text("{}")
+
+
+def test_policy_needs_its_random_start_first_and_each_piece_comes_once():
+    names = ["embedded:tiny-policy", "embedded:tiny-judge", "embedded:tiny-policy", "org/hub-model"]
+    found = [stage.name for stage in embedded.stages(names, 0)]
+    assert found == ["embedded:tiny-init", "embedded:tiny-policy", "embedded:tiny-judge"]
+
+
+def test_seed_and_steps_make_other_pieces():
+    names = ["embedded:tiny-judge", "embedded:tiny-judge?steps=0", "embedded:tiny-policy", "embedded:tiny-init"]
+    paths = {embedded.embedded_path(name, seed) for name in names for seed in (0, 1)}
+    assert len(paths) == 8
+    assert embedded.embedded_path(names[0], 0) == embedded.embedded_path(names[0], 0)
+
+
+def test_seed_reaches_the_builders():
+    init, policy, judge = embedded.stages(["embedded:tiny-policy", "embedded:tiny-judge?steps=0"], 7)
+    assert init.args[-2:] == ("--seed", "7")
+    assert policy.args == ("sft/tiny", "train.seed=7")
+    assert judge.args[1:] == ("judge", "--seed", "7", "--steps", "0")
+
+
+def test_a_changed_source_is_another_piece(monkeypatch):
+    before = embedded.embedded_path("embedded:tiny-judge", 0)
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + (b"#" if self.name == "shapes.py" else b""))
+    assert embedded.embedded_path("embedded:tiny-judge", 0) != before
+
+
+def test_a_build_appears_whole_or_not_at_all():
+    (stage,) = embedded.stages(["embedded:tiny-init"], 0)
+    with pytest.raises(RuntimeError), embedded.building(stage) as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert not stage.ready
+    with pytest.raises(DataError, match="no model"), embedded.building(stage):
+        pass
+    assert not stage.ready
+    build(stage)
+    assert stage.ready and (stage.path / "config.json").is_file()
+    assert not (stage.folder / "half").exists(), "what an earlier try left is gone"
+
+
+def test_a_finished_piece_is_not_built_again():
+    (stage,) = embedded.stages(["embedded:tiny-init"], 0)
+    build(stage)
+    with embedded.building(stage) as folder:
+        assert folder is None
+
+
+def test_resolve_leaves_other_names_and_explains_what_is_missing():
+    assert embedded.resolve_model("Qwen/Qwen2.5-VL-3B-Instruct", 0) == "Qwen/Qwen2.5-VL-3B-Instruct"
+    with pytest.raises(DataError, match="not built"):
+        embedded.resolve_model("embedded:tiny-init", 0)
+    (stage,) = embedded.stages(["embedded:tiny-init"], 0)
+    build(stage)
+    assert embedded.resolve_model("embedded:tiny-init", 0) == str(stage.path)
+
+
+@pytest.mark.parametrize("name", ["embedded:tiny-juge", "embedded:tiny-judge?step=0", "embedded:tiny-init?steps=0"])
+def test_unknown_names_and_options_are_usage_errors(name):
+    with pytest.raises(UsageError):
+        embedded.stages([name], 0)
+
+
+def test_the_nearest_name_is_offered():
+    with pytest.raises(UsageError) as caught:
+        embedded.embedded_path("embedded:tiny-juge", 0)
+    assert "tiny-judge" in caught.value.hint
+
+
+def test_shapes_get_the_seed_of_the_run_unless_they_have_their_own():
+    assert embedded.with_seed("shapes", 3) == "shapes?seed=3"
+    assert embedded.with_seed("shapes?n=64", 3) == "shapes?n=64&seed=3"
+    assert embedded.with_seed("shapes?seed=1&n=64", 3) == "shapes?seed=1&n=64"
+    assert embedded.with_seed("some/folder", 3) == "some/folder"
+
+
+def test_no_torch_is_imported():
+    code = "import sys, r1vfree_cli.embedded; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
