@@ -1,6 +1,6 @@
 """Drawn data for the tiny recipe: coloured shapes on small canvases, with open-ended questions about them.
 
-A canvas has 2 x 2 cells and one to three shapes, each somewhere in a cell of its own. Nothing here is read from
+A canvas has 2 x 2 cells, the upper two in the sky, and one to three shapes, each somewhere in a cell of its own. Nothing here is read from
 disk: a split, a seed and a number of rows give the same rows everywhere.
 """
 
@@ -27,12 +27,12 @@ QUESTIONS_PER_IMAGE = 4
 
 # What a policy says that learnt a habit instead of looking. Half of the warm start's answers are these, so that
 # there is something to gain from a judge that looks.
-HABIT = {"colour": "red", "count": "2", "shape": "circle", "relation": "above", "presence": "yes"}
+HABIT = {"colour": "red", "count": "2", "shape": "circle", "relation": "sky", "presence": "yes"}
 ANSWERS = {
     "colour": tuple(COLOURS),
     "count": ("0", "1", "2", "3"),
     "shape": SHAPES,
-    "relation": ("above", "below"),
+    "relation": ("sky", "ground"),
     "presence": ("yes", "no"),
 }
 
@@ -59,9 +59,10 @@ def draw_scene(rng: random.Random, shapes: int) -> list[Shape]:
 
 def draw_image(rng: random.Random, scene: list[Shape]) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels; place, size and background vary."""
-    # So many backgrounds that hardly two images are alike, however few scenes there are.
-    paper = (rng.randint(220, 255), rng.randint(220, 255), rng.randint(220, 255))
-    image = Image.new("RGB", (2 * CELL, 2 * CELL), paper)
+    # A bright sky and a darker ground, of so many shades that hardly two images are alike, however few scenes there are.
+    sky, ground = (tuple(rng.randint(low, low + 25) for _ in range(3)) for low in (230, 185))
+    image = Image.new("RGB", (2 * CELL, 2 * CELL), sky)
+    image.paste(ground, (0, CELL, 2 * CELL, 2 * CELL))
     pen = ImageDraw.Draw(image)
     for shape in scene:
         radius = rng.randint(7, 10)
@@ -126,11 +127,10 @@ def _ask_presence(rng: random.Random, scene: list[Shape]) -> tuple[str, str]:
 def _ask_relation(rng: random.Random, scene: list[Shape]) -> tuple[str, str] | None:
     names = [shape.name for shape in scene]
     clear = [shape for shape in scene if names.count(shape.name) == 1]
-    pairs = [(a, b) for a in clear for b in clear if a.row != b.row]
-    if not pairs:
+    if not clear:
         return None
-    a, b = rng.choice(pairs)
-    return f"Is the {a.name} above or below the {b.name}?", "above" if a.row < b.row else "below"
+    shape = rng.choice(clear)
+    return f"Is the {shape.name} in the sky or on the ground?", "sky" if shape.row == 0 else "ground"
 
 
 def question_kind(problem: str) -> str | None:

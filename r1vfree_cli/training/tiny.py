@@ -26,7 +26,7 @@ from transformers import (
 
 from .. import prompts
 from ..data import shapes
-from ..rewards.judge_prompt import judge_text
+from ..rewards.judge_prompt import ASK_YES_NO, RULE, judge_text
 
 PIXELS = 56 * 56  # of every image: 2 x 2 visual tokens
 POLICY_LAYERS = 2
@@ -52,6 +52,8 @@ SPECIAL_TOKENS = (
 )
 # Ordinary tokens, not special ones: decoding keeps them.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# What stands in every prompt, each as one token: a third of the length, and far quicker to learn.
+FIXED_TEXTS = (prompts.INSTRUCTION, RULE, ASK_YES_NO, '\nQuestion: "', '"\nAnswer: "', '"\n')
 
 # ChatML as Qwen-VL writes it, without a system turn: a small model should not have to read one.
 CHAT_TEMPLATE = """
@@ -86,7 +88,7 @@ def corpus() -> list[str]:
     questions += [f"How many {shape}s are there?" for shape in shapes.SHAPES]
     questions += [f"How many {colour} shapes are there?" for colour in shapes.COLOURS]
     questions += [f"Is there a {thing}?" for thing in things]
-    questions += [f"Is the {thing} above or below the {thing}?" for thing in things]
+    questions += [f"Is the {thing} in the sky or on the ground?" for thing in things]
     answers = [answer for kind in shapes.KINDS for answer in shapes.ANSWERS[kind]]
     words = [*things, ", ".join(things), *answers, "Yes", "No", "user", "assistant", "system"]
     texts = [prompts.user_text(q) for q in questions] + [judge_text(q, w) for q in questions for w in words] + words
@@ -111,7 +113,7 @@ def make_processor() -> Qwen2_5_VLProcessor:
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
     )
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *FIXED_TEXTS)])
     size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),

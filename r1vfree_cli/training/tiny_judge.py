@@ -23,16 +23,16 @@ from .. import console
 from ..data import shapes
 from ..rewards.judge_prompt import judge_messages
 
-STEPS = 300
+STEPS = 250
 IMAGES = 24  # a step
 QUESTIONS = 3  # an image, beside its caption
 WEIGHTS = {"colour": 1, "count": 1, "shape": 1, "relation": 2, "presence": 2}  # the last two are learnt last
 EASY_SHARE = 0.25  # of the steps, first: images with one shape
-STRAY_SHARE = 0.12  # of wrong answers: words that no such question has for an answer
-STRAYS = ("The answer is correct.", "Yes, that is right.", "I do not know.", "answer", "image", "?", "None")
+STRAY_SHARE = 0.2  # of wrong answers: words that no such question has for an answer
+STRAYS = ("Yes", "No", ":", ".", "?", "...", "-", "The answer is correct.", "I do not know.", "answer", "Thinking:", "None")
 
 LEARNING_RATE = 2e-3  # AdamW: embeddings, norms, biases, output
-MUON_LEARNING_RATE = 6e-3  # Muon: matrices; learns in fewer steps
+MUON_LEARNING_RATE = 8e-3  # Muon: matrices; learns in fewer steps
 EARLY_WEIGHT = 0.3  # of the verdict right after the answer
 
 
