@@ -1,7 +1,7 @@
 """Drawn data for the tiny recipe: coloured shapes on small canvases, with open-ended questions about them.
 
-A canvas has 2 x 2 cells, the upper two in the sky, and one to three shapes, each somewhere in a cell of its own. Nothing here is read from
-disk: a split, a seed and a number of rows give the same rows everywhere.
+A canvas has 2 x 2 cells, the upper two in the sky, and one to three shapes, each somewhere in a cell of its own.
+Nothing here is read from disk: a split, a seed and a number of rows give the same rows everywhere.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
                 "images": [buffer.getvalue()],
                 "problem": problem,
                 "solution": solution,
-                "thinking": "" if kind == "caption" else caption(scene),
+                "thinking": caption(scene),  # of a caption too: a habit of not thinking would be the easiest to learn
             }
             made += 1
             if made == n:
