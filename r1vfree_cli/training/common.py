@@ -63,12 +63,10 @@ def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
         code = e.exit_code
     except BaseException as e:
         traceback.print_exc()
-        if _stop.is_set():
-            e = Interrupted("interrupted")
         text = "".join(traceback.format_exception_only(type(e), e)).strip()
-        doc = e.to_dict() if isinstance(e, R1VError) else R1VError(text).to_dict()
-        write_json(logs / f"rank-{rank}.error.json", doc)
-        code = doc["exit_code"]
+        error = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
+        write_json(logs / f"rank-{rank}.error.json", error.to_dict())
+        code = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: after a failure on one rank, interpreter shutdown can wait for collectives of the others.

@@ -29,7 +29,20 @@ QUESTIONS = 3  # an image, beside its caption
 WEIGHTS = {"colour": 1, "count": 1, "shape": 1, "relation": 2, "presence": 2}  # the last two are learnt last
 EASY_SHARE = 0.25  # of the steps, first: images with one shape
 STRAY_SHARE = 0.2  # of wrong answers: words that no such question has for an answer
-STRAYS = ("Yes", "No", ":", ".", "?", "...", "-", "The answer is correct.", "I do not know.", "answer", "Thinking:", "None")
+STRAYS = (
+    "Yes",
+    "No",
+    ":",
+    ".",
+    "?",
+    "...",
+    "-",
+    "The answer is correct.",
+    "I do not know.",
+    "answer",
+    "Thinking:",
+    "None",
+)
 
 LEARNING_RATE = 2e-3  # AdamW: embeddings, norms, biases, output
 MUON_LEARNING_RATE = 8e-3  # Muon: matrices; learns in fewer steps
