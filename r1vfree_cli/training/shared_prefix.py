@@ -27,6 +27,7 @@ from .shared_prefix_prompts import (
     DistinctPrompts,
     PreparedProcessor,
     RowsByReference,
+    blank_image,
     encode_images,
     equal_prompts,
     left_pad,
@@ -69,7 +70,10 @@ class SharedPrefixMixin(_Trainer):
         install(policy)
         if reference is not None:
             install(reference)
-        same = torch.tensor(float(same_frozen_vision(policy, reference)), device=self.accelerator.device)
+        # Sharded weights are gathered in step on all ranks, but not all ranks have images at the same time.
+        sharded = self._zero3 and (self.use_vllm or not self.args.ds3_gather_for_generation)
+        once = same_frozen_vision(policy, reference) and not sharded
+        same = torch.tensor(float(once), device=self.accelerator.device)
         self._encodes_once = self.accelerator.reduce(same).item() == self.accelerator.num_processes
 
     @property
@@ -170,13 +174,17 @@ class SharedPrefixMixin(_Trainer):
             images = model_images(
                 self._whole(model), fields.get("pixel_values"), fields.get("image_grid_thw"), encoded=prompts.encoded
             )
+            together = self._zero3 and not self.args.ds3_gather_for_generation
+            blank = together and not images
+            if blank:
+                images = blank_image(self._whole(model), device)
             sequences = model.generate(
                 input_ids=padded.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
                 custom_generate=decode_groups,
-                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images),
-                all_ranks=self._zero3 and not self.args.ds3_gather_for_generation,
+                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images, blank),
+                all_ranks=together,
             )
         completions = sequences[:, padded.shape[1] :]
         ends = torch.isin(completions, torch.tensor(self.eos_token_ids, device=device)).int()
@@ -239,9 +247,10 @@ class SharedPrefixMixin(_Trainer):
 
         def run(part: list[Group], model) -> list[torch.Tensor]:
             """Log-probabilities (rows, C) of the part and, if wanted, entropies."""
-            packed = pack(whole.base_model, part, input_ids, attention_mask, logits_to_keep, grid)
-            images = {}
-            if pixels is not None and grid is not None:
+            blank = self._zero3 and not self._encodes_once and not any(g.grids.stop > g.grids.start for g in part)
+            packed = pack(whole.base_model, part, input_ids, attention_mask, logits_to_keep, grid, blank_image=blank)
+            images = blank_image(whole, input_ids.device) if blank else {}
+            if pixels is not None and grid is not None and not blank:
                 shown = torch.cat([pixels[g.pixels] for g in part])
                 grids = torch.cat([grid[g.grids] for g in part])
                 images = model_images(whole, shown, grids, encoded=self._encodes_once)

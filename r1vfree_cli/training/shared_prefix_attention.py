@@ -162,11 +162,15 @@ class BranchCache(Layout):
         prompts: the recorded prompts of a packed row with the segments `segments`.
         sizes: how many branches each prompt has; branches are in the order of the prompts.
         max_new: how many tokens a branch can hold.
+        static: every step has the same shapes, over the whole buffers with a mask, as a CUDA graph needs.
     """
 
-    def __init__(self, prompts: PromptCache, segments: list[Segment], sizes: Sequence[int], max_new: int) -> None:
+    def __init__(
+        self, prompts: PromptCache, segments: list[Segment], sizes: Sequence[int], max_new: int, *, static: bool = False
+    ) -> None:
         self.length = 0  # tokens stored per branch before the current step
         self.max_new = max_new
+        self.static = static
         self.sizes = list(sizes)
         self.uniform = len(set(sizes)) == 1
         first = prompts.layers[0][0]
@@ -191,20 +195,32 @@ class BranchCache(Layout):
             places = [i * widest + j for i, size in enumerate(sizes) for j in range(size)]
             self.slots = torch.tensor(places, device=first.device)
         self.branch: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.at = torch.zeros(1, dtype=torch.long, device=first.device)
+        self.ahead = torch.zeros(max_new, device=first.device)  # static: -inf at tokens still to come
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
+
+    def advance(self, length: int) -> None:
+        """Begin the step of a token that comes after `length` others of its branch."""
+        self.length = length
+        if self.static:
+            self.at.fill_(length)
+            self.ahead.zero_()[length + 1 :] = -torch.inf
 
     def update(self, key, value, layer_idx: int, *args: Any, **kwargs: Any):
         """Store the step's key and value (B, Hkv, 1, D)."""
         if layer_idx not in self.branch:
             batch, heads, _, dim = key.shape
             self.branch[layer_idx] = (
-                key.new_empty(batch, heads, self.max_new, dim),
-                value.new_empty(batch, heads, self.max_new, dim),
+                key.new_zeros(batch, heads, self.max_new, dim),
+                value.new_zeros(batch, heads, self.max_new, dim),
             )
         for buffer, x in zip(self.branch[layer_idx], (key, value), strict=True):
-            buffer[:, :, self.length] = x[:, :, 0]
+            if self.static:
+                buffer.index_copy_(2, self.at, x)
+            else:
+                buffer[:, :, self.length] = x[:, :, 0]
         return key, value
 
     def attend(self, module, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
@@ -213,11 +229,13 @@ class BranchCache(Layout):
         batch, heads, _, dim = query.shape
         prompt_k, prompt_v = self.prompt[module.layer_idx]  # (N, Hkv, P, D)
         kv_heads = prompt_k.shape[1]
-        stop = self.length + 1
+        stop = self.max_new if self.static else self.length + 1
         branch_k, branch_v = (x[:, :, :stop] for x in self.branch[module.layer_idx])  # (B, Hkv, t, D)
         scale = dim**-0.5 if scaling is None else scaling
         query = (query * scale).view(batch, kv_heads, heads // kv_heads, dim)  # (B, Hkv, R, D)
         own = query @ branch_k.transpose(2, 3)  # (B, Hkv, R, t)
+        if self.static:
+            own = own + self.ahead
         shared = self._to_groups(query) @ prompt_k.transpose(2, 3)  # (N, Hkv, G * R, P)
         if self.mask is not None:
             shared = shared + self.mask

@@ -20,12 +20,14 @@ class Prompts:
     grids: for each its rows of `image_grid_thw` (images, 3), or None for text alone.
     sizes: how many completions are wanted of each; the completions of a prompt stand side by side.
     images: what the model needs to see the images of all prompts (`pixel_values` ..., or encoded images).
+    blank: `images` is a blank image instead, shown to nobody (see `blank_image`).
     """
 
     ids: list[list[int]]
     grids: list[torch.Tensor | None]
     sizes: list[int]
     images: dict[str, Any] = field(default_factory=dict)
+    blank: bool = False
 
 
 def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> torch.Tensor:
@@ -73,10 +75,11 @@ def decode_groups(
     batch, width = input_ids.shape
     max_new = generation_config.max_length - width
     sequences = torch.cat([input_ids, input_ids.new_full((batch, max_new), generation_config.pad_token_id)], dim=1)
-    logits, cache, positions = _prefill(model, prompts, max_new, device)
+    graphed = device.type == "cuda" and not all_ranks
+    logits, cache, positions = _prefill(model, prompts, max_new, device, static=graphed)
+    forward = (_GraphedStep if graphed else _Step)(model, cache, positions)
 
     running = torch.ones(batch, dtype=torch.bool, device=device)
-    layers = model.config.get_text_config().num_hidden_layers
     step, finished = 0, False
     while True:
         if not finished:
@@ -94,31 +97,27 @@ def decode_groups(
         # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
         if not _any_rank(not finished, device) if all_ranks else finished:
             return sequences[:, : width + step]
-        cache.length = min(step - 1, max_new - 1)
-        cache.layers_seen = 0
-        logits = model(
-            input_ids=tokens[:, None],
-            position_ids=(positions + cache.length).expand(3, -1)[..., None],  # (3, B, 1)
-            attention_mask=no_mask(device),
-            past_key_values=cache,
-            use_cache=True,
-            shared_prefix=cache,
-            return_dict=True,
-        ).logits[:, -1]
-        cache.assert_used(layers)
+        logits = forward(tokens, min(step - 1, max_new - 1))
 
 
-def _prefill(model, prompts: Prompts, max_new: int, device: torch.device):
+def _prefill(model, prompts: Prompts, max_new: int, device: torch.device, *, static: bool):
     """One pass over the packed prompts: (logits (B, V) after them, cache for the branches, next positions (B,))."""
     segments, positions, start = [], [], 0
     for ids, grid in zip(prompts.ids, prompts.grids, strict=True):
         segments.append(Segment(start, len(ids)))
         positions.append(prompt_positions(model.base_model, ids, grid))
         start += len(ids)
-    layout, recorded = PackedLayout(segments, device), PromptCache()
+    tokens = [token for ids in prompts.ids for token in ids]
+    places = [p[:, :-1] for p in positions]
+    shown = list(segments)
+    if prompts.blank:
+        tokens.append(model.config.image_token_id)
+        places.append(torch.zeros(3, 1, dtype=torch.long))
+        shown.append(Segment(start, 1))
+    layout, recorded = PackedLayout(shown, device), PromptCache()
     logits = model(
-        input_ids=torch.tensor([token for ids in prompts.ids for token in ids], device=device)[None],
-        position_ids=torch.cat([p[:, :-1] for p in positions], dim=1)[:, None].to(device),
+        input_ids=torch.tensor(tokens, device=device)[None],
+        position_ids=torch.cat(places, dim=1)[:, None].to(device),
         attention_mask=no_mask(device),
         past_key_values=recorded,
         use_cache=True,
@@ -130,8 +129,66 @@ def _prefill(model, prompts: Prompts, max_new: int, device: torch.device):
     layout.assert_used(model.config.get_text_config().num_hidden_layers)
     sizes = torch.tensor(prompts.sizes, device=device)
     following = torch.tensor([int(p[0, -1]) for p in positions], device=device)
-    cache = BranchCache(recorded, segments, prompts.sizes, max_new)
+    cache = BranchCache(recorded, segments, prompts.sizes, max_new, static=static)
     return logits.repeat_interleave(sizes, dim=0), cache, following.repeat_interleave(sizes)
+
+
+class _Step:
+    """The forward pass of one token per branch.
+
+    Args:
+        positions: (B,) position of each branch's first token.
+    """
+
+    def __init__(self, model, cache: BranchCache, positions: torch.Tensor) -> None:
+        self.model, self.cache, self.positions = model, cache, positions
+
+    def __call__(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
+        """Logits (B, V) after `tokens` (B,), of which each branch has `length` before."""
+        self.cache.advance(length)
+        return self._run(tokens[:, None], (self.positions + length).expand(3, -1)[..., None])
+
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        self.cache.layers_seen = 0
+        logits = self.model(
+            input_ids=tokens,  # (B, 1)
+            position_ids=positions,  # (3, B, 1)
+            attention_mask=no_mask(tokens.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            shared_prefix=self.cache,
+            return_dict=True,
+        ).logits[:, -1]
+        self.cache.assert_used(self.model.config.get_text_config().num_hidden_layers)
+        return logits
+
+
+class _GraphedStep(_Step):
+    """The same, captured once per call as a CUDA graph: a step is then one launch instead of thousands."""
+
+    def __init__(self, model, cache: BranchCache, positions: torch.Tensor) -> None:
+        super().__init__(model, cache, positions)
+        self.tokens = torch.zeros(len(positions), 1, dtype=torch.long, device=positions.device)
+        self.at = positions.expand(3, -1)[..., None].clone()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
+        self.cache.advance(length)
+        self.tokens.copy_(tokens[:, None])
+        self.at.copy_((self.positions + length).expand(3, -1)[..., None])
+        if self.graph is None:
+            # Kernels choose their work space in runs before the capture. They write what the captured run writes.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._run(self.tokens, self.at)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._run(self.tokens, self.at)
+        self.graph.replay()
+        return self.logits
 
 
 def _any_rank(value: bool, device: torch.device) -> bool:

@@ -133,6 +133,8 @@ def pack(
     attention_mask: torch.Tensor,
     keep: int,
     image_grid_thw: torch.Tensor | None,
+    *,
+    blank_image: bool = False,
 ) -> Packed:
     """Lay out `groups` of the batch in one row without padding.
 
@@ -144,6 +146,7 @@ def pack(
         input_ids, attention_mask: (B, P + C), prompts left-padded, completions right-padded.
         keep: C.
         image_grid_thw: (images, 3) of the whole batch.
+        blank_image: end the row with the one token of a blank image, seen by nothing (see `blank_image`).
     """
     device = input_ids.device
     total = input_ids.shape[1]
@@ -177,6 +180,12 @@ def pack(
             row += 1
         segments.append(segment)
     flat = input_ids.reshape(-1)
+    if blank_image:
+        segments.append(Segment(start, 1))
+        index.append(torch.tensor([len(flat)]))
+        labels.append(torch.tensor([-1]))
+        positions.append(torch.zeros(3, 1, dtype=torch.long))
+        flat = torch.cat([flat, flat.new_tensor([core.config.image_token_id])])
     where = torch.cat(labels).to(device)
     return Packed(
         inputs={

@@ -143,6 +143,21 @@ def model_images(
     return {"mm_encoder_outputs": {"image": output}}
 
 
+def blank_image(core, device: torch.device) -> dict[str, torch.Tensor]:
+    """The smallest image, one token, all zeros.
+
+    Under ZeRO-3 every rank must run the vision tower whenever one does, because its weights are gathered from all
+    ranks. A rank with text alone runs it on this; nothing sees the token, so that its gradient is zero.
+    """
+    vision = core.config.vision_config
+    side = vision.spatial_merge_size
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "pixel_values": torch.zeros(side * side, values, device=device),
+        "image_grid_thw": torch.tensor([[1, side, side]], device=device),
+    }
+
+
 def same_frozen_vision(policy, reference) -> bool:
     """Whether the vision tower is not trained and the reference has the same one, so that its output serves both.
 

@@ -152,7 +152,8 @@ class Steps:
         )
         cls = type("Trainer", (SharedPrefixMixin, GRPOTrainer), {"shared_prefix": shared})
         ids = processor.tokenizer.convert_tokens_to_ids
-        never = [ids("<|image_pad|>"), ids("<|video_pad|>"), *range(len(processor.tokenizer), 512)]
+        never = [ids("<|image_pad|>"), ids("<|video_pad|>")]
+        peft = config.pop("peft_config", None)
         defaults = {
             "use_cpu": not torch.cuda.is_available(),
             "bf16": False,
@@ -165,13 +166,14 @@ class Steps:
             "learning_rate": 1e-6,
             "generation_kwargs": {"min_new_tokens": new, "suppress_tokens": never},
         }
-        model = config.pop("model", None) or AutoModelForImageTextToText.from_pretrained(folder)
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=config.pop("model_dtype", torch.float32))
         self.trainer = cls(
             model=model,
             reward_funcs=reward,
             args=GRPOConfig(tempfile.mkdtemp(), **{**defaults, **config}),
             train_dataset=Dataset.from_list(rows, features=features),
             processing_class=processor,
+            peft_config=peft,
         )
         self.parts = Parts()
         self._instrument()
@@ -193,10 +195,10 @@ class Steps:
             lambda *a, **k: "forward" if torch.is_grad_enabled() else "reference",
         )
         parts.wrap(trainer.accelerator, "backward", "backward")
-        for model in (trainer.model, trainer.ref_model):
-            if model is not None:
-                parts.wrap(model.base_model.visual, "forward", "vision")
-        inner = trainer.model.base_model.language_model
+        models = [getattr(m, "get_base_model", lambda m=m: m)() for m in (trainer.model, trainer.ref_model) if m]
+        for model in models:
+            parts.wrap(model.base_model.visual, "forward", "vision")
+        inner = models[0].base_model.language_model
         original = inner.forward
 
         def text(*args, **kwargs):

@@ -19,8 +19,9 @@ from tiny_models import draw, load_tiny, save_tiny, tiny_model
 from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from r1vfree_cli.training import shared_prefix_decode
 from r1vfree_cli.training.shared_prefix import SharedPrefixMixin, chunks
-from r1vfree_cli.training.shared_prefix_attention import PREFIX, install
+from r1vfree_cli.training.shared_prefix_attention import PREFIX, BranchCache, install
 from r1vfree_cli.training.shared_prefix_pack import Group, find_groups
 from r1vfree_cli.training.shared_prefix_prompts import RowsByReference
 
@@ -474,6 +475,19 @@ def test_every_decoding_step_sees_what_a_whole_pass_sees(kind, models, tmp_path)
             assert torch.allclose(steps[3 * i + j, : len(ids)], expected, atol=2e-4)
 
 
+def test_steps_of_fixed_shape_give_the_same_tokens(models, tmp_path, monkeypatch):
+    """What a CUDA graph captures: whole buffers and a mask in place of slices that grow."""
+    found = []
+    for static in (False, True):
+        monkeypatch.setattr(
+            shared_prefix_decode, "BranchCache", lambda *a, static, _s=static: BranchCache(*a, static=_s)
+        )
+        trainer = build(Shared, models(), tmp_path, rows(MIXED_ROWS), beta=0.0)
+        torch.manual_seed(4)
+        found.append(generate(trainer))
+    assert found[0] == found[1] and len({tuple(ids) for ids in found[1]}) > 8
+
+
 def test_generation_that_the_loop_cannot_do_is_left_to_transformers(models, tmp_path):
     """Beam search, here: prompts and images are repeated again for it."""
     found = []
@@ -781,7 +795,7 @@ def run_ranks(tmp_path: Path, path: str, *arguments: str) -> dict:
             ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
         for rank in ranks:
-            rank.wait(timeout=240)
+            rank.wait(timeout=600)
     finally:
         for rank in ranks:
             rank.kill()
