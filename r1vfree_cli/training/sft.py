@@ -37,6 +37,13 @@ class R1VSFTTrainer(WholeCheckpoints, SFTTrainer):
         # ranks and micro-batches: rows with short answers would count for more, in a way that depends on the layout.
         self.model_accepts_loss_kwargs = True
 
+    def _init_training_state(self, *args, **kwargs):
+        found = super()._init_training_state(*args, **kwargs)
+        # TRL counts tokens from 0 in every process; a resumed run goes on from the last count that was logged.
+        counts = [h["num_tokens"] for h in self.state.log_history if "num_tokens" in h]
+        self._total_train_tokens = int(counts[-1]) if counts else 0
+        return found
+
 
 # --- data ------------------------------------------------------------------------------------------------------
 

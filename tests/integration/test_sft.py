@@ -307,6 +307,8 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
     after = [line for _, line in read_jsonl(run.metrics)]
     assert [line["step"] for line in after] == [1, 2, 3, 4]
     assert after[:3] == before  # their times too: no step was done again
+    whole = [line for _, line in read_jsonl(finished.metrics)]
+    assert [line["num_tokens"] for line in after] == [line["num_tokens"] for line in whole]
     expected = weights(finished.final)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run.final).items())
 
