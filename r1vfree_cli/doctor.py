@@ -171,7 +171,9 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None) -> list[Che
 def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
     """One step on the rows with the longest prompts: what fits here fits later."""
     with tempfile.TemporaryDirectory() as folder:
-        sets = {"max_steps": 1, "save_strategy": "no", "report_to": "none"}
+        sets: dict[str, object] = {"max_steps": 1, "save_strategy": "no", "report_to": "none"}
+        if stage == "grpo":
+            sets["shuffle_dataset"] = False
         trial = recipe.model_copy(deep=True)
         trial.data.heldout = None
         for key, value in sets.items():

@@ -69,6 +69,7 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
         if launch.preset.startswith("zero"):
             # Not ACCELERATE_USE_CPU: accelerate would ignore DeepSpeed without a word and wrap the model in DDP.
             env["DS_ACCELERATOR"] = "cpu"
+            env["ACCELERATE_USE_CPU"] = "false"  # also where the user's environment sets it
         else:
             env["ACCELERATE_USE_CPU"] = "true"
     else:

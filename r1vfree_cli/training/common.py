@@ -202,6 +202,7 @@ def peft_config(model: config.Model):
         lora_alpha=model.lora.alpha,
         lora_dropout=model.lora.dropout,
         target_modules=model.lora.target_modules,
+        exclude_modules=r".*visual.*" if model.freeze_vision else None,
         task_type="CAUSAL_LM",
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from typing import Any
 
 from PIL import Image
@@ -84,10 +85,11 @@ def drop_long_prompts(rows, processor, limit: int | None):
     Raises:
         DataError: nothing is left.
     """
-    if limit is None:
+    longest_first = os.environ.get("R1V_LONGEST_FIRST") == "1"  # r1v doctor --step: what fits first fits later
+    if limit is None and not longest_first:
         return rows, 0
     lengths = prompt_lengths(rows, processor)
-    keep = [i for i, n in enumerate(lengths) if n <= limit]
+    keep = [i for i, n in enumerate(lengths) if limit is None or n <= limit]
     if not keep:
         shortest = min(lengths) if lengths else 0
         raise DataError(
@@ -95,4 +97,8 @@ def drop_long_prompts(rows, processor, limit: int | None):
             + (f", the shortest prompt has {shortest} tokens" if lengths else ""),
             hint="raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens",
         )
-    return (rows if len(keep) == len(rows) else rows.select(keep)), len(rows) - len(keep)
+    if longest_first:
+        keep.sort(key=lambda i: -lengths[i])
+    elif len(keep) == len(rows):
+        return rows, 0
+    return rows.select(keep), len(rows) - len(keep)
