@@ -20,6 +20,7 @@ def main(path: str, out: str, preset: str) -> None:
         config["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
             "zero_optimization": {
                 "stage": 3,
                 "stage3_param_persistence_threshold": 0,

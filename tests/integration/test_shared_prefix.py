@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from r1vfree_cli.training import shared_prefix_decode
 from r1vfree_cli.training.shared_prefix import SharedPrefixMixin, chunks
-from r1vfree_cli.training.shared_prefix_attention import PREFIX, BranchCache, install
+from r1vfree_cli.training.shared_prefix_attention import PREFIX, BranchCache, PackedLayout, Segment, install
 from r1vfree_cli.training.shared_prefix_pack import Group, find_groups
 from r1vfree_cli.training.shared_prefix_prompts import RowsByReference
 
@@ -613,7 +613,11 @@ def test_a_frozen_vision_tower_serves_generation_and_deepstack_too(models, tmp_p
 def test_a_vision_tower_that_differs_from_the_reference_is_not_shared(models, tmp_path):
     trainer = build(Shared, models(), tmp_path, prepare=lambda m: m.base_model.visual.requires_grad_(False))
     assert not trainer._encodes_once  # `build` moved the policy's weights
-    assert not build(Shared, models(), tmp_path)._encodes_once  # trained
+
+    def same_but_trained(model):
+        model.load_state_dict(load_tiny(models())[0].state_dict())
+
+    assert not build(Shared, models(), tmp_path, prepare=same_but_trained)._encodes_once
 
 
 def test_each_row_is_loaded_once_and_repeated_by_reference():
@@ -667,6 +671,15 @@ def test_a_layout_is_never_ignored(models, tmp_path):
     trainer.ref_model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="sdpa"):
         trainer.train()
+
+
+def test_a_pass_that_lost_its_layout_is_noticed():
+    layout = PackedLayout([Segment(0, 2, [1])], torch.device("cpu"))
+    query = torch.randn(1, 2, 3, 4)
+    layout.attend(None, query, query, query, 0.0, None)
+    layout.assert_used(1)
+    with pytest.raises(RuntimeError, match="1 of 2 layers"):
+        layout.assert_used(2)
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
