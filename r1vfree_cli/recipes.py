@@ -42,7 +42,13 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
     list("-+0123456789."),
 )
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # YAML 1.1's own would read 010 as eight
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def recipes_root() -> Path:
