@@ -58,7 +58,7 @@ def emit_json(document) -> None:
 
 
 def emit_table(title: str, columns: list[str], rows: list[list], *, to_stderr: bool = False) -> None:
-    """A small table; first column left, the others right-aligned. Plain text when piped."""
+    """A small table; first column left, the others right-aligned. Plain text, never folded, when piped."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -69,7 +69,10 @@ def emit_table(title: str, columns: list[str], rows: list[list], *, to_stderr: b
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*[Text("" if cell is None else str(cell)) for cell in row])
-    Console(stderr=to_stderr, highlight=False).print(table)
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 1000)  # a log has no edge, and a name cut in two cannot be searched for
+    console.print(table)
 
 
 class Progress:

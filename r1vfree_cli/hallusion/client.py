@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,37 @@ class CallFailed(Exception):
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
+
+
+def read_reply(body: bytes, asked: str) -> Reply:
+    """The reply in the body of a chat completion; `asked` is the model's name where the body gives none.
+
+    No or null content is an empty text. Half a surrogate pair, which JSON can hold and no file can, becomes `?`.
+
+    Raises:
+        CallFailed: not JSON, or no text where the reply should be.
+    """
+    try:
+        document = json.loads(body)
+        choice = document["choices"][0]
+        text, finish = choice["message"].get("content"), choice.get("finish_reason")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        raise CallFailed("bad reply", f"no chat completion: {body[:200]!r}") from None
+    if not isinstance(text, str | None):
+        raise CallFailed("bad reply", f"the content is a {type(text).__name__}, not a text")
+    usage, model = document.get("usage"), document.get("model")
+
+    def tokens(key: str) -> int:
+        count = usage.get(key) if isinstance(usage, dict) else None
+        return count if isinstance(count, int) else 0
+
+    return Reply(
+        (text or "").encode("utf-8", "replace").decode(),
+        model if isinstance(model, str) and model else asked,
+        finish if isinstance(finish, str) else None,
+        tokens("prompt_tokens"),
+        tokens("completion_tokens"),
+    )
 
 
 @dataclass
@@ -71,7 +103,9 @@ class Endpoint:
             if self._temperature:
                 options["temperature"] = temperature
             try:
-                done = await self._client.chat.completions.create(model=self.model, messages=messages, **options)
+                # The raw body: the client library builds objects from whatever JSON comes, and fails on what is none.
+                create = self._client.chat.completions.with_raw_response.create
+                body = (await create(model=self.model, messages=messages, **options)).content
                 break
             except openai.BadRequestError as e:
                 if not self._learn(str(e), options):
@@ -95,17 +129,7 @@ class Endpoint:
             except openai.OpenAIError as e:
                 raise CallFailed("bad reply", _line(e)) from None
         self._answered += 1
-        choice = done.choices[0] if getattr(done, "choices", None) else None
-        if choice is None:
-            raise CallFailed("bad reply", "the reply has no choices")
-        usage = done.usage
-        return Reply(
-            choice.message.content or "",
-            done.model or self.model,
-            choice.finish_reason,
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
+        return read_reply(body, self.model)
 
     def _learn(self, message: str, used: dict) -> bool:
         """Whether the refusal is of a parameter that can be left out or renamed; the next call does so."""

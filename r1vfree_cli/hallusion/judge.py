@@ -77,9 +77,9 @@ def load_prompt(path: Path | None) -> str:
 def parse_label(text: str, labels: dict[str, int]) -> int | None:
     """The one label in a judge's reply; None when there is none, or several, or a negated one.
 
-    Thinking is left out. When several labels occur, a last line that is only a label decides.
+    Thinking is left out, unfinished thinking too. When several labels occur, a last line that is only a label decides.
     """
-    plain = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL).strip().lower()
+    plain = reading.without_thinking(text).strip().lower()
     pattern = rf"\b({'|'.join(labels)})\b"
     if re.search(rf"(?:\bnot|n't|n’t)\s+(?:\w+\s+)?(?:{'|'.join(labels)})\b", plain):
         return None
@@ -248,12 +248,14 @@ class ChatJudge:
         """One call, stored once it has a label.
 
         Raises:
-            CallFailed: also when the reply has no label: that is a failed call, never `unclear`.
+            CallFailed: also when the reply has no label or was cut: that is a failed call, never `unclear`.
         """
         reply = await self.endpoint.ask([{"role": "user", "content": prompt}], _MAX_TOKENS, 0.0)
         outcome.calls += 1
         outcome.prompt_tokens += reply.prompt_tokens
         outcome.completion_tokens += reply.completion_tokens
+        if reply.finish == "length":
+            raise CallFailed("cut at the length limit", reply.text[:200])  # a label named on the way is no verdict
         label = parse_label(reply.text, labels)
         if label is None:
             raise CallFailed("no label", reply.text[:200])

@@ -10,6 +10,7 @@ from .score import RIGHT, UNCLEAR, WRONG
 YES, NO = "yes", "no"
 
 _THINKING = re.compile(r"<think>.*?(?:</think>|$)", re.DOTALL | re.IGNORECASE)
+_THOUGHT = re.compile(r"^.*</think>", re.DOTALL | re.IGNORECASE)  # where the chat template has opened it already
 _TAG = re.compile(r"</?[a-z][^<>]{0,40}>|\\(?:boxed|text|textbf|mathbf)\b", re.IGNORECASE)
 _CHOICE = re.compile(r"\b(?:yes\s*(?:/|\bor\b)\s*no|no\s*(?:/|\bor\b)\s*yes)\b")
 _BOTH = re.compile(r"\byes\s+and\s+no\b|\bno\s+and\s+yes\b")
@@ -57,11 +58,16 @@ def read_yes_no(text: str) -> str | None:
     return lone.pop() if len(lone) == 1 else None
 
 
+def without_thinking(text: str) -> str:
+    """The reply without its reasoning: finished, unfinished, or opened by the chat template before the reply began."""
+    return _THOUGHT.sub(" ", _THINKING.sub(" ", text))
+
+
 def _plain(text: str) -> str:
     """Lower case, without reasoning, tags, emphasis, and set phrases in which yes and no are no answers."""
     answer = parse(text).answer
     if answer is None:
-        answer = _THINKING.sub(" ", text)
+        answer = without_thinking(text)
         answer = answer[answer.rfind("<answer>") + len("<answer>") :] if "<answer>" in answer else answer
     plain = _TAG.sub(" ", answer).lower().replace("’", "'")
     plain = re.sub(r"n't\b", " not", plain.replace("can't", "can not"))

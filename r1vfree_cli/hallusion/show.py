@@ -33,7 +33,7 @@ def _scores(doc: dict) -> None:
     )
     console.emit_table(
         "By category",
-        ["", *METRICS, "language", "illusion", "mixed"],
+        ["", *(m.removesuffix("_aAcc") for m in METRICS), "language", "illusion", "mixed"],
         [
             [
                 name,

@@ -107,7 +107,7 @@ def prediction_file(path: Path, reply: str = "<think>a</think><answer>Yes</answe
 
 
 class Server(ThreadingHTTPServer):
-    """Counts the calls it answers; `reply(prompt, body)` gives a text, or an int as an error status."""
+    """Counts the calls it answers; `reply(prompt, body)` gives a text, an int as an error status, or a raw body."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -139,17 +139,21 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(answer, int):
             self.send(answer, {"error": {"message": f"status {answer} temperature" if answer == 400 else "no"}})
             return
+        if isinstance(answer, bytes):
+            self.send(200, answer)
+            return
         self.server.prompts.append(text)
         self.server.bodies.append(body)
         usage = {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}
         message = {"role": "assistant", "content": answer}
-        choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+        cut = "length" if answer.endswith("...") else "stop"
+        choices = [{"index": 0, "finish_reason": cut, "message": message}]
         document = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"] + "-0613"}
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.send(200, document | {"choices": choices, "usage": usage})
 
-    def send(self, status: int, document: dict) -> None:
-        data = json.dumps(document).encode()
+    def send(self, status: int, document: dict | bytes) -> None:
+        data = document if isinstance(document, bytes) else json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -544,6 +548,37 @@ def test_a_failed_call_is_unjudged_never_unclear_and_asked_again(tmp_path, serve
     assert doc["unjudged"] == 0
     again = [p for p in server.prompts[calls:] if "two students" not in p]
     assert len(again) == len(asked_again)
+
+
+def test_malformed_and_cut_replies_cost_their_own_question_only(bench, tmp_path, serve):
+    """A gateway's page, half a JSON, a list for a text, a label in a judge's unfinished thought: calls that failed."""
+    bad = {
+        "Number 00": b"<html>busy</html>",
+        "Number 01": b'{"choices": [{"message": {"content": ["correct"]}}]}',
+        "Number 10": "It seems correct so far ...",
+    }
+
+    def reply(prompt, body):
+        found = next((text for number, text in bad.items() if number in prompt), None)
+        return judge_by_content(prompt, body) if found is None else found
+
+    server = serve(reply)
+    hit = sum(any(number in r["question"] for number in bad) for r in records())
+    options = EvalOptions(predictions=prediction_file(tmp_path / "p.json"), out=tmp_path / "e", **chat(server))
+    error = fails(3, options, "unjudged", "bad reply", "cut at the length limit")
+    assert error.message.startswith(f"{hit} questions")
+    asking = EvalOptions(
+        endpoint=server.url, model="m", questions=str(bench / "HallusionBench.json"), images=bench,
+        out=tmp_path / "g", max_retries=0,
+    )  # fmt: skip
+    error = fails(3, asking, "bad reply")
+    kept = {r["id"] for _, r in _lines(tmp_path / "g" / "predictions.jsonl")}
+    bad.clear()
+    server.prompts.clear()
+    assert evaluate(options)["unjudged"] == 0
+    server.prompts.clear()
+    evaluate(asking)
+    assert 0 < len(kept) == len(records()) - len(server.prompts)
 
 
 def test_temperature_is_left_out_where_it_is_refused(tmp_path, serve):

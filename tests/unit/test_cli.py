@@ -92,3 +92,13 @@ def test_a_model_path_that_does_not_exist_is_known_before_anything_loads(tmp_pat
     sets = ["--set", "launch.device=cpu", "--set", f"model.name={tmp_path}/nope"]
     done = r1v("grpo", "--recipe", "qwen2vl-2b-clevr", *sets, "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 2 and "model.name" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
+    from r1vfree_cli import console
+
+    monkeypatch.setenv("COLUMNS", "40")
+    names = [f"VD_illusion_{i}" for i in range(12)]
+    console.emit_table("title", ["", *names], [["right / total", *names]])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(all(name in line for name in names) for line in lines) == 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1vfree_cli.errors import UsageError
-from r1vfree_cli.hallusion import judge, reading
+from r1vfree_cli.hallusion import client, judge, reading
 from r1vfree_cli.hallusion.questions import Question
 from r1vfree_cli.hallusion.score import RIGHT, UNCLEAR, WRONG, Item
 
@@ -73,6 +75,7 @@ UNREADABLE = [
     "Based on the image, No. 3 is larger",
     "not correct, it is correct",
     "<think>is it? yes",
+    "The answer is yes.</think>",
     "<think>The answer is yes.</think>",
     "1",
 ]
@@ -91,6 +94,11 @@ def test_no(text):
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_neither(text):
     assert reading.read_yes_no(text) is None
+
+
+def test_thinking_that_the_chat_template_opened_is_not_read():
+    assert reading.read_yes_no("The bar is there. So, no?\nNo.</think>\n\nYes.") == "yes"
+    assert reading.read_yes_no("Yes. <think>because of no bar</think>") == "yes"
 
 
 @given(st.text("yesno ,.<>/think\n*", max_size=60) | st.text(max_size=20))
@@ -155,6 +163,8 @@ def test_rule_judge_answers_same_by_equal_readings(tmp_path):
         ('{"label": "incorrect"}', 0),
         ("The prediction is correct", 1),
         ("<think>correct or incorrect?</think>\nincorrect", 0),
+        ("is it not correct?</think>\nincorrect", 0),
+        ("<think>the answer is correct as far as", None),
         ("It could be correct or incorrect.\nLabel: correct", 1),
         ("correct or incorrect", None),
         ("not correct", None),
@@ -172,6 +182,52 @@ def test_same_labels():
     assert judge.parse_label("same", judge.SAMES) == 1
     assert judge.parse_label("Different.", judge.SAMES) == 0
     assert judge.parse_label("not the same", judge.SAMES) is None
+
+
+CHOICE = {"message": {"content": "correct"}, "finish_reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [1],
+        None,
+        "correct",
+        {},
+        {"choices": None},
+        {"choices": []},
+        {"choices": [None]},
+        {"choices": {"a": 1}},
+        {"choices": [{}]},
+        {"choices": [{"message": None}]},
+        {"choices": [{"message": {"content": ["correct"]}}]},
+        {"choices": [{"message": {"content": 1}}]},
+        b"<html>bad gateway</html>",
+        b'{"choices": [{"mess',
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_a_body_that_is_no_chat_completion_is_a_failed_call(document):
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    with pytest.raises(client.CallFailed) as e:
+        client.read_reply(body, "m")
+    assert e.value.kind == "bad reply"
+
+
+def test_a_chat_completion_may_lack_what_is_only_counted():
+    def read(**more):
+        return client.read_reply(json.dumps({"choices": [CHOICE], **more}).encode(), "m")
+
+    whole = {"model": "m-1", "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+    assert read(**whole) == client.Reply("correct", "m-1", "stop", 3, 1)
+    for usage in (None, {}, [], {"prompt_tokens": None}, {"prompt_tokens": "3"}):
+        assert read(usage=usage, model=None) == client.Reply("correct", "m", "stop", 0, 0)
+    for message in ({}, {"content": None}):
+        body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
+        assert client.read_reply(body, "m") == client.Reply("", "m", "length", 0, 0)
+    half = client.read_reply(b'{"choices": [{"message": {"content": "yes \\ud83d"}}]}', "m")
+    assert half.text == "yes ?" and half.finish is None
 
 
 def test_braces_in_a_question_mean_nothing():

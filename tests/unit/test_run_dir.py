@@ -60,6 +60,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypat
     with pytest.raises(OSError):
         run_dir.write_json(path, {"a": 2})
     assert run_dir.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["status.json"]
+    path.write_text('{"a": 1}', encoding="utf-8-sig")  # as Windows editors save it
+    assert run_dir.read_json(path) == {"a": 1}
 
 
 def test_nan_is_not_json(tmp_path):
