@@ -21,12 +21,13 @@ DEFAULT_ROWS = {"train": 480, "sft": 6400, "judge": 20000, "test": 512}
 
 CELL = 28  # pixels
 CAPTION_QUESTION = "What does the image show?"
+NOTHING = "nothing"  # is seen
 CAPTION_SHARE = 0.4  # of the sft split
-WRONG_SHARE = 0.5  # of the answers of the sft split
+WRONG_SHARE = 0.6  # of the answers of the sft split
 QUESTIONS_PER_IMAGE = 4
 
-# What a policy says that learnt a habit instead of looking. Half of the warm start's answers are these, so that
-# there is something to gain from a judge that looks.
+# What a policy says that learnt a habit instead of looking. More than half of the warm start's answers are these,
+# though the thinking before them is right, so that there is something to gain from a judge that looks.
 HABIT = {"colour": "red", "count": "2", "shape": "circle", "relation": "sky", "presence": "yes"}
 ANSWERS = {
     "colour": tuple(COLOURS),
@@ -60,14 +61,14 @@ def draw_scene(rng: random.Random, shapes: int) -> list[Shape]:
 def draw_image(rng: random.Random, scene: list[Shape]) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels; place, size and background vary."""
     # A bright sky and a darker ground, of so many shades that hardly two images are alike, however few scenes there are.
-    sky, ground = (tuple(rng.randint(low, low + 25) for _ in range(3)) for low in (230, 185))
+    sky, ground = (tuple(rng.randint(low, low + 25) for _ in range(3)) for low in (230, 100))
     image = Image.new("RGB", (2 * CELL, 2 * CELL), sky)
     image.paste(ground, (0, CELL, 2 * CELL, 2 * CELL))
     pen = ImageDraw.Draw(image)
     for shape in scene:
-        radius = rng.randint(7, 10)
-        x = shape.column * CELL + CELL // 2 + rng.randint(-3, 3)
-        y = shape.row * CELL + CELL // 2 + rng.randint(-3, 3)
+        radius = rng.randint(9, 11)
+        x = shape.column * CELL + CELL // 2 + rng.randint(-2, 2)
+        y = shape.row * CELL + CELL // 2 + rng.randint(-2, 2)
         box = (x - radius, y - radius, x + radius, y + radius)
         colour = COLOURS[shape.colour]
         if shape.shape == "circle":
@@ -84,10 +85,11 @@ def caption(scene: list[Shape]) -> str:
     return ", ".join(shape.name for shape in scene)
 
 
-def ask(rng: random.Random, scene: list[Shape], kind: str) -> tuple[str, str] | None:
-    """A question with its answer, of one of `KINDS` or `caption`; None when none of the kind has a clear answer."""
+def ask(rng: random.Random, scene: list[Shape], kind: str) -> tuple[str, str, str] | None:
+    """A question of one of `KINDS` or `caption`, its answer, and what one sees that shows it; None when none of the
+    kind has a clear answer."""
     if kind == "caption":
-        return CAPTION_QUESTION, caption(scene)
+        return CAPTION_QUESTION, caption(scene), caption(scene)
     if kind == "count":
         return _ask_count(rng, scene)
     if kind == "presence":
@@ -95,42 +97,49 @@ def ask(rng: random.Random, scene: list[Shape], kind: str) -> tuple[str, str] | 
     if kind == "relation":
         return _ask_relation(rng, scene)
     named_by, asked = ("shape", "colour") if kind == "colour" else ("colour", "shape")
-    names = [getattr(shape, named_by) for shape in scene]
-    clear = [shape for shape in scene if names.count(getattr(shape, named_by)) == 1]
+    clear = _unique(scene, named_by)
     if not clear:
         return None
     shape = rng.choice(clear)
     question = f"What colour is the {shape.shape}?" if kind == "colour" else f"Which shape is {shape.colour}?"
-    return question, getattr(shape, asked)
+    return question, getattr(shape, asked), shape.name
 
 
-def _ask_count(rng: random.Random, scene: list[Shape]) -> tuple[str, str]:
+def _ask_count(rng: random.Random, scene: list[Shape]) -> tuple[str, str, str]:
     what = rng.choice(("all", "shape", "colour"))
     if what == "all":
-        return "How many shapes are there?", str(len(scene))
-    if what == "shape":
+        question, found = "How many shapes are there?", scene
+    elif what == "shape":
         name = rng.choice(SHAPES)
-        return f"How many {name}s are there?", str(sum(s.shape == name for s in scene))
-    name = rng.choice(list(COLOURS))
-    return f"How many {name} shapes are there?", str(sum(s.colour == name for s in scene))
+        question, found = f"How many {name}s are there?", [s for s in scene if s.shape == name]
+    else:
+        name = rng.choice(list(COLOURS))
+        question, found = f"How many {name} shapes are there?", [s for s in scene if s.colour == name]
+    return question, str(len(found)), caption(found) or NOTHING
 
 
-def _ask_presence(rng: random.Random, scene: list[Shape]) -> tuple[str, str]:
+def _ask_presence(rng: random.Random, scene: list[Shape]) -> tuple[str, str, str]:
     there = {shape.name for shape in scene}
     # Most absent things share a colour or a shape with something that is there.
     absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in there]
     yes = rng.random() < 0.5
     name = rng.choice(sorted(there) if yes else absent)
-    return f"Is there a {name}?", "yes" if yes else "no"
+    return f"Is there a {name}?", "yes" if yes else "no", name if yes else NOTHING
 
 
-def _ask_relation(rng: random.Random, scene: list[Shape]) -> tuple[str, str] | None:
-    names = [shape.name for shape in scene]
-    clear = [shape for shape in scene if names.count(shape.name) == 1]
+def _ask_relation(rng: random.Random, scene: list[Shape]) -> tuple[str, str, str] | None:
+    clear = _unique(scene, "shape")
     if not clear:
         return None
     shape = rng.choice(clear)
-    return f"Is the {shape.name} in the sky or on the ground?", "sky" if shape.row == 0 else "ground"
+    answer = "sky" if shape.row == 0 else "ground"
+    return f"Is the {shape.shape} in the sky or on the ground?", answer, f"{shape.name} {answer}"
+
+
+def _unique(scene: list[Shape], by: str) -> list[Shape]:
+    """The shapes that their `by` (shape or colour) alone tells from the others."""
+    names = [getattr(shape, by) for shape in scene]
+    return [shape for shape in scene if names.count(getattr(shape, by)) == 1]
 
 
 def question_kind(problem: str) -> str | None:
@@ -160,7 +169,8 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
 
     `train` and `test` ask questions; their solutions are right. `judge` asks all kinds about every image, for a
     caption first. In `sft` `CAPTION_SHARE` of the questions ask for a caption, and of the other answers
-    `WRONG_SHARE` are the kind's `HABIT`, right or not. Splits and seeds draw from random numbers of their own.
+    `WRONG_SHARE` are the kind's `HABIT`, right or not, after a thinking that is right. Splits and seeds draw from
+    random numbers of their own.
 
     Raises:
         ValueError: there is no such split.
@@ -178,7 +188,7 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
             asked = ask(rng, scene, kind)
             if asked is None:
                 continue
-            problem, solution = asked
+            problem, solution, thinking = asked
             if split == "sft" and kind != "caption" and rng.random() < WRONG_SHARE:
                 solution = HABIT[kind]
             yield {
@@ -186,7 +196,7 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
                 "images": [buffer.getvalue()],
                 "problem": problem,
                 "solution": solution,
-                "thinking": caption(scene),  # of a caption too: a habit of not thinking would be the easiest to learn
+                "thinking": thinking,  # of a caption too: a habit of not thinking would be the easiest to learn
             }
             made += 1
             if made == n:

@@ -88,9 +88,9 @@ def corpus() -> list[str]:
     questions += [f"How many {shape}s are there?" for shape in shapes.SHAPES]
     questions += [f"How many {colour} shapes are there?" for colour in shapes.COLOURS]
     questions += [f"Is there a {thing}?" for thing in things]
-    questions += [f"Is the {thing} in the sky or on the ground?" for thing in things]
+    questions += [f"Is the {shape} in the sky or on the ground?" for shape in shapes.SHAPES]
     answers = [answer for kind in shapes.KINDS for answer in shapes.ANSWERS[kind]]
-    words = [*things, ", ".join(things), *answers, "Yes", "No", "user", "assistant", "system"]
+    words = [*things, ", ".join(things), *answers, "Yes", "No", shapes.NOTHING, "user", "assistant", "system"]
     texts = [prompts.user_text(q) for q in questions] + [judge_text(q, w) for q in questions for w in words] + words
     # Tags are tokens of their own already.
     return [re.sub("|".join(TAGS), " ", text) for text in texts]

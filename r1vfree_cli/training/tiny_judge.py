@@ -26,7 +26,7 @@ from ..rewards.judge_prompt import judge_messages
 STEPS = 250
 IMAGES = 24  # a step
 QUESTIONS = 3  # an image, beside its caption
-WEIGHTS = {"colour": 1, "count": 1, "shape": 1, "relation": 2, "presence": 2}  # the last two are learnt last
+WEIGHTS = {"colour": 1, "count": 1.5, "shape": 1.5, "relation": 1.5, "presence": 2}  # what is learnt last weighs more
 EASY_SHARE = 0.25  # of the steps, first: images with one shape
 STRAY_SHARE = 0.2  # of wrong answers: words that no such question has for an answer
 STRAYS = (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,27 @@ def test_a_second_run_starts_grpo_at_once_and_a_held_run_dir_is_not_overwritten(
     assert "train the judge" not in seconds and "warm-start the policy (SFT)" not in seconds
     held = r1v("grpo", "--recipe", "tiny", *short, "--run-dir", "again", cwd=place, cache=place / "cache")
     assert held.returncode == 2 and "--overwrite" in held.stderr and "--run-dir" in held.stderr
+
+
+def test_two_ranks_share_one_reward_server_and_take_the_first_step_of_one(place):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = f"{{name: feedback, backend: classify, cache: false, serve: {{model: embedded:tiny-judge, port: {port}}}}}"
+    done = r1v(
+        "grpo", "--recipe", "tiny", "--set", f"rewards=[{{name: format, weight: 0.2}}, {served}]",
+        "--set", "launch={preset: ddp, device: cpu, processes: 2}", "--set", "train.prompts_per_device=4",
+        "--set", "train.max_steps=2", "--set", "data.heldout=null", "--run-dir", "served",
+        cwd=place, cache=place / "cache",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = ("runs/tiny", "served")
+    alone, shared = (json.loads((place / run / "metrics.jsonl").read_text().split("\n")[0]) for run in runs)
+    for key in ("reward", "rewards/feedback/mean", "grad_norm", "completions/mean_length"):
+        assert shared[key] == pytest.approx(alone[key], rel=1e-4), key
+    assert shared["judge/calls"] > 0 and not any(shared[key] for key in shared if key.startswith("judge/failed"))
+    with socket.socket() as gone:
+        assert gone.connect_ex(("127.0.0.1", port)), "the reward server outlived its run"
 
 
 def test_photographs_become_rows_and_train(place):

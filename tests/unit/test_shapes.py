@@ -55,8 +55,21 @@ def answer_from_pixels(problem: str, things: list[tuple[str, str, int, int]]) ->
         if what in shapes.COLOURS:
             return str(sum(t[0] == what for t in things))
         return str(len(things) if what == "shape" else sum(t[1] == what for t in things))
-    (thing,) = [t for t in things if list(t[:2]) == words[2:4]]
+    (thing,) = [t for t in things if t[1] == words[2]]
     return "sky" if thing[3] == 0 else "ground"
+
+
+def evidence_from_pixels(problem: str, things: list[tuple[str, str, int, int]]) -> str:
+    """What the thinking names: the things that the question is about, with their place where it asks for that."""
+    words, kind = problem.rstrip("?").split(), shapes.question_kind(problem)
+    if kind in ("relation", "presence"):
+        things = [t for t in things if t[1] == words[2]] if kind == "relation" else things
+        things = [t for t in things if list(t[:2]) == words[-2:]][:1] if kind == "presence" else things
+    elif words[2] != "shapes" or kind != "count":
+        about = words[2].removesuffix("s") if kind == "count" else words[-1]
+        things = [t for t in things if about in t]
+    place = "" if kind != "relation" else (" sky" if things[0][3] == 0 else " ground")
+    return (", ".join(f"{colour} {shape}" for colour, shape, _, _ in things) or shapes.NOTHING) + place
 
 
 @pytest.mark.parametrize("split", ["train", "test", "judge"])
@@ -70,7 +83,7 @@ def test_solutions_are_what_the_pixels_show(split):
             assert row["solution"] == caption
         else:
             assert row["solution"] == answer_from_pixels(row["problem"], things)
-            assert row["thinking"] == caption
+            assert row["thinking"] == evidence_from_pixels(row["problem"], things)
             assert row["solution"] in shapes.ANSWERS[kind]
             kinds[kind] += 1
     assert set(kinds) == set(shapes.KINDS)
@@ -89,6 +102,7 @@ def test_sft_has_captions_and_habits_in_the_stated_shares():
         wrong += row["solution"] != right
         habits += row["solution"] == habit
         assert row["solution"] in (right, habit)
+        assert row["thinking"] == evidence_from_pixels(row["problem"], seen(row["images"][0]))  # right, always
     assert 0.3 < wrong / len(asked) < shapes.WRONG_SHARE
     assert habits / len(asked) > shapes.WRONG_SHARE
 
