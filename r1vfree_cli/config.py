@@ -222,6 +222,14 @@ class _Recipe(Strict):
     train: Any
     launch: Launch = Field(default_factory=Launch)
 
+    @model_validator(mode="after")
+    def _seed(self):
+        for key in ("seed", "data_seed"):
+            seed = (self.train.model_extra or {}).get(key)
+            if isinstance(seed, int) and not 0 <= seed < 2**32:
+                raise ValueError(f"train.{key} must be from 0 to {2**32 - 1}, found {seed}")
+        return self
+
     @property
     def seed(self) -> int:
         """`train.seed`; 42 is transformers' default."""

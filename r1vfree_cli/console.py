@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,16 +23,24 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes: a file's name or a reply must not move the terminal's cursor."""
+    return _CONTROL.sub(lambda m: ascii(m[0])[1:-1], text)
+
+
 def log(message: str) -> None:
     """One line for people, on stderr. The text is data: markup in it is not interpreted."""
-    _stderr().print(message, markup=False)
+    _stderr().print(_visible(message), markup=False)
 
 
 def warn(message: str) -> None:
     """One `warning:` line on stderr."""
     from rich.text import Text
 
-    _stderr().print(Text.assemble(("warning: ", "yellow"), message))
+    _stderr().print(Text.assemble(("warning: ", "yellow"), _visible(message)))
 
 
 def error(exc) -> None:
@@ -39,11 +48,11 @@ def error(exc) -> None:
     from rich.text import Text
 
     console = _stderr()
-    console.print(Text.assemble(("error: ", "bold red"), exc.message))
+    console.print(Text.assemble(("error: ", "bold red"), _visible(exc.message)))
     for line in exc.details:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {_visible(line)}", markup=False)
     if exc.hint:
-        console.print(Text.assemble(("hint: ", "cyan"), exc.hint))
+        console.print(Text.assemble(("hint: ", "cyan"), _visible(exc.hint)))
 
 
 def emit(text: str) -> None:

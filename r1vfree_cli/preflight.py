@@ -115,11 +115,11 @@ def _model(name: str, key: str, found: Findings) -> None:
         except R1VError as e:
             found.errors.append(f"{key}: {e.message}")
         return
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        if not any(os.path.isfile(os.path.join(path, f)) for f in ("config.json", "adapter_config.json")):
             found.errors.append(f"{key}: the folder {name} holds no config.json, so it is no model")
-    elif path.exists():
+    elif os.path.exists(path):
         found.errors.append(f"{key}: {name} is a file; a model is a folder or a hub name")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         found.errors.append(f"{key}: no folder {name}, and it is no hub name (organisation/model) either")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,38 @@ def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))  # YAML 1.1's own would read 010 as eight
 
 
+# What JSON has, and nothing else: no dates, bytes or sets, which could not be written into a run dir again.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.endswith((":map", ":seq", ":str", ":float", ":bool", ":null"))
+}
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_SHOWN = 100  # errors of one recipe
+_MAX_NODES = 100_000  # with every alias written out
+
+
+def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many nodes a document has when each alias is replaced by what it stands for.
+
+    Raises:
+        YAMLError: too many (a few lines of aliases can stand for more than any memory), or one holds itself.
+    """
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias stands for something that holds it")
+        return count
+    known[id(node)] = None
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        count += sum(_written_out(child, known) for pair in node.value for child in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_written_out(child, known) for child in node.value)
+    if count > _MAX_NODES:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {_MAX_NODES} values, aliases written out")
+    known[id(node)] = count
+    return count
 
 
 def recipes_root() -> Path:
@@ -70,8 +103,8 @@ def find(stage: str, name: str) -> Path:
     Raises:
         UsageError: no such recipe; names the nearest.
     """
-    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
-        if not Path(name).is_file():
+    if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
+        if not os.path.isfile(name):
             raise UsageError(f"no recipe file {name}", hint="r1v recipes list")
         return Path(name)
     have = shipped(stage)
@@ -93,10 +126,18 @@ def read_yaml(text: str, where: str) -> Any:
     """Parse YAML with the strict loader.
 
     Raises:
-        UsageError: not YAML, or a key stands twice.
+        UsageError: not YAML, a key stands twice, or aliases that stand for too much.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _written_out(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UsageError(f"{where} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
@@ -147,7 +188,7 @@ def _list_place(items: list, part: str, key: str) -> int:
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
-    if part.isdigit() and int(part) < len(items):
+    if part.isdecimal() and int(part) < len(items):
         return int(part)
     raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
 
@@ -159,21 +200,39 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
         UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
     """
     model = STAGES[stage]
-    recipe, lines = None, []
+    recipe, lines = None, _unfit(document)
     try:
-        recipe = model.model_validate(document)
+        recipe = None if lines else model.model_validate(document)
     except ValidationError as e:
-        lines = [_explain(stage, error) for error in e.errors()]
+        lines = [_explain(stage, error) for error in e.errors()[: _SHOWN + 1]]
     train = document.get("train")
     if isinstance(train, dict):
         own = model.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
         lines += trl_key_errors(stage, {k: v for k, v in train.items() if k not in own})
     if recipe is None or lines:
         many = f"{len(lines)} errors" if len(lines) > 1 else "an error"
+        lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else lines
         raise UsageError(
             f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints a whole recipe"
         )
     return recipe  # type: ignore[return-value]
+
+
+def _unfit(value: Any, key: str = "") -> list[str]:
+    """A line for each value that no key can take, because files, numbers of the machine or JSON do not hold it."""
+    if isinstance(value, dict):
+        return [
+            line for k, v in value.items() for line in [*_unfit(k, "a key"), *_unfit(v, f"{key}.{k}" if key else k)]
+        ]
+    if isinstance(value, list):
+        return [line for i, v in enumerate(value) for line in _unfit(v, f"{key}.{i}")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key}: must be finite; found {value}"]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return [f"{key}: is too large a number; found {_short(value)}"]
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        return [f"{ascii(key)[1:-1]}: holds characters that no file name or text can; found {ascii(value)[:80]}"]
+    return []
 
 
 def _explain(stage: str, error: Any) -> str:

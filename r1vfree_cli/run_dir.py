@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, UsageError
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = (
     "finished",
@@ -31,17 +34,24 @@ FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = (
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole file or nothing: temporary name, fsync, rename.
+
+    Raises:
+        UsageError: the disk is full, the place is a file's, no permission.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror}") from e
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,17 +71,37 @@ def read_json(path: Path) -> Any:
         DataError: missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"cannot read {path}: {e}") from None
 
 
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: not JSON, or text that cannot be written again: half of a surrogate pair, which only escapes make.
+        RecursionError: nested too deeply.
+    """
+    document = json.loads(data.decode("utf-8-sig"))
+    if _SURROGATE.search(data):
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    return document
+
+
 def append_jsonl(path: Path, document: Any) -> None:
-    """Append one line, in one write call."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Append one line, in one write call.
+
+    Raises:
+        UsageError: as `write_bytes`.
+    """
     line = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "ab", buffering=0) as f:
-        f.write(line.encode("utf-8"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as f:
+            f.write(line.encode("utf-8"))
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror}") from e
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -86,7 +116,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 if not line.strip():
                     continue
                 try:
-                    document = json.loads(line)
+                    document = parse_json(line)
                 except (ValueError, RecursionError) as e:
                     if not line.endswith(b"\n"):
                         return

@@ -86,15 +86,20 @@ def trl_key_errors(stage: str, found: dict) -> list[str]:
     errors: list[str] = []
     for key, value in found.items():
         if key in owned:
-            errors.append(f"train.{key}: is set by r1v: {owned[key]}; found {value!r}")
+            errors.append(f"train.{key}: is set by r1v: {owned[key]}; found {_short(value)}")
         elif key not in known:
             near = nearest(key, [k for k in known if k not in owned])
             tail = f"; nearest is train.{near}" if near else ""
-            errors.append(f"train.{key}: unknown key, neither of r1v nor of {config}, found {value!r}{tail}")
+            errors.append(f"train.{key}: unknown key, neither of r1v nor of {config}, found {_short(value)}{tail}")
         else:
             try:
                 TypeAdapter(known[key]).validate_python(value, strict=True)
             except ValidationError:
                 kind = known[key].__name__ if isinstance(known[key], type) else str(known[key])
-                errors.append(f"train.{key}: must be {kind}; found {value!r}")
+                errors.append(f"train.{key}: must be {kind}; found {_short(value)}")
     return errors
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

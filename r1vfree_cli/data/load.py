@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from ..errors import DataError, UsageError, nearest
-from ..run_dir import cache_dir, read_json, sha256_file
+from ..run_dir import cache_dir, read_json, sha256_file, write_json
 from . import sources
-from .local import split_of
-from .prepare import SUMMARY, digest, prepare
-from .rows import COLUMNS, REQUIRED_COLUMNS, SCHEMA_VERSION
+from .local import parquet_table, split_of
+from .prepare import SUMMARY, Reader, digest, prepare
+from .rows import COLUMNS, REQUIRED_COLUMNS, SCHEMA_VERSION, Drops
 
 if TYPE_CHECKING:
     import datasets
@@ -72,20 +72,22 @@ def load_rows(path: str, split: str = "train", limit: int | None = None) -> data
     import datasets
     import pyarrow as pa
 
-    files = [str(file) for file in _files(ensure_rows(path, split), split)]
+    here = ensure_rows(path, split)
+    files = [str(file) for file in _files(here, split)]
     text = datasets.Value("string")
     features = {name: text for name in COLUMNS} | {"images": datasets.List(datasets.Image())}
     try:
         with _no_bars():
             rows = datasets.Dataset.from_parquet(files, cache_dir=str(cache_dir("datasets")))
-        _check_images(rows.data.column("images"), path)
-        for name in set(COLUMNS) - set(rows.column_names):
-            rows = rows.add_column(name, [None] * len(rows), feature=text)
-        if limit is not None:
-            rows = rows.select(range(min(limit, len(rows))))
-        rows = rows.select_columns(list(COLUMNS))
-        wanted = datasets.Features({name: features[name] for name in COLUMNS})
-        return rows if rows.features == wanted else rows.cast(wanted)
+            _check_images(rows.data.column("images"), path)
+            _check_content(here, split)
+            for name in set(COLUMNS) - set(rows.column_names):
+                rows = rows.add_column(name, [None] * len(rows), feature=text)
+            if limit is not None:
+                rows = rows.select(range(min(limit, len(rows))))
+            rows = rows.select_columns(list(COLUMNS))
+            wanted = datasets.Features({name: features[name] for name in COLUMNS})
+            return rows if rows.features == wanted else rows.cast(wanted)
     except (pa.ArrowException, TypeError, ValueError, datasets.exceptions.DatasetsError) as e:
         reason = next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)
         raise DataError(
@@ -110,6 +112,36 @@ def _check_images(column: Any, path: str) -> None:
             f"{path}: the column images must hold lists of image bytes, found {column.type}",
             hint="r1v prepare-data parquet makes rows of it",
         )
+
+
+def _check_content(path: Path, split: str) -> None:
+    """Read all rows once, before training and not during it: a damaged image would end a run hours later.
+
+    Prepared data has the sha256 it was written with; every row of other files is checked as prepare-data would.
+    Files that passed are remembered by name, size and time.
+    """
+    files = _files(path, split)
+    stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    key = hashlib.sha256(json.dumps([SCHEMA_VERSION, stats]).encode()).hexdigest()
+    passed = cache_dir("checked", f"{key}.json")
+    if passed.exists():
+        return
+    if (path / SUMMARY).is_file():
+        recorded = {f["name"]: f.get("sha256") for f in _summary(path)["splits"][split]["files"]}
+        for file in files:
+            if sha256_file(file) != recorded[file.name]:
+                raise DataError(f"{file} was changed since it was prepared", hint="prepare the data again")
+    else:
+        tables = [parquet_table(file, file.name, None) for file in files]
+        drops = Drops()
+        total = sum(1 for _ in Reader(sources.SOURCES["parquet"], tables, None, 0, drops)) + drops.total
+        if drops.total:
+            raise DataError(
+                f"{path}: {drops.total} of {total} rows cannot be used",
+                details=drops.lines(),
+                hint="r1v prepare-data parquet --input leaves them out",
+            )
+    write_json(passed, stats)
 
 
 @contextmanager

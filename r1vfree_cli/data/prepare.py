@@ -81,7 +81,7 @@ def prepare(
     try:
         with _work_dir(out) as temporary:
             for name in sorted(tables):
-                splits[name] = _write_split(temporary, name, _Reader(found, tables[name], limit, seed, drops))
+                splits[name] = _write_split(temporary, name, Reader(found, tables[name], limit, seed, drops))
             summary["rows"] = sum(s["rows"] for s in splits.values())
             summary["read"] = summary["rows"] + drops.total
             if not summary["rows"]:
@@ -128,7 +128,7 @@ def _versions() -> dict[str, str]:
 # --- reading and checking --------------------------------------------------------------------------------------
 
 
-class _Reader:
+class Reader:
     """The checked rows of one split: iterate once. What fails is added to `drops`."""
 
     def __init__(self, source: Source, tables: list[Table], limit: int | None, seed: int, drops: Drops):
@@ -139,7 +139,7 @@ class _Reader:
     def __iter__(self) -> Iterator[dict]:
         ids: set[str] = set()
         goal = self.total if self.limit is None else min(self.limit, self.total)
-        with console.progress(f"preparing {self.source.name}", goal) as bar:
+        with console.progress(f"reading {self.source.name}", goal) as bar:
             for positions in self._passes(goal, lambda: len(ids)):
                 for place, row in self._checked(positions):
                     if isinstance(row, RowProblem):

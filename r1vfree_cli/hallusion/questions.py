@@ -9,10 +9,10 @@ import base64
 import binascii
 import csv
 import hashlib
-import json
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -247,9 +247,13 @@ def figure_readers(images: Path) -> dict[str, Reader]:
 
 
 def _from_zip(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    from ..data.rows import MAX_FILE_BYTES
+
     try:
+        if archive.getinfo(name).file_size > MAX_FILE_BYTES:  # a bomb is not unpacked
+            raise DataError(f"{path}: {name} is too large for a figure")
         return archive.read(name)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as e:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as e:
         raise DataError(f"{path}: cannot read {name}: {e}") from None
 
 
@@ -389,8 +393,3 @@ def from_records(path: Path) -> QuestionSet:
     """The question set that a file in the official result format carries itself, without figures."""
     asked = [from_record(record, where) for where, record in read_records(path)]
     return QuestionSet(_checked(asked, str(path)), {}, str(path))
-
-
-def dump_judged(records: list[dict]) -> str:
-    """The official result format as text."""
-    return json.dumps(records, indent=1, ensure_ascii=False) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +139,16 @@ def answer_format(texts: dict[str, str], records: dict[str, dict]) -> dict:
         "cut_at_length": finishes.count("length") if any(finishes) else None,
         "unreadable": sum(reading.read_yes_no(text) is None for text in texts.values()),
     }
+
+
+def dump_judged(records: list[dict]) -> str:
+    """The official result format as text; NaN, which some writers leave for nothing, becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(records), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -22,7 +22,7 @@ from .client import Endpoint
 from .judge import Outcome
 from .options import EvalOptions, check, check_gates
 from .questions import Question, QuestionSet
-from .result import Other, build, load_other, same_questions
+from .result import Other, build, dump_judged, load_other, same_questions
 from .show import print_scores
 
 __all__ = ["EvalOptions", "check_gates", "evaluate", "print_scores"]
@@ -95,10 +95,10 @@ def _stages(
         | {score.CODE: None if i.code is None else str(i.code), score.SAME: None if i.same is None else str(i.same)}
         for i in items
     ]
-    write_text(out / "judged.json", questions.dump_judged(official))
+    write_text(out / "judged.json", dump_judged(official))
     if outcome.unjudged and not o.allow_unjudged:
         raise DataError(
-            f"{len(outcome.unjudged)} questions are unjudged, so there is no score",
+            f"{out}: {len(outcome.unjudged)} questions are unjudged, so there is no score",
             details=[f"{n} calls failed: {kind}" for kind, n in outcome.failed.items()] or outcome.unjudged[:5],
             hint="the same command asks only for these again; --allow-unjudged counts them as not right",
         )
@@ -280,6 +280,6 @@ def _score_judged(o: EvalOptions, path: Path, other: Other | None) -> dict:
             | {"schema": 1, "identity": identity, "command": sys.argv, "template_hash": template_hash()}
             | {"judge": settings["judge"], "versions": contract.versions()},
         )
-        write_text(o.out / "judged.json", questions.dump_judged(records))
+        write_text(o.out / "judged.json", dump_judged(records))
         write_json(o.out / "scores.json", doc)
     return doc

@@ -75,7 +75,9 @@ def whole(value: Any) -> int | None:
         return int(value)
     if isinstance(value, str):
         value = float(value) if value.strip().replace(".", "", 1).isdigit() else value
-    if isinstance(value, int | float) and value == int(value):
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
         return int(value)
     raise ValueError(f"{value!r} is no whole number")
 

@@ -1,0 +1,1 @@
+"""Bad input: what cases there are, and what must hold after each."""
