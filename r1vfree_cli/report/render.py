@@ -154,12 +154,9 @@ def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
     blocked = [name for name in foreign if (out / name).is_dir()]
     if blocked:
         raise UsageError(f"{out / blocked[0]} is a folder; a file of the report must stand there")
-    try:
-        # The pages last: they never name a picture that is not there yet.
-        for name in sorted(files, key=lambda n: n.startswith("report.")):
-            write_bytes(out / name, files[name])
-    except OSError as e:
-        raise UsageError(f"cannot write the report into {out}: {e.strerror}", hint="choose another --out") from None
+    # The pages last: they never name a picture that is not there yet.
+    for name in sorted(files, key=lambda n: n.startswith("report.")):
+        write_bytes(out / name, files[name])
     for pattern in ("report-*.png", "report-*.jpg"):
         for old in out.glob(pattern):
             if old.name not in files and _is_ours(old):

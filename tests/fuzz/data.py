@@ -6,7 +6,6 @@ import io
 import struct
 import zlib
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import zipfile
 
 from hypothesis import strategies as st
 
 from . import values
-from .data import images, parquet, pa
+from .data import images, pa, parquet
 from .harness import Case, Link
 
 KEYS = ("category", "subcategory", "visual_input", "set_id", "figure_id", "question_id")

@@ -57,7 +57,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match=r"cannot write .*status\.json: No space left on device"):
         run_dir.write_json(path, {"a": 2})
     assert run_dir.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["status.json"]
     path.write_text('{"a": 1}', encoding="utf-8-sig")  # as Windows editors save it
