@@ -383,7 +383,12 @@ def main() -> None:
         if debug:
             raise
         from . import console
+        from .run_dir import disk_full, no_space
 
+        if no_space(e):
+            full = disk_full(getattr(e, "filename", None) or "its results")
+            console.error(full)
+            sys.exit(full.exit_code)
         bug = R1VError(f"{type(e).__name__}: {e}", hint="this is a bug in r1v; --debug shows where")
         console.error(bug)
         sys.exit(bug.exit_code)

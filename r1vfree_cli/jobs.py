@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import console, contract, embedded, launch, preflight, recipes, run_dir
+from . import console, contract, embedded, launch, preflight, ranks, recipes, run_dir
 from .config import GrpoRecipe, SftRecipe
 from .errors import GuardStop, Interrupted, R1VError, UsageError
 from .run_dir import RunDir
@@ -83,8 +84,10 @@ def run(
     """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary."""
     node = recipe.launch.node_rank
     seconds: dict[str, float] = {}
-    with _locked(where.path, node) if node == 0 else nullcontext():
+    with _sigterm_as_ctrl_c(), _locked(where.path, node) if node == 0 else nullcontext():
         if node == 0:
+            if where.holds_run:
+                ranks.end_orphans(where.logs)
             where.begin(recipes.to_yaml(recipe), resume=resume, overwrite=overwrite)
             logs, recipe_file = where.logs, where.recipe
         else:
@@ -113,7 +116,24 @@ def _failed(where: RunDir, error: BaseException) -> None:
         state = run_dir.INTERRUPTED
     elif isinstance(error, GuardStop):
         state = run_dir.STOPPED
-    where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
+    try:
+        where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
+    except OSError as e:  # a full disk, most likely: the error itself is what matters
+        console.warn(f"cannot write {where.status_file}: {e}")
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Between launches too, a scheduler's SIGTERM ends a run as interrupted."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 @contextmanager

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,11 +25,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import ranks
 from .config import GrpoRecipe, SftRecipe
 from .errors import Interrupted, R1VError, UsageError, from_dict
+from .ranks import POLL_S
 from .recipes import recipes_root
+from .run_dir import disk_full
 
-POLL_S = 0.2
 SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
 
 
@@ -63,6 +67,8 @@ def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
 def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
     launch = recipe.launch
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # A scheduler may send SIGTERM to every process: torchrun would then kill the ranks after 30 s, in their checkpoint.
+    env["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     local = launch.processes // launch.nodes
     if launch.on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -140,7 +146,7 @@ def run_json(plan: Plan) -> dict:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
         )
         try:
             while True:
@@ -200,7 +206,7 @@ def execute(
     """
     logs.mkdir(parents=True, exist_ok=True)
     with _Signals() as signals:
-        main = _start(plan, logs / "launcher.log")
+        main = _start(plan, logs / "launcher.log", launcher=True)
         try:
             stopping: float | None = None
             while main.poll() is None:
@@ -209,20 +215,20 @@ def execute(
                     watch()
                 if signals.count and stopping is None:
                     stopping = time.monotonic()
-                    if not _signal_ranks(logs, signal.SIGTERM):
-                        main.terminate()
+                    if not ranks.signal_all(logs, signal.SIGTERM):
+                        _kill(main, signal.SIGKILL)
                 elif stopping is not None and (signals.count > 1 or time.monotonic() - stopping > grace_s):
-                    _signal_ranks(logs, signal.SIGKILL)
-                    _kill(main)
+                    ranks.signal_all(logs, signal.SIGKILL)
+                    _kill(main, signal.SIGKILL)
             if watch:
                 watch()
-            if signals.count:
+            if signals.count and main.returncode:
                 raise Interrupted("interrupted", hint="--resume continues from the last checkpoint")
             if main.returncode:
                 raise _cause(logs, main.returncode)
         finally:
-            _kill(main)
-            _signal_ranks(logs, signal.SIGKILL)
+            _kill(main, signal.SIGKILL)
+            ranks.signal_all(logs, signal.SIGKILL)
 
 
 @contextmanager
@@ -248,27 +254,34 @@ def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[dict[str, st
         _kill(process)
 
 
-def _start(plan: Plan, log: Path) -> subprocess.Popen:
+def _start(plan: Plan, log: Path, *, launcher: bool = False) -> subprocess.Popen:
     with open(log, "ab") as out:
         return subprocess.Popen(
             plan.argv,
-            env={**os.environ, **plan.env, "R1V_LOGS": str(log.parent)},
+            env={**os.environ, **plan.env, "R1V_LOGS": str(log.parent), "R1V_PID": str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
-            preexec_fn=_die_with_parent,
+            preexec_fn=_outlive_signals if launcher else functools.partial(_die_with_parent, signal.SIGTERM),
         )
 
 
-def _die_with_parent() -> None:
+def _outlive_signals() -> None:
+    """The launcher waits for its ranks, which stop at a signal by themselves; it ends with r1v, however that ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent(signal.SIGKILL)
+
+
+def _die_with_parent(number: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """End a process group: politely, then not."""
-    for number, wait in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
+    """End a process group: politely unless `first` says otherwise, then not."""
+    for number, wait in ((first, 10), (signal.SIGKILL, 10)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         try:
@@ -278,21 +291,6 @@ def _kill(process: subprocess.Popen) -> None:
     # What the leader left behind in its group.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _signal_ranks(logs: Path, number: int) -> int:
-    """Send a signal to the ranks that wrote a pid file and still run; returns how many got it."""
-    sent = 0
-    for file in logs.glob("rank-*.pid"):
-        try:
-            pid = int(file.read_text())
-            # A pid may have been reused since: only our own workers get a signal.
-            if b"r1vfree_cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, number)
-                sent += 1
-        except (OSError, ValueError):
-            continue
-    return sent
 
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals) -> None:
@@ -329,6 +327,8 @@ def _cause(logs: Path, code: int) -> R1VError:
             error.details = error.details + tail(logs / f"{rank}.log")
             error.hint = error.hint or f"this looks like a bug; the whole log: {logs / f'{rank}.log'}"
         return error
+    if shutil.disk_usage(logs).free < 1e6:  # too little for a rank to say so itself
+        return disk_full(logs)
     if code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
     else:

@@ -6,6 +6,7 @@ JSONL files are appended to a whole line at a time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -126,6 +127,24 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"cannot read {path}: {e}") from None
 
 
+def no_space(error: BaseException) -> bool:
+    """Whether it says that a disk, quota or file-size limit is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # safetensors wraps the system's error in its own; torch.save's zip writer says only that it failed.
+    return "inline_container.cc" in str(error) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
+
+
+def disk_full(path: Path | str) -> UsageError:
+    """The error of a write that found no space."""
+    return UsageError(
+        f"no space left on the disk while writing {path}",
+        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
+    )
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as f:
@@ -185,14 +204,18 @@ class RunDir:
     def begin(self, recipe_yaml: str, *, resume: bool = False, overwrite: bool = False) -> None:
         """Claim the folder for a new attempt.
 
+        It may be killed at any moment: what is left is always a run dir that the next call accepts.
+
         Raises:
-            UsageError: it holds a run and neither resume nor overwrite was asked; or it holds something else;
-                or a resume of another recipe.
+            UsageError: it holds a run and neither resume nor overwrite was asked; or it holds something else.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a folder", hint="choose another --run-dir")
         if self.holds_run and overwrite:
-            shutil.rmtree(self.path)
+            for child in sorted(self.path.iterdir(), key=lambda c: c == self.recipe):  # what says "a run dir" goes last
+                shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+        for half in (*self.path.glob(".*.tmp"), *self.rollouts.glob(".*.tmp")):  # of a killed writer
+            half.unlink(missing_ok=True)
         if self.holds_run and not resume:
             state = self.status.get("state", "unknown state")
             raise UsageError(
@@ -204,6 +227,6 @@ class RunDir:
         if not self.holds_run and self.path.is_dir() and any(self.path.iterdir()):
             raise UsageError(f"{self.path} is not empty and is no run dir", hint="choose another --run-dir")
         attempt = self.attempt + 1
-        (self.path / "logs" / f"attempt-{attempt}").mkdir(parents=True, exist_ok=True)
         write_text(self.recipe, recipe_yaml)
+        (self.path / "logs" / f"attempt-{attempt}").mkdir(parents=True, exist_ok=True)
         self.set_status(STARTING, attempt=attempt, reason=None)

@@ -137,6 +137,16 @@ class Feedback:
         self._stats, self._latencies = Counter(), []
         return stats
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from: money spent (`max_cost` counts all attempts), figures not yet logged."""
+        return {"spent": self._spent, "stats": dict(self._stats), "latencies": list(self._latencies)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what earlier attempts counted to what this one has spent already, on its canaries."""
+        self._spent += state["spent"]
+        self._stats.update(state["stats"])
+        self._latencies = [*state["latencies"], *self._latencies]
+
     def identity(self) -> dict:
         """What the run contract keeps of this reward."""
         kept = {"floor": self._reward.floor, "max_answer_chars": self._reward.max_answer_chars}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import console, contract
-from ..errors import DataError, R1VError, UsageError
-from ..run_dir import RunDir
+from ..errors import DataError, UsageError
+from ..run_dir import RunDir, disk_full, no_space
+from .common import is_main
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -60,8 +60,9 @@ class WholeCheckpoints(_Trainer):
                 if self.contract is not None:
                     contract.write(aside / name, self.contract)
         except Exception as e:
-            if _disk_is_full(e, folder):
-                raise disk_full(aside / name) from e
+            if no_space(e):
+                clean(folder)  # room for the reason to be written down
+                raise disk_full(folder / name) from e
             raise
         finally:
             self._aside = None
@@ -87,6 +88,14 @@ class WholeCheckpoints(_Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         with tensors_only() if resume_from_checkpoint and self.is_deepspeed_enabled else nullcontext():
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _run_epoch(self, *args, **kwargs):
+        # Trainer tells the samplers it can reach; behind the wrapper that skips batches on a resume it reaches none.
+        layer = kwargs["train_dataloader"]
+        while layer := getattr(layer, "batch_sampler", None) or getattr(layer, "sampler", None):
+            if hasattr(layer, "set_epoch"):
+                layer.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
@@ -115,7 +124,8 @@ def save_final(trainer, folder: Path) -> None:
             strip_pickles(aside)
             contract.write(aside, trainer.contract)
     except Exception as e:
-        if _disk_is_full(e, folder.parent):
+        if no_space(e):
+            shutil.rmtree(aside, ignore_errors=True)
             raise disk_full(folder) from e
         raise
     if trainer.args.should_save:
@@ -149,6 +159,8 @@ def resume_point(run: RunDir) -> Path | None:
         return None
     if (run.checkpoints / ASIDE).exists():
         console.log("a checkpoint that was being written when the run ended is skipped")
+    if is_main():
+        clean(run.checkpoints)
     for step, path in reversed(checkpoints(run.checkpoints)):
         if not is_whole(path):
             console.warn(f"{path.name} is not whole, it is skipped")
@@ -194,22 +206,6 @@ def clean(folder: Path) -> None:
     """Remove what a killed save or deletion left behind."""
     for path in (folder / ASIDE, *folder.glob(".old-*")):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def disk_full(path: Path) -> R1VError:
-    """The error of a save that found no space."""
-    return UsageError(
-        f"no space left on the disk while writing {path}",
-        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
-    )
-
-
-def _disk_is_full(error: BaseException, folder: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # safetensors and torch.save wrap the system's error in their own.
-    text = str(error)
-    return "No space left on device" in text or ("PytorchStreamWriter" in text and shutil.disk_usage(folder).free < 1e6)
 
 
 def _move(source: Path, target: Path) -> None:

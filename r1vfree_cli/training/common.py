@@ -19,7 +19,8 @@ from .. import config, recipes
 from ..embedded import resolve_model
 from ..errors import DataError, Interrupted, R1VError, UsageError
 from ..prompts import build_messages
-from ..run_dir import RunDir, write_json, write_text
+from ..ranks import hold_pid_file, orphaned
+from ..run_dir import RunDir, disk_full, no_space, write_json
 
 GRACE_S = float(os.environ.get("R1V_GRACE_S", "120"))
 _stop = threading.Event()
@@ -49,8 +50,10 @@ def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
     logs = Path(os.environ.get("R1V_LOGS") or run_dir.logs)
     logs.mkdir(parents=True, exist_ok=True)
     _redirect(logs / f"rank-{rank}.log")
-    write_text(logs / f"rank-{rank}.pid", f"{os.getpid()}\n")
     _signals()
+    if orphaned():
+        os._exit(130)
+    pid_file = hold_pid_file(logs / f"rank-{rank}.pid")
     code = 0
     try:
         recipe_file = Path(os.environ.get("R1V_RECIPE") or run_dir.recipe)
@@ -64,11 +67,14 @@ def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
     except BaseException as e:
         traceback.print_exc()
         text = "".join(traceback.format_exception_only(type(e), e)).strip()
-        error = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
+        error: R1VError = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
+        if no_space(e):
+            error = disk_full(run_dir.path)
         write_json(logs / f"rank-{rank}.error.json", error.to_dict())
         code = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
+    pid_file.close()
     # Not sys.exit: after a failure on one rank, interpreter shutdown can wait for collectives of the others.
     os._exit(code)
 

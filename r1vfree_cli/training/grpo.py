@@ -20,7 +20,7 @@ from ..embedded import with_seed
 from ..errors import Interrupted, R1VError, UsageError, from_dict
 from ..rewards import build_rewards, canaries
 from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
-from .callbacks import RunCallback
+from .callbacks import RunCallback, trim_metrics
 from .checkpoints import resume_point, save_final
 from .common import is_main, load_policy, load_processor, peft_config, to_prompts, worker
 from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
@@ -88,7 +88,11 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
 
     rewards = build_rewards(recipe.rewards, seed=args.seed)
     on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
-    canary = _canaries(recipe, rewards, rows if heldout is None else heldout, args.seed, run)
+    done = int(resume.name.rpartition("-")[2]) if resume else 0
+    if is_main():
+        truncate_rollouts(run, done)
+        trim_metrics(run.path / "canaries.jsonl", done)
+    canary = _canaries(recipe, rewards, rows if heldout is None else heldout, args.seed, run, done)
     if canary is not None:
         canary(None)
     trainer = R1VGRPOTrainer(
@@ -120,11 +124,12 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     guard = GuardCallback(CollapseGuard(recipe.train.guard), rollouts) if recipe.train.guard else None
     every = recipe.feedback.canaries.every_steps if recipe.feedback and recipe.feedback.canaries else 1
     checking = PeriodicCheck(canary, every) if canary is not None else None
+    trainer.carried["rollouts"] = rollouts
+    if guard is not None:
+        trainer.carried["guard"] = guard.guard
     for callback in (BeforeTraining(before), running, rollouts, guard, checking):
         if callback is not None:
             trainer.add_callback(callback)
-    if is_main():
-        truncate_rollouts(run, int(resume.name.rpartition("-")[2]) if resume else 0)
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except R1VError as e:
@@ -158,10 +163,12 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         _state(run, FINISHED, trainer, None)
 
 
-def _canaries(recipe: GrpoRecipe, rewards: list, rows, seed: int, run: RunDir) -> Callable[[int | None], None] | None:
+def _canaries(
+    recipe: GrpoRecipe, rewards: list, rows, seed: int, run: RunDir, done: int
+) -> Callable[[int | None], None] | None:
     """What asks the judge its canaries, on rank 0, and raises on every rank when it fails them; None: turned off.
 
-    Each report is a line of canaries.jsonl.
+    Each report is a line of canaries.jsonl. `done`: steps that earlier attempts have done.
     """
     feedback = recipe.feedback
     if feedback is None:
@@ -175,7 +182,7 @@ def _canaries(recipe: GrpoRecipe, rewards: list, rows, seed: int, run: RunDir) -
     def ask(step: int | None) -> None:
         report = canaries.check(judge, rows, settings, seed)
         lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
-        append_jsonl(run.path / "canaries.jsonl", {"step": step or 0, "ok": report.ok, "checks": lines})
+        append_jsonl(run.path / "canaries.jsonl", {"step": step or done, "ok": report.ok, "checks": lines})
         if not report.ok:
             raise report.error(step)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from transformers import TrainerCallback
@@ -34,6 +35,14 @@ class RolloutCallback(TrainerCallback):
         if main:
             for step in sorted({r.step for r in taken}):
                 write_rollouts(self.run_dir, step, [r for r in taken if r.step == step])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rollouts that no logged step has counted yet."""
+        return {"since": [asdict(r) for r in self._since]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._since = [Rollout(**r) for r in state["since"]]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:

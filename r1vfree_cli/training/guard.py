@@ -114,6 +114,7 @@ class CollapseGuard:
         for name, threshold, what in rules:
             value = getattr(found, name)
             if self._holds(name, value is not None and value >= threshold):
+                self._held[name] = 0  # who resumes the stopped run gets the whole patience again
                 return Verdict(
                     f"in {s.patience} logged steps in a row at least {threshold:.0%} {what} (step {found.step}: "
                     f"{value:.0%})",
@@ -127,6 +128,15 @@ class CollapseGuard:
                 "length, not for answers"
             )
         return Verdict(warnings=warnings)
+
+    def state_dict(self) -> dict:
+        """How long each threshold has held, and what was warned about."""
+        return {"held": dict(self._held), "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`."""
+        self._held = defaultdict(int, state["held"])
+        self._warned = set(state["warned"])
 
     def _holds(self, name: str, now: bool) -> bool:
         self._held[name] = self._held[name] + 1 if now else 0

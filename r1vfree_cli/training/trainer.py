@@ -16,13 +16,14 @@ from ..errors import GuardStop, R1VError, from_dict
 from ..rewards.text import completion_text
 from .callbacks import any_rank
 from .checkpoints import WholeCheckpoints, is_whole
+from .exact_resume import ExactResumeMixin
 from .guard import offenders
 from .rollouts import Rollout
 from .sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
 from .shared_prefix import SharedPrefixMixin
 
 
-class R1VGRPOTrainer(WholeCheckpoints, SharedPrefixMixin, GRPOTrainer):
+class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPOTrainer):
     """GRPO as TRL does it, but:
 
     - a sample whose required reward is None is out of its group: no part in mean and spread, advantage exactly 0;
@@ -30,7 +31,8 @@ class R1VGRPOTrainer(WholeCheckpoints, SharedPrefixMixin, GRPOTrainer):
       before the weights change;
     - sampling is the recipe's alone (`pin_generation`), visual tokens are never sampled, and transformers' sampling
       is keyed by seed, step and row (`keyed_draws`);
-    - every rollout of all ranks is kept until `take_rollouts`.
+    - every rollout of all ranks is kept until `take_rollouts`;
+    - a resume is exact (`WholeCheckpoints`, `ExactResumeMixin`).
 
     A new sampling backend or loss needs no change here: everything that is not named is TRL's.
 
@@ -55,6 +57,7 @@ class R1VGRPOTrainer(WholeCheckpoints, SharedPrefixMixin, GRPOTrainer):
         self.guard, self.shared_prefix = guard, shared_prefix
         self.required = [bool(getattr(r, "required", False)) for r in reward_funcs]
         self._watched: list[Any] = [watch(r) for r in reward_funcs]
+        self.carried = {f"reward/{w.__name__}": w.reward for w in self._watched if hasattr(w.reward, "state_dict")}
         self._pending: list[Rollout] = []
         self._latest: list[Rollout] = []
         self._raw: torch.Tensor | None = None

@@ -422,6 +422,21 @@ def test_tokens_cost_and_latency_are_counted_and_the_ceiling_stops(tmp_path):
         assert None not in call(judge, ["a", "d", "e"])  # paid for already
 
 
+def test_the_ceiling_counts_what_earlier_attempts_of_the_run_spent(tmp_path):
+    price = {"input": 1000.0, "output": 10_000.0}
+    with js.JudgeServer() as server:
+        first, second = (
+            feedback(server.url, tmp_path, "chat", price=price, max_cost=1.0, concurrency=1) for _ in range(2)
+        )
+        call(first, ["a", "b", "c"])
+        call(second, ["a canary"])
+        second.load_state_dict(first.state_dict())
+        assert second.stats()["judge/calls"] == 4
+        with pytest.raises(GuardStop, match="ceiling"):
+            call(second, ["d", "e"])
+        assert len(server.requests) == 5
+
+
 def test_ranks_share_the_ceiling(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with js.JudgeServer() as server:

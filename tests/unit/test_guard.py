@@ -90,6 +90,21 @@ def test_a_threshold_must_hold_for_patience_steps_in_a_row(name):
     assert "3 logged steps" in verdict.stop and "95%" in verdict.stop
 
 
+def test_a_resumed_run_goes_on_counting_but_after_a_stop_it_has_its_patience_again():
+    def resumed(guard):
+        other = CollapseGuard(guard.settings)
+        other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+        return other
+
+    first = CollapseGuard(Guard(patience=3))
+    assert [first.observe(step(i, clipped=1.0)).stop for i in (1, 2)] == [None, None]
+    second = resumed(first)
+    assert second.observe(step(3, clipped=1.0)).figure == "clipped"
+    third = resumed(second)
+    assert [third.observe(step(i, clipped=1.0)).stop for i in (4, 5)] == [None, None]
+    assert third.observe(step(6, clipped=1.0)).figure == "clipped"
+
+
 @pytest.mark.parametrize("values", [{"loss": math.nan}, {"loss": math.inf}, {"grad_norm": math.nan}])
 def test_nan_stops_at_once(values):
     verdict = CollapseGuard(Guard(patience=20)).observe(step(7, **values))

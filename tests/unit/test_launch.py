@@ -56,8 +56,9 @@ def test_every_preset_has_its_file_and_runs_on_cpu_when_asked(preset, tmp_path):
 
 def script(tmp_path, text):
     file = tmp_path / "r1vfree_cli_rank.py"
-    file.write_text("import os, sys, time, signal\nlogs = os.environ['R1V_LOGS']\n" + textwrap.dedent(text))
-    return launch.Plan([sys.executable, str(file)])
+    head = "import os, sys, time, signal\nfrom pathlib import Path\nfrom r1vfree_cli import ranks\n"
+    file.write_text(head + "logs = os.environ['R1V_LOGS']\n" + textwrap.dedent(text))
+    return launch.Plan([sys.executable, str(file)], {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_a_ranks_error_comes_back_with_its_class_and_exit_code(tmp_path):
@@ -89,7 +90,7 @@ def test_sigint_reaches_the_rank_which_may_finish_its_checkpoint(tmp_path):
             open(logs + '/checkpoint', 'w').write('saved')
             sys.exit(130)
         signal.signal(signal.SIGTERM, stop)
-        open(logs + '/rank-0.pid', 'w').write(str(os.getpid()))
+        held = ranks.hold_pid_file(Path(logs) / 'rank-0.pid')
         time.sleep(60)
         """,
     )

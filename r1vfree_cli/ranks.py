@@ -1,0 +1,76 @@
+"""The ranks of an attempt as processes: who still runs, signals to them, and those that outlived their r1v process.
+
+A rank locks its pid file as long as it lives; a process id alone may have been given to another process since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TextIO
+
+from . import console
+
+POLL_S = 0.2
+
+
+def orphaned() -> bool:
+    """Whether the r1v process that had this rank started is gone. Asked once the rank dies with its own parent."""
+    r1v, pid = os.environ.get("R1V_PID"), os.getpid()
+    if r1v is None or not Path("/proc/self/stat").exists():
+        return False
+    while pid > 1 and str(pid) != r1v:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:  # it died meanwhile
+            return True
+    return str(pid) != r1v
+
+
+def hold_pid_file(file: Path) -> TextIO:
+    """Write this process's id into `file` and lock it until the process ends; keep what is returned."""
+    held = open(file, "w")  # noqa: SIM115
+    fcntl.flock(held, fcntl.LOCK_EX)
+    held.write(f"{os.getpid()}\n")
+    held.flush()
+    return held
+
+
+def running(logs: Path) -> list[int]:
+    """Ids of the ranks that hold a pid file in `logs`. An id alone may have been given to another process since."""
+    found = []
+    for file in logs.glob("rank-*.pid"):
+        with open(file) as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                text = f.read().strip()
+                found += [int(text)] if text.isdigit() else []
+    return found
+
+
+def signal_all(logs: Path, number: int) -> int:
+    """Send a signal to the ranks that still run; returns how many got it."""
+    sent = 0
+    for pid in running(logs):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+            sent += 1
+    return sent
+
+
+def end_orphans(logs: Path, grace_s: float = 150) -> None:
+    """Wait for ranks that outlived an attempt whose r1v process was killed, then kill them.
+
+    They were told to stop when it died and may be writing a last checkpoint. Only the ranks of this machine are seen.
+    """
+    deadline = time.monotonic() + grace_s
+    if orphans := running(logs):
+        console.log(f"waiting for {len(orphans)} process(es) of the last attempt to write their checkpoint")
+    while running(logs) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    signal_all(logs, signal.SIGKILL)

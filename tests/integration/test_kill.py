@@ -1,0 +1,174 @@
+"""Runs killed at any moment and resumed are, to the bit, the run that nobody killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import kills
+import pytest
+from kills import either, final_writing, logged, rollouts_of, whole, writing
+from tiny_models import draw_rows, save_tiny, write_rows
+
+from r1vfree_cli import ranks
+from r1vfree_cli.run_dir import RunDir, read_json
+from r1vfree_cli.training.checkpoints import checkpoints
+
+SEED = 7
+
+
+class Runs:
+    """One recipe, its uninterrupted run, and attempts at the same in another folder."""
+
+    def __init__(self, home: Path, context, stage: str = "grpo", name: str = "plain", **changes):
+        self.home, self.context, self.stage = home, context, stage
+        self.recipe = kills.write_recipe(home, name, kills.document(home, stage, **changes))
+        self.whole = RunDir(home / f"{name}-whole")
+        self.finish(self.whole)
+
+    def start(self, run: RunDir, **env: str):
+        return kills.attempt(self.context, self.stage, self.recipe, run.path, env)
+
+    def finish(self, run: RunDir) -> None:
+        process = self.start(run)
+        process.join(kills.LIMIT_S)
+        assert process.exitcode == 0, kills.show(run)
+
+    def same(self, run: RunDir, tolerance: float = 0.0) -> None:
+        found = kills.differences(run, self.whole, tolerance)
+        assert not found, "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kill")
+    save_tiny(root / "model")
+    write_rows(root / "data", draw_rows(8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("R1V_CACHE", str(root / "cache"))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)]))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def context(home):
+    return kills.preload()
+
+
+@pytest.fixture(scope="module")
+def plain(home, context) -> Runs:
+    """8 steps, two walks through the rows, a checkpoint every 2 steps, 2 kept."""
+    return Runs(home, context)
+
+
+def test_killed_at_any_moment_and_resumed_it_is_the_same_run(plain, tmp_path):
+    run, rng = RunDir(tmp_path / "run"), random.Random(SEED)
+    moments = [
+        (rollouts_of(1), 0.0),  # before there is anything to resume from
+        (writing("model.safetensors"), 0.0),
+        (writing("optimizer.pt", 2), 0.0),
+        (whole(2), 0.0),  # a checkpoint, and a status that does not know of it
+        (logged(3), rng.uniform(0, 0.3)),  # generation, forward, backward: wherever it is
+        (either(kills.deleting, whole(6)), 0.0),
+        (logged(7), rng.uniform(0, 0.3)),
+        (final_writing, 0.0),
+    ]
+    killed = sum(kills.killed_at(plain.start(run), run, moment, after) for moment, after in moments)
+    assert killed >= 6 and run.attempt >= 6
+    if run.status["state"] != "finished":
+        plain.finish(run)
+    plain.same(run)
+    assert [step for step, _ in checkpoints(run.checkpoints)] == [6, 8]
+
+
+def test_killed_between_two_steps_that_share_a_generated_batch(home, context, tmp_path):
+    """The batch, the micro-step and the figures since the last logged step are in the checkpoint, a signal's too."""
+    runs = Runs(
+        home,
+        context,
+        name="cycle",
+        prompts_per_device=1,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        num_iterations=2,
+        save_steps=1,
+        logging_steps=3,
+    )
+    assert {p.stem for p in runs.whole.rollouts.glob("*")} == {"step-00000001", "step-00000005"}  # 4 steps share one
+    run = RunDir(tmp_path / "run")
+    assert kills.killed_at(runs.start(run), run, whole(1))
+    process = runs.start(run)
+    kills.until(lambda: logged(1)(run))  # step 3
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 130 and run.status["state"] == "interrupted"
+    assert kills.killed_at(runs.start(run), run, whole(6))
+    runs.finish(run)
+    runs.same(run)
+
+
+def test_sft_killed_and_resumed_is_the_same_run(home, context, tmp_path):
+    runs = Runs(home, context, "sft", "sft")
+    run = RunDir(tmp_path / "run")
+    for moment in (writing("model.safetensors"), whole(2), logged(5), final_writing):
+        kills.killed_at(runs.start(run), run, moment)
+    if run.status["state"] != "finished":
+        runs.finish(run)
+    runs.same(run)
+    assert run.attempt >= 4
+
+
+def test_a_run_that_saves_models_only_is_bounded_on_disk_and_not_resumed(home, context, tmp_path):
+    recipe = kills.document(home, "sft", save_only_model=True, save_total_limit=1, save_steps=1)
+    path = kills.write_recipe(home, "models", recipe)
+    run = RunDir(tmp_path / "run")
+    process = kills.attempt(context, "sft", path, run.path)
+    assert kills.killed_at(process, run, whole(4))
+    assert len(checkpoints(run.checkpoints)) <= 2  # one more while it is exchanged
+    process = kills.attempt(context, "sft", path, run.path)
+    process.join(60)
+    error = read_json(run.logs / "rank-0.error.json")
+    assert process.exitcode == 2 and "save_only_model" in error["message"] and "--overwrite" in error["hint"]
+
+
+def test_a_full_disk_stops_with_the_reason_and_leaves_the_last_checkpoint(plain, tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert kills.killed_at(plain.start(run), run, whole(2))
+    process = plain.start(run, R1V_TEST_FILE_LIMIT="1000000")  # the weights fit, the optimizer's state does not
+    process.join(60)
+    error = read_json(run.logs / "rank-0.error.json")
+    assert process.exitcode == 2 and "no space left" in error["message"] and "checkpoint-4" in error["message"]
+    assert [step for step, _ in checkpoints(run.checkpoints)] == [2] and not list(run.checkpoints.glob(".*"))
+    plain.finish(run)
+    plain.same(run)
+
+
+# --- the real command ------------------------------------------------------------------------------------------
+
+
+def test_the_command_resumes_after_a_kill_and_after_a_signal_to_all_its_processes(plain, tmp_path):
+    run = RunDir(tmp_path / "run")
+    r1v = kills.cli(plain.recipe, run.path)
+    assert kills.until(lambda: writing("optimizer.pt")(run) or r1v.poll() is not None)
+    pids = kills.kill_tree(r1v.pid)
+    r1v.wait()
+    assert len(pids) == 3 and kills.until(lambda: not kills.alive(pids), limit=10)
+
+    done = run.metrics.read_bytes().count(b"\n")
+    r1v = kills.cli(plain.recipe, run.path, "--resume")
+    assert kills.until(lambda: (run.attempt == 2 and logged(done + 1)(run)) or r1v.poll() is not None)
+    # As a scheduler does it: to r1v, to the launcher and to the rank.
+    for pid in (pids := kills.tree(r1v.pid)):
+        os.kill(pid, signal.SIGTERM)
+    assert r1v.wait(60) == 130 and len(pids) == 3 and not kills.alive(pids)
+    state = run.status
+    assert state["state"] == "interrupted"
+    assert (run.checkpoints / f"checkpoint-{state['step']}" / "optimizer.pt").is_file()
+
+    assert kills.cli(plain.recipe, run.path).wait(kills.LIMIT_S) == 0  # the same command again
+    plain.same(run)
+    log = Path(f"{run.path}.log").read_text()
+    assert "holds an unfinished run of this recipe (interrupted): resuming it" in log
+    assert not ranks.running(run.logs)
