@@ -151,14 +151,14 @@ def test_a_full_disk_stops_with_the_reason_and_leaves_the_last_checkpoint(plain,
 def test_the_command_resumes_after_a_kill_and_after_a_signal_to_all_its_processes(plain, tmp_path):
     run = RunDir(tmp_path / "run")
     r1v = kills.cli(plain.recipe, run.path)
-    assert kills.until(lambda: writing("optimizer.pt")(run) or r1v.poll() is not None)
+    assert kills.until(lambda: writing("optimizer.pt")(run) or r1v.poll() is not None, pause=0.002)
     pids = kills.kill_tree(r1v.pid)
     r1v.wait()
     assert len(pids) == 3 and kills.until(lambda: not kills.alive(pids), limit=10)
 
     done = run.metrics.read_bytes().count(b"\n")
     r1v = kills.cli(plain.recipe, run.path, "--resume")
-    assert kills.until(lambda: (run.attempt == 2 and logged(done + 1)(run)) or r1v.poll() is not None)
+    assert kills.until(lambda: (run.attempt == 2 and logged(done + 1)(run)) or r1v.poll() is not None, pause=0.01)
     # As a scheduler does it: to r1v, to the launcher and to the rank.
     for pid in (pids := kills.tree(r1v.pid)):
         os.kill(pid, signal.SIGTERM)
@@ -172,3 +172,36 @@ def test_the_command_resumes_after_a_kill_and_after_a_signal_to_all_its_processe
     log = Path(f"{run.path}.log").read_text()
     assert "holds an unfinished run of this recipe (interrupted): resuming it" in log
     assert not ranks.running(run.logs)
+
+
+def test_two_processes_under_zero3_killed_twice_are_the_same_run(home, tmp_path):
+    """Killed in a checkpoint, all of it, then r1v alone: its ranks write a checkpoint and go. To the bit: a sum of two
+    ranks' numbers has one order."""
+    layout = {"launch.preset": "zero3", "launch.processes": 2, "launch.device": "cpu"}
+    recipe = kills.write_recipe(home, "zero3", kills.document(home, max_steps=6, prompts_per_device=1, **layout))
+    uninterrupted, run = RunDir(tmp_path / "whole"), RunDir(tmp_path / "run")
+    assert kills.cli(recipe, uninterrupted.path).wait(kills.LIMIT_S) == 0, kills.show(uninterrupted)
+
+    r1v = kills.cli(recipe, run.path)
+    assert kills.until(lambda: writing("*", 3)(run) or r1v.poll() is not None, pause=0.01)
+    pids = kills.kill_tree(r1v.pid)
+    assert r1v.wait() == -signal.SIGKILL and len(pids) == 4  # r1v, the launcher, two ranks
+    assert kills.until(lambda: not kills.alive(pids), pause=0.1, limit=30)
+    assert run.status["state"] == "running" and [step for step, _ in checkpoints(run.checkpoints)] == [2]
+
+    r1v = kills.cli(recipe, run.path)
+    third = logged(3)
+    assert kills.until(
+        lambda: (run.attempt == 2 and run.status["state"] == "running" and third(run)) or r1v.poll() is not None,
+        pause=0.01,
+    )
+    pids = kills.tree(r1v.pid)
+    r1v.kill()
+    assert r1v.wait() == -signal.SIGKILL and len(pids) == 4
+    assert kills.until(lambda: not kills.alive(pids), pause=0.1, limit=60)
+    state = run.status
+    assert state["state"] == "interrupted" and state["step"] in [step for step, _ in checkpoints(run.checkpoints)]
+
+    assert kills.cli(recipe, run.path).wait(kills.LIMIT_S) == 0, kills.show(run)
+    found = kills.differences(run, uninterrupted)
+    assert not found, "\n".join(found)

@@ -110,6 +110,35 @@ def test_sigint_reaches_the_rank_which_may_finish_its_checkpoint(tmp_path):
     assert (logs / "checkpoint").read_text() == "saved"
 
 
+def test_a_second_sigint_stops_at_once(tmp_path):
+    plan = script(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, lambda *_: open(logs + '/told', 'w').close())
+        held = ranks.hold_pid_file(Path(logs) / 'rank-0.pid')
+        while True:  # a checkpoint that takes long
+            time.sleep(1)
+        """,
+    )
+    logs = tmp_path / "logs"
+
+    def interrupt_twice():
+        while not ((logs / "rank-0.pid").exists() and (logs / "rank-0.pid").read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not (logs / "told").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_twice)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        launch.execute(plan, logs)
+    thread.join()
+    assert time.monotonic() - begin < 15 and not alive(int((logs / "rank-0.pid").read_text()))
+
+
 def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as f:

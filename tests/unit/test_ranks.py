@@ -1,0 +1,56 @@
+"""Ranks as processes: who still runs, and those that outlived their r1v process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from r1vfree_cli import ranks
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from r1vfree_cli import ranks
+held = ranks.hold_pid_file(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def rank(logs, number: int, seconds: float) -> subprocess.Popen:
+    """A process that holds its pid file for a while."""
+    argv = [sys.executable, "-c", HOLD, str(logs / f"rank-{number}.pid"), str(seconds)]
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_only_a_process_that_holds_its_pid_file_gets_a_signal(tmp_path):
+    (tmp_path / "rank-0.pid").write_text(f"{os.getpid()}\n")  # of an attempt that is over; the id is another's now
+    process = rank(tmp_path, 1, 60)
+    assert ranks.running(tmp_path) == [process.pid]
+    assert ranks.signal_all(tmp_path, signal.SIGTERM) == 1
+    assert process.wait(10) == -signal.SIGTERM and ranks.running(tmp_path) == []
+
+
+def test_an_orphan_may_finish_its_checkpoint_and_is_killed_when_it_takes_too_long(tmp_path):
+    quick, slow = rank(tmp_path, 0, 0.5), rank(tmp_path, 1, 60)
+    begin = time.monotonic()
+    ranks.end_orphans(tmp_path, grace_s=1.5)
+    assert quick.wait(10) == 0 and slow.wait(10) == -signal.SIGKILL
+    assert 1.5 <= time.monotonic() - begin < 10
+    begin = time.monotonic()
+    ranks.end_orphans(tmp_path)
+    assert time.monotonic() - begin < 1
+
+
+def test_a_process_knows_that_its_r1v_is_gone(monkeypatch):
+    monkeypatch.setenv("R1V_PID", str(os.getppid()))
+    assert not ranks.orphaned()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv("R1V_PID", str(gone.pid))
+    assert ranks.orphaned()
