@@ -9,7 +9,7 @@ from typing import Any
 
 from . import __version__, prompts
 from .config import GrpoRecipe, SftRecipe
-from .run_dir import read_json, write_json
+from .run_dir import read_object, write_json
 
 FILE = "r1v.json"
 # TRL's sampling keys; what a recipe leaves out is TRL's default and is filled in by the worker.
@@ -75,7 +75,7 @@ def read(folder: Path) -> dict | None:
     """The contract of a model folder, None when it has none.
 
     Raises:
-        DataError: the file is there and is not JSON.
+        DataError: the file is there and holds no JSON object.
     """
     path = Path(folder) / FILE
-    return read_json(path) if path.is_file() else None
+    return read_object(path) if path.is_file() else None

@@ -32,6 +32,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def fetch_flow_collection_start(self, TokenClass):
+        # The scanner's time grows with the square of the depth.
+        if self.flow_level > 100:
+            raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool", ":timestamp", ":int"))]

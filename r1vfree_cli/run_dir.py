@@ -77,6 +77,18 @@ def read_json(path: Path) -> Any:
         raise DataError(f"cannot read {path}: {e}") from None
 
 
+def read_object(path: Path) -> dict:
+    """`read_json` of a file that must hold an object.
+
+    Raises:
+        DataError: as `read_json`, or it holds something else.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return document
+
+
 def parse_json(data: bytes) -> Any:
     """Parse JSON in UTF-8, with or without a byte order mark.
 
@@ -182,11 +194,14 @@ class RunDir:
     @property
     def status(self) -> dict:
         """`status.json`, or {} when there is none."""
-        return read_json(self.status_file) if self.status_file.is_file() else {}
+        return read_object(self.status_file) if self.status_file.is_file() else {}
 
     @property
     def attempt(self) -> int:
-        return int(self.status.get("attempt", 0))
+        number = self.status.get("attempt", 0)
+        if not isinstance(number, int) or not 0 <= number < 10**6:
+            raise DataError(f"{self.status_file}: attempt is {str(number)[:40]!r}, not a count")
+        return number
 
     @property
     def logs(self) -> Path:

@@ -271,9 +271,9 @@ def adapter_base(folder: Path) -> str:
     Raises:
         DataError: it names none.
     """
-    from ..run_dir import read_json
+    from ..run_dir import read_object
 
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
     if not base:
         raise DataError(f"{folder / ADAPTER} names no base model", hint="give it with --base")
     return str(base)
@@ -282,10 +282,13 @@ def adapter_base(folder: Path) -> str:
 def _with_adapter(model, folder: str):
     from peft import PeftModel
 
+    if not Path(folder, "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
+        raise DataError(f"the adapter {folder} has no adapter_model.safetensors")
+
     try:
         # LoRA layers are put into the base model's modules: its own generate() runs with them.
         return PeftModel.from_pretrained(model, folder).get_base_model()
-    except (RuntimeError, ValueError, OSError, KeyError) as e:
+    except Exception as e:  # damaged files raise anything
         line = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise DataError(
             f"the adapter {folder} does not fit its base model: {line}", hint="name the base with --base"

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import DataError, UsageError
 from ..recipes import read_yaml
 from ..run_dir import RunDir, read_json
@@ -265,12 +263,8 @@ def check_comparable(evals: list[Eval]) -> None:
 
 def _recipe(path: Path, notes: list[str]) -> dict:
     try:
-        text = path.read_text(encoding="utf-8")
-        # An alias can make a small file endless; recipes that r1v writes have none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("it holds YAML aliases")
-        document = read_yaml(text, "it")
-    except (OSError, ValueError, yaml.YAMLError, RecursionError, UsageError) as e:
+        document = read_yaml(path.read_text(encoding="utf-8"), "it")
+    except (OSError, ValueError, UsageError) as e:
         notes.append(f"recipe.yaml cannot be read: {clean(first_line(e))}")
         return {}
     if not isinstance(document, dict):

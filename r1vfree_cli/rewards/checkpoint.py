@@ -33,7 +33,7 @@ def detect_kind(model: str, revision: str | None = None) -> Kind:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         architectures = [str(a) for a in config.get("architectures") or []]
-    except (OSError, ValueError, AttributeError, TypeError) as e:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as e:
         raise unloadable(model, f"config.json: {e}") from None
     if any(a.endswith("ForSequenceClassification") for a in architectures):
         return "classification"

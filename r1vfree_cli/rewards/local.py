@@ -58,12 +58,14 @@ class LocalJudge:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         auto = AutoModelForSequenceClassification if self.kind == "classification" else AutoModelForImageTextToText
-        options = {"revision": revision, "trust_remote_code": False}
+        options = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
         try:
-            self.processor = AutoProcessor.from_pretrained(model, **options)
+            self.processor = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=False)
             with _whole_model(), torch.random.fork_rng():
                 loaded, info = auto.from_pretrained(model, output_loading_info=True, dtype=dtype, **options)  # type: ignore[misc]
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # damaged files raise anything
             raise unloadable(model, e) from None
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])

@@ -129,10 +129,12 @@ def load_processor(model: config.Model, seed: int = 0):
         processor = AutoProcessor.from_pretrained(
             where, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as e:
+    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
         raise DataError(f"cannot load the processor of model {model.name}: {_first_line(e)}") from None
     if not hasattr(processor, "image_processor"):
         raise DataError(f"model {model.name} has no image processor", hint="r1v trains vision-language models")
+    if not processor.chat_template:
+        raise DataError(f"model {model.name} has no chat template", hint="r1v trains instruction-tuned models")
     set_pixel_limits(processor, model.min_pixels, model.max_pixels)
     processor.tokenizer.padding_side = "left"
     return processor
@@ -156,24 +158,45 @@ def load_policy(model: config.Model, seed: int = 0):
     """
     where = resolve_model(model.name, seed)
     common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    options = {"attn_implementation": attention(model), "quantization_config": _quantization(model)}
     try:
-        AutoConfig.from_pretrained(where, **common)
-        policy = AutoModelForImageTextToText.from_pretrained(
+        check_size(where, AutoConfig.from_pretrained(where, **common))
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             where,
             dtype=getattr(torch, model.dtype),
-            attn_implementation=attention(model),
             use_safetensors=True,
-            quantization_config=_quantization(model),
+            output_loading_info=True,
+            **options,
             **common,
         )
-    except (OSError, ValueError) as e:
+    except (R1VError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # damaged files raise anything
         raise DataError(
             f"cannot load model {model.name} as a vision-language model: {_first_line(e)}",
             hint="give a hub name or a folder with config.json and *.safetensors",
         ) from None
+    policy, info = loaded
+    if info["missing_keys"]:
+        raise DataError(
+            f"model {model.name} lacks weights, which would be random", details=sorted(info["missing_keys"])[:5]
+        )
     if model.freeze_vision:
         freeze_vision(policy)
     return policy
+
+
+def check_size(where: str, config) -> None:
+    """Stop before a folder whose config.json describes a model far larger than its weights is given memory.
+
+    Raises:
+        DataError: more than two parameters for a stored byte (four-bit weights have two).
+    """
+    stored = sum(file.stat().st_size for file in Path(where).glob("*.safetensors"))
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    if stored and count > 2 * stored:
+        raise DataError(f"config.json in {where} describes {count} parameters; the weights there are {stored} bytes")
 
 
 def freeze_vision(policy) -> None:

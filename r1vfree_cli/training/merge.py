@@ -29,24 +29,13 @@ from ..errors import DataError, R1VError, UsageError
 from ..prompts import build_messages, target_text
 from ..run_dir import RunDir, read_json
 from .checkpoints import checkpoints, is_whole, tensors_only
-from .common import die_with_parent
+from .common import check_size, die_with_parent
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are
 # exact but for the order of float32 sums; storing in a shorter type rounds every weight.
 EXACT = 1e-4
 ROUNDING = {"float32": EXACT, "float16": 1e-2, "bfloat16": 5e-2}
-
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 
 
 def merge(
@@ -172,10 +161,13 @@ def _whole(name: str, revision: str | None = None) -> tuple[Any, str]:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         stored = _stored_dtype(config)
+        check_size(name, config)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except _UNREADABLE as e:
+    except R1VError:
+        raise
+    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
         raise DataError(f"cannot load {name} as a vision-language model: {_first_line(e)}") from None
     model, info = loaded
     wrong = [f"{kind.split('_')[0]}: {key}" for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]
@@ -200,7 +192,7 @@ def _shards(folder: Path) -> tuple[Any, str]:
         model.load_state_dict(weights, strict=True)
     except pickle.UnpicklingError:
         raise DataError(f"the shards in {folder} hold more than tensors; they are not loaded") from None
-    except _UNREADABLE as e:
+    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
         raise DataError(f"cannot put the shards in {folder} together: {_first_line(e)}") from None
     return model.eval(), stored
 
@@ -237,7 +229,7 @@ def _adapter(folder: Path, base: str | None, found: dict | None) -> tuple[Any, s
     try:
         wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(folder)), autocast_adapter_dtype=False)
         result = wrapped.load_adapter(str(folder), "default", torch_device="cpu")
-    except _UNREADABLE as e:
+    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
         raise DataError(
             f"the adapter in {folder} does not fit its base {name}: {_first_line(e)}", hint="is --base the right one?"
         ) from None
@@ -257,12 +249,12 @@ def _processor(folder: Path, base: str | None):
     for place in places:
         try:
             processor = AutoProcessor.from_pretrained(place)
-        except _UNREADABLE as e:
+        except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
             error = error or e
             continue
-        if hasattr(processor, "image_processor"):
+        if hasattr(processor, "image_processor") and processor.chat_template:
             return processor
-    reason = _first_line(error) if error else "it has no image processor"
+    reason = _first_line(error) if error else "it has no image processor, or no chat template"
     raise DataError(f"cannot load a processor from {' or '.join(places)}: {reason}")
 
 

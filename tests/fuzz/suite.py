@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis.strategies import SearchStrategy
 
-from . import data, evals, recipes
+from . import data, evals, recipes, runs
 from .harness import Case, Tally
 
-# name -> (hand-made cases, strategy, share of the made-up cases)
 Category = tuple[list[Case], SearchStrategy[Case], float]
 
 
-def categories(pieces: Path) -> dict[str, Callable[[], Category]]:
-    """What there is, made when it is asked for; `pieces` is a folder for models and run dirs that cases are copies of."""
+def categories(pieces: Path) -> dict[str, Category]:
+    """Name -> (hand-made cases, strategy, share of the made-up cases); `pieces`: a folder for what cases are copies of."""
+    made = runs.make(pieces)
     return {
-        "recipes": lambda: (recipes.HAND, recipes.cases, 0.2),
-        "overrides": lambda: ([], recipes.overrides, 0.1),
-        "data": lambda: (data.HAND, data.cases, 0.3),
-        "evals": lambda: (evals.HAND, evals.cases, 0.2),
+        "recipes": (recipes.HAND, recipes.cases, 0.2),
+        "overrides": ([], recipes.overrides, 0.1),
+        "data, images": (data.HAND, data.cases, 0.25),
+        "predictions, judged files": (evals.HAND, evals.cases, 0.2),
+        "judge replies": (runs.REPLIES, runs.replies, 0.1),
+        "run dirs": (made.run_dirs, made.some_run_dirs, 0.08),
+        "checkpoints": (made.checkpoints, made.some_checkpoints, 0.07),
     }
 
 
 def run(tally: Tally, cases: int, pieces: Path, *, seed: int | None = None, only: str | None = None) -> None:
     """Run every hand-made case, and made-up ones until there are `cases` in all."""
-    found = {name: make() for name, make in categories(pieces).items() if only in (None, name)}
+    found = {name: c for name, c in categories(pieces).items() if only in (None, name)}
     made_up = max(0, cases - sum(len(hand) for hand, _, _ in found.values()))
     shares = sum(share for _, _, share in found.values())
     for name, (hand, strategy, share) in found.items():

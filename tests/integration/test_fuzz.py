@@ -3,7 +3,7 @@
 from tests.fuzz import suite
 from tests.fuzz.harness import Tally
 
-CASES = 600
+CASES = 1200
 
 
 def test_bad_input(tmp_path, monkeypatch):
@@ -11,5 +11,5 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     tally = Tally()
     suite.run(tally, CASES, tmp_path / "pieces")
-    assert tally.count.total() >= 500
+    assert tally.count.total() >= CASES
     assert not tally.found, tally.report()
