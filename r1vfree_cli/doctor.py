@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import console, jobs, launch, preflight, recipes, run_dir
 from .config import GrpoRecipe, SftRecipe
-from .errors import R1VError
+from .errors import R1VError, UsageError
 from .launch import module_plan
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -53,18 +53,24 @@ def diagnose(name: str | None = None, overrides: list[str] | None = None, *, ste
     Returns:
         `{"ready": bool, "checks": [{"name", "state", "found", "hint"}]}`; ready means no error.
     """
-    checks = [*_machine(), *_disk()]
-    if name is None:
-        checks += _torch(None, None)
-    else:
+    stage, recipe = None, None
+    if name is not None:
         stage, name = recipes.stage_and_name(name, None) if "/" in name else _stage_of(name)
         recipe = recipes.load(stage, name, overrides or [])
-        checks += _recipe(stage, recipe)
-        if not any(c.state == ERROR for c in checks):
-            checks += _torch(stage, recipe)
-        if step and not any(c.state == ERROR for c in checks):
+    elif step or overrides:
+        raise UsageError("--step and --set are of a recipe", hint="name it with --recipe")
+    checks = [*_machine(), *_disk()]
+
+    def well() -> bool:
+        return not any(c.state == ERROR for c in checks)
+
+    if well():  # what follows writes files
+        if stage and recipe:
+            checks += _recipe(stage, recipe)
+        checks += _torch(stage, recipe, judge=well())
+        if step and stage and recipe and well():
             checks.append(_step(stage, recipe))
-    return {"ready": not any(c.state == ERROR for c in checks), "checks": [asdict(c) for c in checks]}
+    return {"ready": well(), "checks": [asdict(c) for c in checks]}
 
 
 def _stage_of(name: str) -> tuple[str, str]:
@@ -113,20 +119,27 @@ def _hub() -> Check:
     try:
         with urllib.request.urlopen(urllib.request.Request(where, method="HEAD"), timeout=5):
             return Check("hub", OK, "reached")
-    except (urllib.error.URLError, OSError, ValueError) as e:
+    except urllib.error.HTTPError as e:
+        return Check("hub", OK, f"reached ({e.code})")
+    except (OSError, ValueError) as e:
         hint = "local folders and cached models still work; HF_HUB_OFFLINE=1 avoids waiting for the network"
         return Check("hub", WARNING, f"not reached: {getattr(e, 'reason', e)}", hint)
 
 
 def _disk() -> list[Check]:
     checks = []
-    for title, path in (("disk, here", Path.cwd()), ("disk, cache", run_dir.cache_dir())):
+    places = (
+        ("here", Path.cwd()),
+        ("cache", run_dir.cache_dir()),
+        ("temporary", Path(os.environ.get("TMPDIR", "/tmp"))),
+    )
+    for title, path in places:
         while not path.exists():
             path = path.parent
         free = shutil.disk_usage(path).free / 1e9
-        state = ERROR if free < 1 else WARNING if free < 50 else OK
+        state = ERROR if free < 1 else WARNING if free < 50 and title != "temporary" else OK
         hint = "a 3B run with optimizer states writes about 40 GB a checkpoint" if state != OK else None
-        checks.append(Check(title, state, f"{free:.0f} GB free", hint))
+        checks.append(Check(f"disk, {title}", state, f"{free:.3g} GB free on {path}", hint))
     return checks
 
 
@@ -148,19 +161,23 @@ def _recipe(stage: str, recipe: GrpoRecipe | SftRecipe) -> list[Check]:
     return checks
 
 
-def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None) -> list[Check]:
-    """What needs torch: asked of a process of its own, so that a crash in CUDA is one line here."""
+def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: bool) -> list[Check]:
+    """What needs torch: asked of a process of its own, so that a crash in CUDA is one line here.
+
+    Where something is known to be wrong already, lengths and memory are still told, but no judge is started.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "probe.json"
         args = [str(out)]
         if recipe is not None and stage is not None:
             run_dir.write_text(Path(folder) / "recipe.yaml", recipes.to_yaml(recipe))
             args += ["--stage", stage, "--recipe", str(Path(folder) / "recipe.yaml")]
+            args += [] if judge else ["--without-judge"]
         try:
             plan = module_plan("r1vfree_cli.training.probe", *args)
             logs = Path(folder) / "logs"
             with ExitStack() as stack:
-                env = stack.enter_context(launch.serving(recipe, logs)) if recipe else {}
+                env = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else {}
                 launch.execute(launch.Plan(plan.argv, {**plan.env, **env}), logs)
             return [Check(**line) for line in run_dir.read_json(out)]
         except R1VError as e:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from .config import STAGES, GrpoRecipe, SftRecipe
 from .errors import UsageError, nearest
+from .redact import secrets_in
 from .trl_keys import trl_key_errors, trl_keys
 
 Recipe = GrpoRecipe | SftRecipe
@@ -206,6 +207,13 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
         UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
     """
     model = STAGES[stage]
+    secrets = secrets_in(document)
+    if secrets:  # other errors would show what they found
+        raise UsageError(
+            f"recipe {where} holds what looks like a key or password",
+            details=[f"{ascii(place)[1:-1]}: not shown" for place in secrets[:_SHOWN]],
+            hint="keys come from the environment: $OPENAI_API_KEY or the variable that api_key_env names, $HF_TOKEN",
+        )
     recipe, lines = None, _unfit(document)
     try:
         recipe = None if lines else model.model_validate(document)
@@ -323,7 +331,7 @@ def purpose(path: Path) -> str:
 
 
 def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
-    """Which stage a recipe is for: as told, as its shipped name or folder says.
+    """Which stage a recipe is for: as told, as its folder or shipped name says, as the file's keys say.
 
     Raises:
         UsageError: a path whose stage cannot be told, or an ambiguous name.
@@ -335,6 +343,8 @@ def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
     parts = Path(name).parts
     if len(parts) > 1 and parts[-2] in STAGES:
         return parts[-2], name
+    if os.path.isfile(name):
+        return ("grpo" if "rewards" in load_document(Path(name)) else "sft"), name
     stages = [key.split("/")[0] for key in shipped() if key.split("/")[1] == name and key.split("/")[0] in STAGES]
     if len(stages) == 1:
         return stages[0], name

@@ -13,22 +13,17 @@ from typing import Any
 
 from ..errors import DataError, UsageError
 from ..recipes import read_yaml
+from ..redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run_dir import RunDir, read_json
 
 REDACTED = "[redacted]"
 _DEPTH = 40  # of nesting; nothing that r1v writes comes near it
-# Values under these keys are never shown. `api_key_env` (a variable's name) and `max_prompt_tokens` are no secrets.
-_SECRET_KEY = re.compile(
-    r"(?i)^(env|environ|environment|.*(api[-_]?key|password|passwd|secret|authorization|credentials?|cookie)"
-    r"|(.*[-_])?(access|auth|hf|hub|bearer|secret)[-_]?token)$"
-)
+# Values under these keys are never shown.
+_HIDDEN = re.compile(r"(?i)^(env|environ|environment)$")
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|passwd|credential)s?$")  # of environment variables
 _SECRET_FLAG = re.compile(
     r"(?i)((?:api[-_]?key|password|passwd|secret|authorization|(?:access|auth|hf|hub)[-_]?token)['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"
 )
-_SECRET_TEXT = re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}")
-_BEARER = re.compile(r"(?i)\bbearer\s+[A-Za-z0-9._~+/=-]{12,}")
-_URL_LOGIN = re.compile(r"(?<=://)[^/\s@:]*:?[^/\s@]*@")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -97,24 +92,28 @@ def _clean(value: Any, secrets: list[str], depth: int = 0) -> Any:
         return "..."
     if isinstance(value, dict):
         return {
-            _clean_text(str(k), secrets): REDACTED if v and _SECRET_KEY.match(str(k)) else _clean(v, secrets, depth + 1)
+            _clean_text(str(k), secrets): REDACTED if v and _secret_key(str(k)) else _clean(v, secrets, depth + 1)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
         # In an argv the value follows its flag: --api-key VALUE.
-        flags = [isinstance(v, str) and v.startswith("--") and bool(_SECRET_KEY.match(v[2:])) for v in value]
+        flags = [isinstance(v, str) and v.startswith("--") and _secret_key(v[2:]) for v in value]
         return [REDACTED if i and flags[i - 1] else _clean(v, secrets, depth + 1) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float):
         return value
     return _clean_text(str(value), secrets)
 
 
+def _secret_key(name: str) -> bool:
+    return bool(_HIDDEN.match(name) or SECRET_KEY.match(name))
+
+
 def _clean_text(text: str, secrets: list[str]) -> str:
     text = _CONTROL.sub("\ufffd", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
     for secret in secrets:
         text = text.replace(secret, REDACTED)
-    text = _URL_LOGIN.sub(f"{REDACTED}@", text)
-    text = _BEARER.sub(REDACTED, _SECRET_TEXT.sub(REDACTED, text))
+    text = URL_LOGIN.sub(f"{REDACTED}@", text)
+    text = BEARER.sub(REDACTED, SECRET_TEXT.sub(REDACTED, text))
     return _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
 
 

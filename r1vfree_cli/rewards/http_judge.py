@@ -98,7 +98,7 @@ class HttpJudge:
                 return replace(verdict, seconds=time.monotonic() - begin)
             except Failure as failure:
                 if not failure.down:
-                    return failure
+                    return Failure(failure.kind, self._without_key(failure.message))
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -147,9 +147,7 @@ class HttpJudge:
 
     def _status(self, error: openai.APIStatusError, path: str) -> Exception:
         status, where = error.status_code, f"{self.base_url}{path}"
-        said = _shorten(error.response.text)
-        if self._api_key:
-            said = said.replace(self._api_key, "***")
+        said = self._without_key(_shorten(error.response.text))
         if status in (401, 403):
             return UsageError(
                 f"the judge at {where} refused access ({status})",
@@ -169,6 +167,10 @@ class HttpJudge:
         if status in (502, 503, 504):
             return Failure("unavailable", f"{status}: {said}", down=True)
         return Failure("server_error" if status >= 500 else "rejected", f"{status}: {said}")
+
+    def _without_key(self, text: str) -> str:
+        """A server or a gateway may show the request that it got."""
+        return text.replace(self._api_key, "***") if self._api_key else text
 
 
 class _RefusedReplyError(openai.OpenAIError):

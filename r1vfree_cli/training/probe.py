@@ -15,7 +15,7 @@ from .. import recipes
 from ..config import GrpoRecipe, SftRecipe
 from ..data.load import ensure_rows, load_rows
 from ..embedded import resolve_model, with_seed
-from ..errors import R1VError
+from ..errors import DataError, R1VError
 from ..run_dir import write_json
 from .common import attention, load_processor
 from .lengths import prompt_lengths
@@ -64,55 +64,83 @@ def histogram(lengths: list[int], bins: int = 8) -> str:
 
 
 def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[str, float]:
-    """GB a GPU holds at the peak of a step, by part; from the model's config alone, no weights are read.
+    """GB a process holds at the peak of a step, by part; from the model's config alone, no weights are read.
 
-    AdamW in mixed precision as DeepSpeed keeps it: 16-bit weights and gradients, 32-bit master weights and two
-    moments (ZeRO: Rajbhandari et al., 2020, section 3.1); without DeepSpeed the moments have the weights' dtype.
-    Activations follow Korthikanti et al. (2022), 34 bytes a token, layer and hidden unit with 16-bit numbers and
-    fused attention; with checkpointing 2.
+    `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it:
+    weights and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al.,
+    2020, section 3.1); without DeepSpeed the moments have the weights' dtype, and DDP's buckets hold the gradients
+    once more. Not counted: CUDA's context, fragmentation, vLLM.
+
+    Raises:
+        DataError: the model's config cannot be read.
     """
-    config = AutoConfig.from_pretrained(resolve_model(recipe.model.name, recipe.seed), revision=recipe.model.revision)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    trained = total
+    try:
+        where = resolve_model(recipe.model.name, recipe.seed)
+        config = AutoConfig.from_pretrained(where, revision=recipe.model.revision)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except R1VError:
+        raise
+    except Exception as e:  # damaged files raise anything
+        reason = str(e).strip().splitlines()[0]
+        raise DataError(f"cannot read the config of model {recipe.model.name}: {reason}") from None
+    total = trained = sum(p.numel() for p in model.parameters())
+    lora, launch, train = recipe.model.lora, recipe.launch, recipe.train.model_extra or {}
     if recipe.model.freeze_vision:
         trained -= sum(p.numel() for p in model.model.visual.parameters())
-    if recipe.model.lora:
-        trained = int(total * 0.01 * recipe.model.lora.r / 16)
-    launch, train = recipe.launch, recipe.train.model_extra or {}
     size = 4 if recipe.model.dtype == "float32" else 2
+    stored: float = size
+    if lora:
+        trained = int(total * 0.01 * lora.r / 16)
+        stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", size)
     zero = int(launch.preset[4]) if launch.preset.startswith("zero") else 0
     world = launch.processes
-    states = 12 if zero and size == 2 else 2 * size
+    copies = 1 if zero or world == 1 else 2
     parts = {
-        "weights": size * total / (world if zero == 3 else 1),
-        "gradients": size * trained / (world if zero >= 2 else 1),
-        "optimizer": states * trained / (world if zero >= 1 else 1),
+        "weights": stored * total / (world if zero == 3 else 1),
+        "gradients": copies * size * trained / (world if zero >= 2 else 1),
+        "optimizer": (12 if zero else 2 * size) * trained / (world if zero >= 1 else 1),
     }
-    if isinstance(recipe, GrpoRecipe) and train.get("beta", 0) and not recipe.model.lora:
+    if isinstance(recipe, GrpoRecipe) and train.get("beta", 0) and not lora:
         parts["reference"] = size * total / (world if zero == 3 else 1)
     if launch.preset == "zero3-offload":
-        parts = dict.fromkeys(parts, 0.0)
-    text = config.get_text_config()
+        parts = {"host": sum(parts.values())}
     if isinstance(recipe, GrpoRecipe):
         new = train.get("max_completion_length", 256)
         branches = recipe.train.prompts_per_device * recipe.train.num_generations
         prompts = recipe.train.prompts_per_device if recipe.train.shared_prefix else branches
         tokens, scored = prompts * prompt_tokens + branches * new, branches * new
     else:
-        tokens = scored = train.get("per_device_train_batch_size", 8) * prompt_tokens
-    per_token = 2 if train.get("gradient_checkpointing", True) else 34
-    parts["activations"] = tokens * text.hidden_size * text.num_hidden_layers * per_token * size / 2
+        prompts = train.get("per_device_train_batch_size", 8)
+        tokens = scored = prompts * prompt_tokens
+    kept = train.get("gradient_checkpointing", True)
+    text, vision = config.get_text_config(), config.vision_config
+    parts["activations"] = tokens * _per_token(text, text.num_hidden_layers, 21, kept) * size / 2
+    if not recipe.model.freeze_vision:
+        patches = prompts * recipe.model.max_pixels / vision.patch_size**2
+        parts["activations"] += patches * _per_token(vision, vision.depth, 31, kept) * size / 2
     # TRL's fused head works in chunks; one chunk of float32 logits and its gradient.
     parts["logits"] = min(scored, 1024) * text.vocab_size * 8
     return {k: v / GB for k, v in parts.items()}
 
 
+def _per_token(config, layers: int, norms: int, checkpointing: bool) -> float:
+    """Bytes a token (or patch) leaves for the backward pass of a tower in 16-bit numbers.
+
+    A layer keeps four tensors as wide as its MLP and `norms` bytes a hidden unit for the rest, float32 copies of the
+    norms' inputs among them: measured on Qwen2.5-VL's layers under saved-tensor hooks. With checkpointing it keeps
+    its input, and one layer at a time all.
+    """
+    width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL's vision tower says embed_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    whole = 8 * inner + norms * width
+    return 2 * width * layers + whole if checkpointing else whole * layers
+
+
 def memory_check(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict:
     """The estimate against what the smallest visible GPU has."""
     parts = memory_estimate(recipe, prompt_tokens)
-    need = sum(parts.values())
+    need = sum(v for k, v in parts.items() if k != "host")
     found = f"about {need:.2g} GB a process: " + ", ".join(f"{k} {v:.2g}" for k, v in parts.items())
     if recipe.launch.on_cpu or not torch.cuda.is_available():
         return _check("memory", "ok", found)
@@ -155,11 +183,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", choices=["grpo", "sft"])
     parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--without-judge", action="store_true")
     args = parser.parse_args()
     checks = cuda_checks()
     if args.recipe:
         recipe = recipes.validate(args.stage, recipes.load_document(args.recipe), str(args.recipe))
-        longest = 512
+        longest = recipe.data.max_prompt_tokens or 512
 
         def lengths() -> list[dict]:
             nonlocal longest
@@ -170,7 +199,7 @@ def main() -> None:
             "attention": lambda: [_check("attention", "ok", attention(recipe.model))],
             "prompt tokens": lengths,
             "memory": lambda: [memory_check(recipe, longest)],
-            "judge": lambda: judge_check(recipe) if isinstance(recipe, GrpoRecipe) else [],
+            "judge": lambda: judge_check(recipe) if isinstance(recipe, GrpoRecipe) and not args.without_judge else [],
         }
         for name, part in parts.items():
             try:
