@@ -138,7 +138,10 @@ def _disk() -> list[Check]:
             path = path.parent
         free = shutil.disk_usage(path).free / 1e9
         state = ERROR if free < 1 else WARNING if free < 50 and title != "temporary" else OK
-        hint = "a 3B run with optimizer states writes about 40 GB a checkpoint" if state != OK else None
+        hint = None
+        if state != OK:
+            hint = "a 3B run with optimizer states writes about 40 GB a checkpoint"
+            hint = "TMPDIR can name another place" if title == "temporary" else hint
         checks.append(Check(f"disk, {title}", state, f"{free:.3g} GB free on {path}", hint))
     return checks
 
