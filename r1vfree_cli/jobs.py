@@ -71,7 +71,7 @@ def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) 
     if overwrite or not where.holds_run or not where.recipe.is_file() or recipe.launch.node_rank:
         return False
     state = where.status.get("state")
-    same = where.recipe.read_text(encoding="utf-8") == recipes.to_yaml(recipe)
+    same = where.recipe.read_bytes() == recipes.to_yaml(recipe).encode("utf-8")
     if not same or state == run_dir.FINISHED:
         return False
     console.log(f"{where.path} holds an unfinished run of this recipe ({state}): resuming it")

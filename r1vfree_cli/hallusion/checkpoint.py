@@ -7,12 +7,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from .. import contract
 from ..config import Model
 from ..embedded import is_embedded, resolve_model
-from ..errors import DataError
+from ..errors import DataError, UsageError
+from ..recipes import read_yaml
 
 _MARKS = ("config.json", "adapter_config.json")
 _DEFAULT = Model.model_fields
@@ -72,9 +71,9 @@ def _contract(path: Path) -> dict:
     if path.resolve().parent.name != "checkpoints" or not recipe.is_file():
         return {}
     try:
-        model = yaml.safe_load(recipe.read_text(encoding="utf-8"))["model"]
+        model = read_yaml(recipe.read_text(encoding="utf-8"), str(recipe))["model"]
         return {key: int(model[key]) for key in ("min_pixels", "max_pixels") if key in model}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as e:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, UsageError) as e:
         raise DataError(f"cannot read {recipe}: {e}") from None
 
 

@@ -86,7 +86,7 @@ def read_predictions(path: Path) -> dict[str, dict]:
     """
     found = {}
     for number, record in read_jsonl(path) if path.is_file() else ():
-        if not (isinstance(record, dict) and {"id", "model_prediction"} <= record.keys()):
+        if not (isinstance(record, dict) and isinstance(record.get("id"), str) and "model_prediction" in record):
             raise DataError(f"{path}, line {number}: no prediction")
         found[record["id"]] = record
     return found

@@ -197,6 +197,10 @@ HAND = [
     *(_asked("q/test.parquet", c) for c in (b"", b"PAR1", _question_parquet()[:200], parquet(pa.table({"a": [1]})), parquet(pa.table({"category": [b"\xff"]})))),
     *(_going_on(name, c, stage) for name in EVAL_DIR for c in (b"", b"[]", b"null", b"7", b"\x00", b'{"id": []}\n', b'{"id": 1, "key": 2, "code": "x", "same": []}\n', values.deep_json())
       for stage in ("judge", "score")),
+    *(_going_on("out/predictions.jsonl", values.as_json({"id": id_, "model_prediction": "x"}) + b"\n", stage) for id_ in ({}, [], None, 7) for stage in ("judge", "score")),
+    *(Case("a checkpoint of a damaged run", ["eval-hallusion", "run/checkpoints/checkpoint-5", "--questions", "q.json", "--images", "fig", "--estimate", "--json"],
+           {"run/recipe.yaml": c, "run/checkpoints/checkpoint-5/config.json": b"{}", "q.json": values.as_json(ASKED)} | FIGURES, names=("recipe.yaml", "max_pixels"))
+      for c in (b"", b"[]", b"\xff\xfe", b"model: {max_pixels: x}", b"model: {max_pixels: .inf}", b"model: {max_pixels: 784}", b"&a\nmodel: *a\n", b"[" * 20_000)),
     Case("a folder as judged file", ["eval-hallusion", "--judged", "d", "--json"], {"d/x": b""}, names=("d",)),
     Case("no such file", ["eval-hallusion", "--judged", "x" * 5000, "--json"], names=("xxx",)),
     Case("a judge prompt in another code", ["eval-hallusion", "--predictions", "p.json", "--judge", "chat", "--judge-model", "m", "--judge-prompt", "j.txt", "--out", "out"],
