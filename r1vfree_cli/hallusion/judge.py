@@ -98,6 +98,7 @@ class Judgement:
     """What is known about one question's reply.
 
     key, same_key: content of the calls behind `code` and `same`; a judgement with another key is not reused.
+    calls ... completion_tokens: what this judgement has cost, so that a resumed evaluation knows what it spent before.
     """
 
     id: str
@@ -109,18 +110,18 @@ class Judgement:
     judge: str = "rule"
     raw: str | None = None
     raw_same: str | None = None
-
-
-@dataclass
-class Outcome:
-    """All judgements by question id, and what they cost. `failed` counts calls that failed for good, by kind."""
-
-    judgements: dict[str, Judgement] = field(default_factory=dict)
-    failed: Counter = field(default_factory=Counter)
     calls: int = 0
     cache_hits: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+@dataclass
+class Outcome:
+    """All judgements by question id. `failed` counts calls that failed for good now, by kind."""
+
+    judgements: dict[str, Judgement] = field(default_factory=dict)
+    failed: Counter = field(default_factory=Counter)
     unjudged: list[str] = field(default_factory=list)
 
     def items(self, questions: list[Question]) -> list[Item]:
@@ -130,14 +131,9 @@ class Outcome:
         ]
 
     def cost(self) -> dict:
-        """What `--json` and eval.json say about the judge's calls."""
-        return {
-            "calls": self.calls,
-            "cache_hits": self.cache_hits,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "failed": dict(self.failed),
-        }
+        """What `--json` and eval.json say about the judge's calls, those of earlier attempts included."""
+        names = ("calls", "cache_hits", "prompt_tokens", "completion_tokens")
+        return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | {"failed": dict(self.failed)}
 
 
 def content_key(*parts: Any) -> str:
@@ -244,16 +240,16 @@ class ChatJudge:
         whole = isinstance(entry, dict) and {"label", "raw", "model"} <= entry.keys()
         return entry if whole and entry["label"] in (0, 1, 2) else None
 
-    async def ask(self, key: str, prompt: str, labels: dict[str, int], outcome: Outcome) -> dict:
-        """One call, stored once it has a label.
+    async def ask(self, key: str, prompt: str, labels: dict[str, int], payer: Judgement) -> dict:
+        """One call, stored once it has a label; what it costs is added to `payer`.
 
         Raises:
             CallFailed: also when the reply has no label or was cut: that is a failed call, never `unclear`.
         """
         reply = await self.endpoint.ask([{"role": "user", "content": prompt}], _MAX_TOKENS, 0.0)
-        outcome.calls += 1
-        outcome.prompt_tokens += reply.prompt_tokens
-        outcome.completion_tokens += reply.completion_tokens
+        payer.calls += 1
+        payer.prompt_tokens += reply.prompt_tokens
+        payer.completion_tokens += reply.completion_tokens
         if reply.finish == "length":
             raise CallFailed("cut at the length limit", reply.text[:200])  # a label named on the way is no verdict
         label = parse_label(reply.text, labels)
@@ -290,8 +286,7 @@ def by_chat(questions: list[Question], replies: dict[str, str], path: Path, judg
     asked = {q.id: judge.question(q, replies[q.id]) for q in questions}
     for q in questions:
         old = before.get(q.id)
-        fresh = old is not None and old.key == asked[q.id][0] and old.code is not None
-        outcome.judgements[q.id] = old if old and fresh else Judgement(q.id, asked[q.id][0])
+        outcome.judgements[q.id] = old if old and old.key == asked[q.id][0] else Judgement(q.id, asked[q.id][0])
 
     def store_code(id_: str, entry: dict) -> None:
         j = outcome.judgements[id_]
@@ -337,7 +332,7 @@ def _ask_all(
     left: dict[str, list[str]] = {}  # key -> questions: what is shown twice is asked once
     for id_, (key, _) in jobs.items():
         if entry := judge.cached(key):
-            outcome.cache_hits += 1
+            outcome.judgements[id_].cache_hits += 1
             store(id_, entry)
         else:
             left.setdefault(key, []).append(id_)
@@ -352,7 +347,8 @@ def _ask_all(
             bar.advance()
 
         async def work(key: str) -> dict:
-            return await judge.ask(key, jobs[left[key][0]][1], labels, outcome)
+            first = left[key][0]
+            return await judge.ask(key, jobs[first][1], labels, outcome.judgements[first])
 
         outcome.failed += judge.endpoint.run(list(left), work, done)
 
@@ -360,20 +356,22 @@ def _ask_all(
 def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: ChatJudge) -> dict:
     """Calls and tokens that `by_chat` would spend now; `same` calls are an upper bound, tokens 4 characters each."""
     before = read_judgements(path)
-    calls = tokens = 0
-    sames = 0
+    calls: set[str] = set()
+    tokens = sames = 0
     for q in questions:
         key, prompt = judge.question(q, replies.get(q.id, ""))
         known = before.get(q.id)
         if not (known and known.key == key and known.code is not None) and judge.cached(key) is None:
-            calls += 1
-            tokens += len(prompt) // 4 + 8
+            # What is shown twice is asked once; of replies that do not exist yet nobody knows which are equal.
+            shown = key if q.id in replies else q.id
+            tokens += 0 if shown in calls else len(prompt) // 4 + 8
+            calls.add(shown)
         if not q.item.original:
             sames += 1
             tokens += (len(SAME_PROMPT) + 2 * len(replies.get(q.id, ""))) // 4 + 8
     return {
-        "calls": calls,
+        "calls": len(calls),
         "same_calls_at_most": sames,
         "prompt_tokens": tokens,
-        "completion_tokens": 4 * (calls + sames),
+        "completion_tokens": 4 * (len(calls) + sames),
     }

@@ -61,16 +61,16 @@ def _stages(
     state = _state(out) | {
         "schema": 1,
         "identity": planned.identity,
-        "command": sys.argv,
         "versions": contract.versions(),
         "git_commit": contract.git_commit(),
     }
-    times = state.setdefault("times", {})
+    times, commands = state.setdefault("times", {}), state.setdefault("commands", {})
     started = time.monotonic()
 
     def save(stage: str) -> None:
         nonlocal started
-        times[stage] = round(times.get(stage, 0) + time.monotonic() - started, 3)
+        times[f"{stage}_s"] = round(times.get(f"{stage}_s", 0) + time.monotonic() - started, 3)
+        commands[stage] = sys.argv  # by stage: judging again must not hide how the replies were made
         started = time.monotonic()
         write_json(out / "eval.json", state)
 
@@ -78,24 +78,33 @@ def _stages(
         state |= {
             "contract": planned.checkpoint.contract if planned.checkpoint else {},
             "warnings": planned.warnings,
-            "asked": {"source": asked.source, "n": len(asked.questions), "sha256": asked.sha256},
+            "asked": {
+                "source": asked.source,
+                "images": str(o.images) if o.images else None,
+                "n": len(asked.questions),
+                "sha256": asked.sha256,
+            },
         }
-        save("generate_s")
+        save("generate")
         records = predict.generate(o, planned, asked, out / "predictions.jsonl")
         state["runtime"] = planned.runtime or state.get("runtime", {})
-        save("generate_s")
+        save("generate")
     if o.stage == "generate":
         return {"stage": "generate", "out": str(out), "n_questions": len(records)}
 
     outcome = _judge(o, out, asked.questions, records, state)
-    save("judge_s")
+    if o.stage != "score":
+        save("judge")
     items = outcome.items(asked.questions)
     official = [
         {k: v for k, v in records[i.id].items() if k not in ("id", "key")}
         | {score.CODE: None if i.code is None else str(i.code), score.SAME: None if i.same is None else str(i.same)}
         for i in items
     ]
-    write_text(out / "judged.json", dump_judged(official))
+    text = dump_judged(official)
+    if not (out / "judged.json").is_file() or (out / "judged.json").read_text(encoding="utf-8") != text:
+        (out / "scores.json").unlink(missing_ok=True)  # of other verdicts
+        write_text(out / "judged.json", text)
     if outcome.unjudged and not o.allow_unjudged:
         raise DataError(
             f"{out}: {len(outcome.unjudged)} questions are unjudged, so there is no score",
@@ -277,7 +286,7 @@ def _score_judged(o: EvalOptions, path: Path, other: Other | None) -> dict:
         write_json(
             o.out / "eval.json",
             _state(o.out)
-            | {"schema": 1, "identity": identity, "command": sys.argv, "template_hash": template_hash()}
+            | {"schema": 1, "identity": identity, "commands": {"score": sys.argv}, "template_hash": template_hash()}
             | {"judge": settings["judge"], "versions": contract.versions()},
         )
         write_text(o.out / "judged.json", dump_judged(records))

@@ -10,7 +10,7 @@ from .changes import Changes, Comparison, changes, pair
 from .collect import Eval, number, table
 from .images import Album
 from .plots import Figure, Series, dots
-from .replies import find_figures, read_replies
+from .replies import find_figures, read_replies, stage_commands
 from .view import NONE, Cell, Table, duration, flatten, p_value, percent, plain, signed
 
 _NAMES = {"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "easy_aAcc": "easy", "hard_aAcc": "hard"}
@@ -274,10 +274,14 @@ def _figures(evals: list[Eval]) -> list[Figure]:
 def _how(e: Eval) -> How:
     import shlex
 
-    argv = e.settings.get("command")
-    # The first word is the path of the program on the machine where it ran.
-    command = shlex.join(["r1v", *[str(a) for a in argv[1:]]]) if isinstance(argv, list) and argv else argv
-    commands = [("command", str(command))] if command else []
-    pairs = flatten({k: v for k, v in e.settings.items() if k not in ("command", "schema", "times", "warnings")})
+    found: dict[str, list[str]] = {}  # command line -> stages
+    for stage, argv in stage_commands(e).items():
+        # The first word is the path of the program on the machine where it ran.
+        line = shlex.join(["r1v", *[str(a) for a in argv[1:]]]) if isinstance(argv, list) and argv else str(argv)
+        found.setdefault(line, []).append(stage)
+    commands = [(", ".join(stages), line) for line, stages in found.items()]
+    pairs = flatten(
+        {k: v for k, v in e.settings.items() if k not in ("command", "commands", "schema", "times", "warnings")}
+    )
     rows = [[Cell(k), Cell(v)] for k, v in pairs]
     return How(e.label, Table("Settings, versions and run contract", ["key", "value"], rows), pairs, commands)

@@ -72,13 +72,20 @@ def find_figures(e: Eval, found: Replies) -> None:
         e.notes.append("the figures are not on this machine, so changed answers have no images")
 
 
+def stage_commands(e: Eval) -> dict[str, Any]:
+    """Stage -> the command line that ran it last, as recorded in eval.json."""
+    return {k: v for k, v in table(e.settings.get("commands")).items() if v} or (
+        {"command": e.settings["command"]} if e.settings.get("command") else {}
+    )
+
+
 def _option(e: Eval, name: str) -> Any:
-    """The value of an option of the recorded command line."""
-    argv = e.settings.get("command")
-    argv = [str(a) for a in argv] if isinstance(argv, list) else []
-    for i, argument in enumerate(argv):
-        if argument == name and i + 1 < len(argv):
-            return argv[i + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
+    """The value of an option of the recorded command lines."""
+    for argv in stage_commands(e).values():
+        arguments = [str(a) for a in argv] if isinstance(argv, list) else []
+        for i, argument in enumerate(arguments):
+            if argument == name and i + 1 < len(arguments):
+                return arguments[i + 1]
+            if argument.startswith(f"{name}="):
+                return argument.partition("=")[2]
     return None

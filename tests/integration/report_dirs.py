@@ -194,6 +194,7 @@ def make_eval(
     evaluate(EvalOptions(**options, out=path, protocol=protocol, judge="rule"))  # type: ignore[arg-type]
     state = json.loads((path / "eval.json").read_text())
     given = [f"--{key}={value}" for key, value in options.items()]
-    state["command"] = ["/usr/bin/r1v", "eval-hallusion", *given, "--images", str(images), "--judge", "rule"]
+    command = ["/usr/bin/r1v", "eval-hallusion", *given, "--images", str(images), "--judge", "rule"]
+    state["commands"] = {"judge": command, "score": command}
     (path / "eval.json").write_text(json.dumps(state))
     return path

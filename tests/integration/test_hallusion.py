@@ -518,6 +518,43 @@ def test_chat_judge_asks_once_and_same_only_where_it_is_read(tmp_path, serve):
     assert any("hidden" in p for p in server.prompts[calls:]) and whole["settings"]["judge"]["judge_input"] == "reply"
 
 
+def test_judging_again_keeps_what_was_spent_and_how_the_replies_were_made(bench, tmp_path, serve, monkeypatch):
+    """Calls and tokens of all attempts are counted, scores of other verdicts go, the first command line stays."""
+    broken = ["Number 01"]
+    server = serve(lambda p, b: 500 if any(t in p for t in broken) else judge_by_content(p, b))
+    out = tmp_path / "e"
+    monkeypatch.setattr(sys, "argv", ["r1v", "first"])
+    evaluate(EvalOptions(predictions=prediction_file(tmp_path / "p.json"), out=out, stage="judge"))
+    evaluate(EvalOptions(out=out, stage="score"))
+    monkeypatch.setattr(sys, "argv", ["r1v", "second"])
+    options = EvalOptions(out=out, stage="judge", **chat(server))
+    estimated = evaluate(EvalOptions(out=out, estimate=True, stage="judge", **chat(server)))["estimate"]["judge"]
+    assert (out / "scores.json").exists()
+    fails(3, options, "unjudged")
+    assert not (out / "scores.json").exists()  # it was the rule's
+    broken.clear()
+    assert evaluate(options)["unjudged"] == 0
+    for _ in range(2):
+        evaluate(options)
+        judge = evaluate(EvalOptions(out=out, stage="score"))["settings"]["judge"]
+        assert judge["calls"] == len(server.prompts) and judge["prompt_tokens"] == 10 * len(server.prompts)
+    assert (out / "scores.json").exists()
+    first_calls = [p for p in server.prompts if "two students" not in p]
+    assert estimated["calls"] == len(first_calls) < len(records())
+    commands = json.loads((out / "eval.json").read_text())["commands"]
+    assert commands["judge"] == ["r1v", "second"]
+    generated = EvalOptions(
+        endpoint=serve(lambda p, b: "Yes").url, model="m", questions=str(bench / "HallusionBench.json"), images=bench,
+        out=tmp_path / "g",
+    )  # fmt: skip
+    evaluate(generated)
+    monkeypatch.setattr(sys, "argv", ["r1v", "third"])
+    evaluate(EvalOptions(out=tmp_path / "g", stage="judge"))
+    state = json.loads((tmp_path / "g" / "eval.json").read_text())
+    assert state["commands"] == {"generate": ["r1v", "second"], "judge": ["r1v", "third"]}
+    assert state["asked"]["images"] == str(bench)
+
+
 def test_a_failed_call_is_unjudged_never_unclear_and_asked_again(tmp_path, serve):
     broken = {"Number 01", "Number 10"}
     seen: list[str] = []

@@ -283,8 +283,10 @@ def test_a_planted_key_reaches_no_file(tmp_path, monkeypatch):
     for path in (run / "launch.json", document / "eval.json"):
         found = json.loads(path.read_text())
         extra = ["--judge-base-url", f"https://user:{key}@host/v1", "--api-key", key]
-        command = found["command"]
-        found["command"] = command + extra if isinstance(command, list) else " ".join([command, *extra])
+        if "commands" in found:
+            found["commands"]["judge"] = [*found["commands"]["judge"], *extra]
+        else:
+            found["command"] = " ".join([found["command"], *extra])
         found["env"] = {"X": key}
         path.write_text(json.dumps(found))
     (run / "status.json").write_text(json.dumps({"state": "failed", "reason": f"401 with {key}"}))
@@ -412,3 +414,19 @@ def test_nothing_is_wider_than_a_phone_and_dark_is_dark(made, tmp_path):
         assert int(title[1]) <= int(title[2]) <= 500
         seen.append(title[3])
     assert seen == ["rgb(16, 20, 24)", "rgb(255, 255, 255)"]
+
+
+def test_each_stage_shows_its_own_command_and_the_figures_are_found(tmp_path):
+    """An eval dir that was judged again: how the replies were made, and where its figures lie, is still known."""
+    a = make_eval(tmp_path / "a", seed=1)
+    b = make_eval(tmp_path / "b", seed=2)
+    for path in (a, b):
+        state = json.loads((path / "eval.json").read_text())
+        state["commands"]["judge"] = ["/usr/bin/r1v", "eval-hallusion", "--out=x", "--stage=judge"]
+        state["commands"] = {"generate": state["commands"].pop("score"), **state["commands"]}
+        (path / "eval.json").write_text(json.dumps(state))
+    result = report([a, b], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("r1v eval-hallusion --out=x --stage=judge") == 2
+    assert text.count("r1v eval-hallusion --predictions=") == 2
+    assert any(name.startswith("report-image-") for name in result["files"])
