@@ -74,7 +74,7 @@ def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) 
     same = where.recipe.read_bytes() == recipes.to_yaml(recipe).encode("utf-8")
     if not same or state == run_dir.FINISHED:
         return False
-    console.log(f"{where.path} holds an unfinished run of this recipe ({state}): resuming it")
+    console.log(f"{where.path} holds an unfinished run of this recipe ({state or 'not started'}): resuming it")
     return True
 
 

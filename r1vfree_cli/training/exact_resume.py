@@ -2,7 +2,7 @@
 
 Trainer keeps weights, optimizer, schedule, random numbers and the step. Lost were: the order of the rows after the
 first epoch, the generated batch between two steps that share it (`num_iterations`, `steps_per_generation`), figures
-since the last logged step, and what the guard and the judge count.
+since the last logged step, what the guard and the judge count, and a reference policy that moves (`sync_ref_model`).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class ExactResumeMixin(_Trainer):
     args: Any
     carried: dict[str, Carried]
     _at_step_begin: dict[str, Any] | None = None
+    ref_model: Any
     _step: int
     _buffered_inputs: Any
     _tr_loss: torch.Tensor
@@ -98,6 +99,9 @@ class ExactResumeMixin(_Trainer):
         position = begun if half_way else self._position()
         carried = {name: each.state_dict() for name, each in self.carried.items()}
         torch.save({"position": position, "carried": carried}, self._state_file(Path(output_dir)))
+        if self.args.sync_ref_model and (self._reference_sharded or self.args.process_index == 0):
+            parts = [part.detach().cpu().clone() for part in self._reference_parts()]
+            torch.save(parts, self._reference_file(Path(output_dir)))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
@@ -117,6 +121,22 @@ class ExactResumeMixin(_Trainer):
         for name, state in saved["carried"].items():
             if name in self.carried:
                 self.carried[name].load_state_dict(state)
+        if self.args.sync_ref_model:
+            parts = torch.load(self._reference_file(Path(checkpoint)), map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for own, part in zip(self._reference_parts(), parts, strict=True):
+                    own.copy_(part)
+
+    def _reference_parts(self) -> list[torch.Tensor]:
+        """What this rank holds of a reference policy that moves with the trained one: under ZeRO-3 its shards."""
+        return [getattr(p, "ds_tensor", p.data) for p in self.ref_model.parameters()]
+
+    @property
+    def _reference_sharded(self) -> bool:
+        return any(hasattr(p, "ds_tensor") for p in self.ref_model.parameters())
+
+    def _reference_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"r1v_reference_{self.args.process_index if self._reference_sharded else 0}.pt"
 
     def _state_file(self, checkpoint: Path) -> Path:
         return checkpoint / f"r1v_state_{self.args.process_index}.pt"

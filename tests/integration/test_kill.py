@@ -93,7 +93,8 @@ def rows_of(run: RunDir, steps: range) -> list[str]:
 
 
 def test_killed_between_two_steps_that_share_a_generated_batch(home, context, tmp_path):
-    """The batch, the micro-step and the figures since the last logged step are in the checkpoint, a signal's too."""
+    """The batch, the micro-step, the figures since the last logged step and a reference policy that follows the trained
+    one are in the checkpoint, a signal's too."""
     runs = Runs(
         home,
         context,
@@ -104,6 +105,8 @@ def test_killed_between_two_steps_that_share_a_generated_batch(home, context, tm
         num_iterations=2,
         save_steps=1,
         logging_steps=3,
+        sync_ref_model=True,
+        ref_model_sync_steps=2,
     )
     assert {p.stem for p in runs.whole.rollouts.glob("*")} == {"step-00000001", "step-00000005"}  # 4 steps share one
     run = RunDir(tmp_path / "run")

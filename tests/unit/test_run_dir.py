@@ -1,6 +1,7 @@
 """Run dirs: nothing is overwritten, nothing is half-written."""
 
 import os
+import sys
 
 import pytest
 
@@ -32,6 +33,41 @@ def test_overwrite_starts_anew(tmp_path):
     (run.path / "metrics.jsonl").write_text("{}\n")
     run.begin("b: 1\n", overwrite=True)
     assert run.attempt == 1 and not run.metrics.exists()
+
+
+def begin_killed(path, n: int, overwrite: bool) -> bool:
+    """`begin` in a process that ends, without cleaning up, at its n-th use of the file system; False: it had fewer."""
+    pid = os.fork()
+    if pid == 0:
+        left = n
+
+        def hook(event, args):
+            nonlocal left
+            if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        RunDir(path).begin("a: 1\n", overwrite=overwrite)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_begin_killed_at_any_moment_can_be_done_again(tmp_path, overwrite):
+    for n in range(1, 200):
+        run = RunDir(tmp_path / str(n))
+        if overwrite:
+            run.begin("old: 1\n")
+            for name in ("checkpoints/checkpoint-2/model.safetensors", "metrics.jsonl", "zzz"):
+                run_dir.write_text(run.path / name, "old")
+        if not begin_killed(run.path, n, overwrite):
+            break
+        run.begin("a: 1\n", resume=run.holds_run and not overwrite, overwrite=overwrite)
+        assert run.recipe.read_text() == "a: 1\n" and run.attempt >= 1 and run.logs.is_dir()
+        assert not list(run.path.glob(".*")) and not (overwrite and run.checkpoints.exists())
+    assert 6 < n < 199
 
 
 def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
