@@ -385,35 +385,47 @@ def test_a_report_imports_no_torch(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+def chromium(page: Path, text: str, probe: str, profile: Path, *, width: int, scheme: int = 1) -> str:
+    """What the script `probe` makes of the page in a headless browser; `scheme` 0 is dark, 1 light."""
+    policy = re.search(r"<meta http-equiv=.*?>", text)
+    assert policy
+    script = f"<script>document.title = {probe}</script>"
+    page.write_text(text.replace(policy.group(), "").replace("</body>", script + "</body>"))
+    command = "chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+    command += f"--disable-background-networking --disable-component-update --window-size={width},800 --dump-dom "
+    command += f"--blink-settings=preferredColorScheme={scheme} --user-data-dir={profile} {page.as_uri()}"
+    done = subprocess.run(command.split(), capture_output=True, text=True, timeout=60)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-500:]
+    return title[1]
+
+
+browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+
+
+@browser
 def test_nothing_is_wider_than_a_phone_and_dark_is_dark(made, tmp_path):
     """The page at 375 px does not scroll sideways, and its background follows the reader's scheme."""
     text = (made[0] / "out" / "report.html").read_text()
-    policy = re.search(r"<meta http-equiv=.*?>", text)
-    assert policy
-    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, getComputedStyle(document.body).backgroundColor]</script>"
-    page = tmp_path / "page.html"
-    page.write_text(text.replace(policy.group(), "").replace("</body>", probe + "</body>"))
+    probe = "[document.documentElement.scrollWidth, innerWidth, getComputedStyle(document.body).backgroundColor]"
     seen = []
     for scheme in (0, 1):  # dark, light
-        command = "chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-        command += "--disable-background-networking --disable-component-update --window-size=375,800 --dump-dom"
-        done = subprocess.run(
-            [
-                *command.split(),
-                f"--blink-settings=preferredColorScheme={scheme}",
-                f"--user-data-dir={tmp_path / str(scheme)}",
-                page.as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        title = re.search(r"<title>(\d+),(\d+),(.*?)</title>", done.stdout)
-        assert title, done.stderr[-500:]
-        assert int(title[1]) <= int(title[2]) <= 500
-        seen.append(title[3])
+        found = chromium(tmp_path / "page.html", text, probe, tmp_path / str(scheme), width=375, scheme=scheme)
+        content, window, background = found.split(",", 2)
+        assert int(content) <= int(window) <= 500
+        seen.append(background)
     assert seen == ["rgb(16, 20, 24)", "rgb(255, 255, 255)"]
+
+
+@browser
+def test_long_words_stay_inside_their_card(tmp_path):
+    asked = [q | {"question": "w" * 400} for q in questions()]
+    evals = [make_eval(tmp_path / name, seed=i, asked=asked) for i, name in enumerate(("a", "b"))]
+    report(evals, tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    over = "[...document.querySelectorAll('article.question')].map(c => c.scrollWidth - c.clientWidth)"
+    found = chromium(tmp_path / "page.html", text, f"{over}.join()", tmp_path / "profile", width=1280)
+    assert found and {int(n) for n in found.split(",")} == {0}
 
 
 def test_each_stage_shows_its_own_command_and_the_figures_are_found(tmp_path):
