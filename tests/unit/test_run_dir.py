@@ -60,8 +60,9 @@ def test_begin_killed_at_any_moment_can_be_done_again(tmp_path, overwrite):
         run = RunDir(tmp_path / str(n))
         if overwrite:
             run.begin("old: 1\n")
-            for name in ("checkpoints/checkpoint-2/model.safetensors", "metrics.jsonl", "zzz"):
+            for name in ("checkpoints/checkpoint-2/model.safetensors", *(f"{i}.jsonl" for i in range(8))):
                 run_dir.write_text(run.path / name, "old")
+            run.status_file.unlink()  # so that the recipe alone says what the folder is
         if not begin_killed(run.path, n, overwrite):
             break
         run.begin("a: 1\n", resume=run.holds_run and not overwrite, overwrite=overwrite)
