@@ -134,11 +134,24 @@ def load_processor(model: config.Model, seed: int = 0):
         raise DataError(f"cannot load the processor of model {model.name}: {_first_line(e)}") from None
     if not hasattr(processor, "image_processor"):
         raise DataError(f"model {model.name} has no image processor", hint="r1v trains vision-language models")
-    if not processor.chat_template:
-        raise DataError(f"model {model.name} has no chat template", hint="r1v trains instruction-tuned models")
+    check_template(processor, model.name)
     set_pixel_limits(processor, model.min_pixels, model.max_pixels)
     processor.tokenizer.padding_side = "left"
     return processor
+
+
+def check_template(processor, name: str) -> None:
+    """Render a question about an image.
+
+    Raises:
+        DataError: there is no chat template, it is broken, or it leaves out the image.
+    """
+    try:
+        text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # a template is a program
+        raise DataError(f"the chat template of {name} does not work: {_first_line(e)}") from None
+    if processor.image_token not in text:
+        raise DataError(f"the chat template of {name} leaves out the image")
 
 
 def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:

@@ -29,7 +29,7 @@ from ..errors import DataError, R1VError, UsageError
 from ..prompts import build_messages, target_text
 from ..run_dir import RunDir, read_json
 from .checkpoints import checkpoints, is_whole, tensors_only
-from .common import check_size, die_with_parent
+from .common import check_size, check_template, die_with_parent
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are
@@ -252,9 +252,10 @@ def _processor(folder: Path, base: str | None):
         except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
             error = error or e
             continue
-        if hasattr(processor, "image_processor") and processor.chat_template:
+        if hasattr(processor, "image_processor"):
+            check_template(processor, place)
             return processor
-    reason = _first_line(error) if error else "it has no image processor, or no chat template"
+    reason = _first_line(error) if error else "it has no image processor"
     raise DataError(f"cannot load a processor from {' or '.join(places)}: {reason}")
 
 

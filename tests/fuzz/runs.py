@@ -208,6 +208,11 @@ def make(pieces: Path) -> SimpleNamespace:
         ],
         checkpoints=[
             *_pickles(whole),
+            *(
+                _checkpoint(whole, "chat_template.jinja", t, load)
+                for t in (b"", b"{%", b"no image", b"{{ x.y.z }}")
+                for load in (False, True)
+            ),
             *(_checkpoint(whole, n, c, load) for n in models for c in rubbish[:6] for load in (False, True)),
             *(_checkpoint(lora, n, c) for n in ("adapter_config.json", "adapter_model.safetensors") for c in rubbish),
         ],
