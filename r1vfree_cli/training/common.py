@@ -141,10 +141,10 @@ def load_processor(model: config.Model, seed: int = 0):
 
 
 def check_template(processor, name: str) -> None:
-    """Render a question about an image.
+    """Render a question about an image, and tokenise it.
 
     Raises:
-        DataError: there is no chat template, it is broken, or it leaves out the image.
+        DataError: there is no chat template, it or the tokenizer is broken, or it leaves out the image.
     """
     try:
         text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
@@ -152,6 +152,10 @@ def check_template(processor, name: str) -> None:
         raise DataError(f"the chat template of {name} does not work: {_first_line(e)}") from None
     if processor.image_token not in text:
         raise DataError(f"the chat template of {name} leaves out the image")
+    try:
+        processor.tokenizer(text)
+    except Exception as e:  # settings of another type
+        raise DataError(f"the tokenizer of {name} does not work: {_first_line(e)}") from None
 
 
 def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:

@@ -197,6 +197,8 @@ def make(pieces: Path) -> SimpleNamespace:
 
     commands = st.sampled_from((REPORT, REPORT, [*GO_ON, "--resume"], GO_ON))
     kinds = st.sampled_from(((whole, False), (whole, True), (lora, False)))
+    settings = json.loads((whole / "ckpt" / "tokenizer_config.json").read_text()) | {"model_max_length": [1]}
+    tokenizer = json.dumps(settings).encode()
     rubbish = (b"", b"null", b"[]", b"\x00", b"\xff\xfe", values.deep_json(), Link("/etc/hostname"), Link("x"))
     names = ("recipe.yaml", "status.json", "launch.json", "metrics.jsonl", "summary.json", "final/r1v.json", "rollouts/step-00000001.parquet")  # fmt: skip
     models = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors", "r1v.json")  # fmt: skip
@@ -213,6 +215,7 @@ def make(pieces: Path) -> SimpleNamespace:
                 for t in (b"", b"{%", b"no image", b"{{ x.y.z }}")
                 for load in (False, True)
             ),
+            *(_checkpoint(whole, "tokenizer_config.json", tokenizer, load) for load in (False, True)),
             *(_checkpoint(whole, n, c, load) for n in models for c in rubbish[:6] for load in (False, True)),
             *(_checkpoint(lora, n, c) for n in ("adapter_config.json", "adapter_model.safetensors") for c in rubbish),
         ],
