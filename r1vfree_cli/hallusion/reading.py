@@ -28,7 +28,7 @@ _TRUTH = re.compile(
     r"(?:^\W*|\b(?:is|are|was|be|it's|that's|seems|looks)\s+)"
     r"(?P<no>(?:(?:not|never|hardly)\s+)?)(?:(?:entirely|completely|quite|totally|indeed|also|actually|factually)\s+)*"
     r"(?P<word>correct|true|right|accurate|the\s+case|incorrect|false|wrong|inaccurate|untrue)\b"
-    r"(?!\s+(?:of|to|next|side|above|below|hand|angle|triangle|order|if|that\s+there\s+(?:is|are)\s+no))"
+    r"(?!\s+(?:of|to|next|here|there|behind|beside|under|side|above|below|hand|angle|triangle|order|if|that\s+there\s+(?:is|are)\s+no))"
 )
 _NEGATIVE = {"incorrect", "false", "wrong", "inaccurate", "untrue"}
 _LONE_YES = re.compile(r"(?<!not )\b(yes)\b")

@@ -236,6 +236,9 @@ def test_gates(tmp_path, capsys):
     with pytest.raises(GateError) as e:
         check_gates(doc, ["aAcc=50", "qAcc=18"])
     assert e.value.exit_code == 4 and len(e.value.details) == 1
+    doc["metrics"]["hard_aAcc"] = None  # a part of the benchmark without edited figures: nothing measured, nothing met
+    with pytest.raises(GateError, match="not met"):
+        check_gates(doc, ["hard_aAcc=0"])
 
 
 def test_comparison_is_paired_and_names_questions(tmp_path):

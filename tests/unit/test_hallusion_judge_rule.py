@@ -71,6 +71,7 @@ UNREADABLE = [
     "The lines are parallel",
     "The red one is on the right.",
     "It is right of the box",
+    "It's right there on the left",
     "Noted. Northern. Yesterday.",
     "Based on the image, No. 3 is larger",
     "not correct, it is correct",
