@@ -129,15 +129,17 @@ def test_a_completion_with_script_stays_text(made):
 
 def test_the_table_shows_the_scores_to_the_count(made):
     base, _, page, md = made
-    for name in ("base", "trained"):
-        scores = json.loads((base / name / "scores.json").read_text())
-        for metric, (right, total) in scores["counts"].items():
-            cell = f"{scores['metrics'][metric]:.1f}"
+    scores = [json.loads((base / name / "scores.json").read_text()) for name in ("base", "trained")]
+    for name, own in zip(("base", "trained"), scores):
+        for metric, (right, total) in own["counts"].items():
+            cell = f"{own['metrics'][metric]:.1f}"
             assert any(c.startswith(cell) and f"{right}/{total}" in c for c in page.cells), (name, metric)
             assert f"<sub>{right}/{total}" in md
     assert any(c.startswith("always yes") for c in page.cells) and any(c.startswith("always no") for c in page.cells)
-    best = [a for t, a in page.elements if t == "strong"]
-    assert best and "**" in md
+    best = [max(s["metrics"][m] for s in scores) for m in scores[0]["metrics"]]
+    strong = re.findall(r"<td><strong>(.*?)</strong>", (base / "out" / "report.html").read_text())
+    assert sorted(strong) == sorted(f"{value:.1f}" for value in best)
+    assert all(f"**{value:.1f}**" in md for value in best)
 
 
 def test_paired_figures_are_those_of_the_statistics(made):
@@ -160,6 +162,28 @@ def test_changed_questions_show_figure_and_both_replies(made):
     assert gained and "Gained:" in page.text
     assert any("figure of the question" in img["alt"] for img in page.all("img"))
     assert "text only" in page.text or not any("VS_chart" in g and "_0_" in g for g in gained)
+
+
+def test_changed_questions_carry_the_verdicts_of_the_judge(made):
+    base, _, _, md = made
+    judged = {n: json.loads((base / n / "judged.json").read_text()) for n in ("base", "trained")}
+    names = ("category", "subcategory", "set_id", "figure_id", "question_id")
+    codes = {n: {tuple(str(r[k]) for k in names): str(r["gpt4v_output_gpt_check"]) for r in judged[n]} for n in judged}
+    place = r"\*\*(V[DS]) (\w+), set (\w+), figure (\w+), question (\w+)\*\*.*?\nbase, (\w+):.*?\ntrained, (\w+):"
+    shown = re.findall(place, md, re.DOTALL)
+    assert len(shown) >= 8
+    word = {"0": "wrong", "1": "right", "2": "unclear"}
+    for *key, before, after in shown:
+        assert (before, after) == (word[codes["base"][tuple(key)]], word[codes["trained"][tuple(key)]]), key
+
+
+def test_rollouts_are_shown_best_advantage_first(made):
+    text = (made[0] / "out" / "report.html").read_text()
+    groups = [re.findall(r"advantage\D*?([+−±][\d.]+)", g) for g in text.split('class="group"')[1:]]
+    assert len(groups) >= 2 and all(len(found) == 8 for found in groups)
+    for found in groups:
+        values = [float(v.replace("−", "-").replace("±", "")) for v in found]
+        assert values == sorted(values, reverse=True) and values[0] > values[-1]
 
 
 def test_not_scored_is_said_and_is_not_zero(made):

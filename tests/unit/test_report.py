@@ -47,6 +47,10 @@ def test_markdown_shows_exactly_the_text_and_starts_nothing(text):
     assert shown(html) == text.strip()
 
 
+def test_markdown_text_opens_no_tag_that_the_report_itself_would_close():
+    assert "<" not in markdown("<img src=x onerror=alert(1) ").replace("<br>", "")
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_markdown_cell_stays_one_cell(text):
     table = f"| a | b |\n| --- | --- |\n| {markdown(text)} | end |\n"
@@ -73,11 +77,11 @@ def test_cut_last_line_of_a_killed_writer_is_left_out_and_said(tmp_path):
 def test_metrics_survive_damage_nan_and_steps_logged_twice(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(
-        '{"step": 2, "reward": 0.2}\n{"step": 1, "reward": NaN, "kl": 0.1}\nnot json\n[1]\n{"no": "step"}\n'
+        '{"step": 2, "reward": 0.2, "step_time": 3}\n{"step": 1, "reward": NaN, "kl": 0.1}\nnot json\n[1]\n{"no": "step"}\n'
         '{"step": true}\n{"step": 2, "reward": 0.9}\n'
     )
     notes: list[str] = []
-    assert read_metrics(file, notes) == [{"step": 1.0, "kl": 0.1}, {"step": 2.0, "reward": 0.9}]
+    assert read_metrics(file, notes) == [{"step": 1.0, "kl": 0.1}, {"step": 2.0, "reward": 0.9, "step_time": 3.0}]
     assert notes == ["metrics.jsonl: 1 damaged line left out"]
 
 
