@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -276,6 +275,12 @@ def peak_memory(folder: Path, case: tuple[int, int, int], name: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def peak_resident() -> float:
+    """GB; of this program alone, where getrusage's figure begins with that of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
+
+
 def total(values: dict[str, float]) -> float:
     return sum(values.values())
 
@@ -309,7 +314,7 @@ def main() -> int:
         if args.memory_of:
             steps = Steps(folder, *case, shared=args.memory_of == "r1v")
             steps.step(), steps.step()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+            print(peak_resident())
             return 0
         if args.growth:
             return growth(folder)

@@ -35,8 +35,8 @@ def place(tmp_path_factory):
 
 def test_the_tiny_recipe_learns_without_labels(place):
     accuracy = json.loads((place / "runs/tiny/summary.json").read_text())["heldout_accuracy"]
-    # The bar is low on purpose: how much the recipe gains, and on which seeds, is measured by tests/bench/tiny_controls.
-    assert accuracy["sampled"]["after"] > accuracy["sampled"]["before"], accuracy
+    for how in ("greedy", "sampled"):
+        assert accuracy[how]["after"] >= accuracy[how]["before"] + 0.10, accuracy
     table = (place / "stdout.txt").read_text()
     for part in ("held-out accuracy, greedy", "reward", "format rate", "time, train the judge"):
         assert part in table, part
