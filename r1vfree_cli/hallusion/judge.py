@@ -260,6 +260,17 @@ class ChatJudge:
         return entry
 
 
+def check_references(questions: list[Question]) -> None:
+    """Raises UsageError when questions lack the reference details that a chat judge compares with."""
+    without = [q.id for q in questions if not q.reference]
+    if without:
+        raise UsageError(
+            f"{len(without)} questions have no gt_answer_details, which a chat judge needs",
+            details=without[:5],
+            hint="use the official JSON with --questions, or --judge rule",
+        )
+
+
 def by_chat(questions: list[Question], replies: dict[str, str], path: Path, judge: ChatJudge) -> Outcome:
     """Judge by a chat model; asks only for what neither `path` nor the cache holds.
 
@@ -270,16 +281,8 @@ def by_chat(questions: list[Question], replies: dict[str, str], path: Path, judg
         path: `judgements.jsonl`; appended to while calls finish, then rewritten with a line a question.
 
     Raises:
-        UsageError: the endpoint is down or refuses, or questions have no reference details.
+        UsageError: the endpoint is down or refuses.
     """
-    without = [q.id for q in questions if not q.reference]
-    if without:
-        raise UsageError(
-            f"{len(without)} questions have no gt_answer_details, which a chat judge needs",
-            details=without[:5],
-            hint="use the official JSON with --questions, or --judge rule",
-        )
-    judge.endpoint.check()
     outcome = Outcome()
     repair_tail(path)
     before = read_judgements(path)

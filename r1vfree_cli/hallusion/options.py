@@ -57,6 +57,11 @@ class EvalOptions:
     api_key_env: str = "OPENAI_API_KEY"
 
     @property
+    def asks_judge(self) -> bool:
+        """Whether a chat judge will be asked."""
+        return self.judge == "chat" and self.judged is None and self.stage in ("judge", "all")
+
+    @property
     def sources(self) -> list[str]:
         return [name for name in ("checkpoint", "endpoint", "predictions", "judged") if getattr(self, name) is not None]
 
@@ -132,8 +137,10 @@ def check(o: EvalOptions) -> None:
     ):
         if number is not None and number < least:
             raise UsageError(f"{name} is {number}; it must be at least {least}")
+    if not 0 < o.timeout_s < math.inf:
+        raise UsageError(f"--timeout is {o.timeout_s}; it must be a number of seconds above 0")
     _check_sources(o)
-    if o.judge == "chat" and o.judged is None and o.stage in ("judge", "all"):
+    if o.asks_judge:
         if o.protocol == "vlmevalkit":
             raise UsageError(
                 "the protocol vlmevalkit extracts yes or no and asks no judge", hint="leave out --judge chat"

@@ -26,6 +26,7 @@ from .score import Item
 
 HUB = "lmms-lab/HallusionBench"
 _FIGURE = re.compile(r"(?:^|.*/)((?:VD|VS)/[^/]+/[^/]+\.(?:png|jpe?g|webp))$", re.IGNORECASE)
+_FILES = (".json", ".jsonl", ".ndjson", ".tsv", ".parquet", ".zip")  # a mistyped path is no hub name
 _SHOWN = 5  # examples in an error
 
 Reader = Callable[[], bytes]
@@ -168,7 +169,7 @@ def load(
         found = _tsv(path)
     elif path and path.is_file():
         found = _official(path, images, needed)
-    elif source is None or re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    elif source is None or (re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path and path.suffix not in _FILES):
         found = _parquet(_download(source or HUB))
     else:
         raise UsageError(

@@ -42,7 +42,12 @@ def evaluate(o: EvalOptions) -> dict:
     if o.judged:
         return _score_judged(o, o.judged, other)
     out = o.out or _default_out(o)
+    chat = _chat(o) if o.asks_judge else None
+    if chat and not o.estimate:
+        chat.endpoint.check()
     planned, asked, records = _open(o, out)
+    if chat:
+        judge.check_references(asked.questions)  # known before anything is generated
     if other:
         same_questions([q.item for q in asked.questions], other)
     if o.estimate:

@@ -16,6 +16,7 @@ import threading
 import time
 import zipfile
 import zlib
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -766,6 +767,8 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(2, EvalOptions(), "nothing to evaluate")
     fails(2, EvalOptions(judged=file, checkpoint="x/y"), "exclude each other")
     fails(2, EvalOptions(endpoint="http://localhost/v1"), "--model")
+    for seconds in (0, -1, float("nan")):
+        fails(2, EvalOptions(judged=file, timeout_s=seconds), "--timeout")
     fails(2, EvalOptions(predictions=file, judge="chat"), "--judge-model")
     fails(2, EvalOptions(endpoint="http://localhost/v1", model="m", base="b"), "--base")
     fails(2, EvalOptions(predictions=file, judge="chat", judge_model="m", protocol="vlmevalkit"), "vlmevalkit")
@@ -773,6 +776,17 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(2, EvalOptions(predictions=file, judge="chat", judge_model="m", out=tmp_path / "e"), "OPENAI_API_KEY")
     fails(2, EvalOptions(judged=file, compare_to=tmp_path / "nothing"), "--compare-to")
     fails(3, EvalOptions(judged=missing), "cannot read")
+
+
+def test_a_judge_that_cannot_be_asked_is_told_before_anything_is_generated(bench, tiny, tmp_path):
+    out = tmp_path / "e"
+    more = {"judge": "chat", "judge_model": "m"}
+    fails(2, local(bench, tiny, out, **more), "OPENAI_API_KEY")
+    more["judge_base_url"] = "http://127.0.0.1:9/v1"
+    fails(2, local(bench, tiny, out, judge_prompt=tmp_path / "none.txt", **more), "none.txt")
+    tsv = str(tsv_layout(bench, tmp_path / "hb.tsv"))  # it has no reference details
+    fails(2, replace(local(bench, tiny, out, **more), questions=tsv, images=None), "gt_answer_details")
+    assert not out.exists()
 
 
 def test_bad_judged_files(tmp_path):
@@ -826,6 +840,7 @@ def test_missing_figures_and_bad_ones(bench, tmp_path):
     fails(3, EvalOptions(questions=official, images=empty, **base), "missing", "0_0.png")
     fails(2, EvalOptions(questions=official, images=tmp_path / "no.zip", **base), "neither a folder nor a zip")
     fails(2, EvalOptions(questions=str(tmp_path / "no.json"), **base), "no questions at")
+    fails(2, EvalOptions(questions="data/HallusionBenhc.json", **base), "no questions at")  # no hub name either
     shutil.copytree(bench / "hallusion_bench", tmp_path / "bad")
     (tmp_path / "bad" / "VD" / "ocr" / "0_0.png").write_bytes(b"no image")
     fails(3, EvalOptions(questions=official, images=tmp_path / "bad", **base), "VD_ocr_0_0", "not an image")
