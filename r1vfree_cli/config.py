@@ -236,6 +236,17 @@ class _Recipe(Strict):
         return (self.train.model_extra or {}).get("seed", 42)
 
     @property
+    def weights_dtype(self) -> str:
+        """What trained weights are held in. `model.dtype` is what is computed with.
+
+        A bfloat16 weight of 0.02 has neighbours 1e-4 away, so a step of 1e-6 leaves it as it is. DeepSpeed keeps
+        32-bit copies for the optimizer, PEFT keeps adapters in 32 bits; without them the weights themselves are
+        float32, and autocast computes in `model.dtype` (Micikevicius et al., 2018).
+        """
+        exact = self.launch.preset.startswith("zero") or self.model.lora is not None
+        return self.model.dtype if exact else "float32"
+
+    @property
     def served(self) -> Serve | None:
         """The reward server that the run starts, if any."""
         return None

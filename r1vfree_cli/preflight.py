@@ -38,7 +38,6 @@ def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False) -> Findings:
     found = Findings()
     _devices(recipe, found, dry_run)
     _packages(recipe, found, dry_run)
-    _precision(recipe, found)
     _model(recipe.model.name, "model.name", found)
     _data(recipe, found)
     if isinstance(recipe, GrpoRecipe) and recipe.feedback:
@@ -84,20 +83,6 @@ def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> 
         )
         message = f"{where} needs {need} GPUs on this node, found {have}; launch.device: cpu runs any preset on the CPU"
         (found.unchecked if dry_run else found.errors).append(message)
-
-
-def _precision(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
-    """Without DeepSpeed nobody keeps 32-bit master weights beside 16-bit ones; LoRA's adapters are 32-bit anyway."""
-    if recipe.launch.preset.startswith("zero") or recipe.model.lora or recipe.model.dtype == "float32":
-        return
-    hint = "use model.dtype float32, a zero preset or model.lora"
-    where = f"model.dtype {recipe.model.dtype} with launch.preset {recipe.launch.preset}"
-    if recipe.model.dtype == "float16":
-        found.errors.append(f"{where}: torch's loss scaling refuses 16-bit gradients; {hint}")
-    else:
-        found.warnings.append(
-            f"{where} keeps no float32 master weights: updates below 1/256 of a weight vanish; {hint}"
-        )
 
 
 def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:

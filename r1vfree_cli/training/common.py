@@ -165,8 +165,8 @@ def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:
     processor.image_processor.size = limits if isinstance(size, dict) else type(size)(**limits)
 
 
-def load_policy(model: config.Model, seed: int = 0):
-    """The model, of the class its config names (never its path), in the recipe's dtype and attention.
+def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = None):
+    """The model, of the class its config names (never its path), in the recipe's attention and dtype, or in `weights`.
 
     Call it after the TRL config was built: under ZeRO-3 that is what makes `from_pretrained` shard on loading.
 
@@ -181,7 +181,7 @@ def load_policy(model: config.Model, seed: int = 0):
         check_size(where, AutoConfig.from_pretrained(where, **common))
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             where,
-            dtype=getattr(torch, model.dtype),
+            dtype=getattr(torch, weights or model.dtype),
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -219,6 +219,13 @@ def check_size(where: str, config) -> None:
         raise DataError(
             f"cannot load {where}: config.json describes {count} parameters, the weights are {stored} bytes"
         )
+
+
+def round_weights(policy, dtype: str) -> None:
+    """Weights held in float32 for the optimizer's sake, in the dtype that the finished model is stored in."""
+    for parameter in policy.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def freeze_vision(policy) -> None:

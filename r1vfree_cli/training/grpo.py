@@ -22,7 +22,7 @@ from ..rewards import build_rewards, canaries
 from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
 from .callbacks import RunCallback, trim_metrics
 from .checkpoints import resume_point, save_final
-from .common import is_main, load_policy, load_processor, peft_config, to_prompts, worker
+from .common import is_main, load_policy, load_processor, peft_config, round_weights, to_prompts, worker
 from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
@@ -96,7 +96,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     if canary is not None:
         canary(None)
     trainer = R1VGRPOTrainer(
-        model=load_policy(recipe.model, args.seed),
+        model=load_policy(recipe.model, args.seed, weights=recipe.weights_dtype),
         reward_funcs=rewards,
         guard=recipe.train.guard,
         shared_prefix=recipe.train.shared_prefix,
@@ -154,6 +154,8 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     if heldout is not None:
         _record(run, measure(trainer, heldout), "after")
         clock.lap("held-out after")
+    if recipe.weights_dtype != recipe.model.dtype:
+        round_weights(trainer.model, recipe.model.dtype)
     save_final(trainer, run.final)
     clock.lap("save")
     if is_main():

@@ -68,8 +68,7 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
 
     `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it:
     weights and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al.,
-    2020, section 3.1); without DeepSpeed the moments have the weights' dtype, and DDP's buckets hold the gradients
-    once more. Not counted: CUDA's context, fragmentation, vLLM.
+    2020, section 3.1); without DeepSpeed all of these are float32, and DDP's buckets hold the gradients once more. Not counted: CUDA's context, fragmentation, vLLM.
 
     Raises:
         DataError: the model's config cannot be read.
@@ -89,20 +88,21 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     if recipe.model.freeze_vision:
         trained -= sum(p.numel() for p in model.model.visual.parameters())
     size = 4 if recipe.model.dtype == "float32" else 2
-    stored: float = size
+    held = 4 if recipe.weights_dtype == "float32" else 2
+    stored: float = held
     if lora:
         trained = int(total * 0.01 * lora.r / 16)
-        stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", size)
+        stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", held)
     zero = int(launch.preset[4]) if launch.preset.startswith("zero") else 0
     world = launch.processes
     copies = 1 if zero or world == 1 else 2
     parts = {
         "weights": stored * total / (world if zero == 3 else 1),
-        "gradients": copies * size * trained / (world if zero >= 2 else 1),
-        "optimizer": (12 if zero else 2 * size) * trained / (world if zero >= 1 else 1),
+        "gradients": copies * held * trained / (world if zero >= 2 else 1),
+        "optimizer": (12 if zero else 8) * trained / (world if zero >= 1 else 1),
     }
     if isinstance(recipe, GrpoRecipe) and train.get("beta", 0) and not lora:
-        parts["reference"] = size * total / (world if zero == 3 else 1)
+        parts["reference"] = held * total / (world if zero == 3 else 1)
     if launch.preset == "zero3-offload":
         parts = {"host": sum(parts.values())}
     if isinstance(recipe, GrpoRecipe):

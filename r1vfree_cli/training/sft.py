@@ -21,7 +21,7 @@ from ..prompts import build_messages, target_text
 from ..run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
 from .callbacks import RunCallback
 from .checkpoints import WholeCheckpoints, resume_point, save_final
-from .common import is_main, load_policy, load_processor, peft_config, worker
+from .common import is_main, load_policy, load_processor, peft_config, round_weights, worker
 from .lengths import prompt_lengths
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
@@ -199,7 +199,7 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
         console.log(f"dropped {count} rows: {reason}")
     callback = RunCallback(run)
     trainer = R1VSFTTrainer(
-        model=load_policy(recipe.model, args.seed),
+        model=load_policy(recipe.model, args.seed, weights=recipe.weights_dtype),
         args=args,
         data_collator=Collator(processor),
         train_dataset=rows,
@@ -215,6 +215,8 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
         if is_main():
             run.set_status(INTERRUPTED, reason="stopped by a signal", step=trainer.state.global_step)
         raise Interrupted(f"interrupted at step {trainer.state.global_step}; its checkpoint is written")
+    if recipe.weights_dtype != recipe.model.dtype:
+        round_weights(trainer.model, recipe.model.dtype)
     save_final(trainer, run.final)
     if is_main():
         times = {"prepare": prepared - started, "train": trained - prepared, "save": time.perf_counter() - trained}

@@ -84,7 +84,7 @@ TEXT = {
 PARAMETERS = {"3b": 3_754_622_976, "7b": 8_292_166_656}  # of the published checkpoints
 # Bytes a parameter on one of 6 processes, bfloat16: weights, gradients, optimizer, reference.
 BYTES = {
-    "ddp": (2, 4, 4, 2),  # DDP's buckets hold the gradients again; AdamW's moments are bfloat16 too
+    "ddp": (4, 8, 8, 4),  # float32; DDP's buckets hold the gradients again
     "zero1": (2, 2, 12 / 6, 2),
     "zero2": (2, 2 / 6, 12 / 6, 2),
     "zero3": (2 / 6, 2 / 6, 12 / 6, 2 / 6),

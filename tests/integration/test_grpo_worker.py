@@ -361,6 +361,36 @@ def test_lora_trains_an_adapter_that_loads(home, tmp_path, made_up, shared_prefi
     AutoProcessor.from_pretrained(run.final)
 
 
+TINY_STEPS = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "save_steps": 2}
+
+
+@pytest.mark.parametrize(("dtype", "shared_prefix"), [("bfloat16", True), ("float16", True), ("bfloat16", False)])
+def test_steps_smaller_than_a_16_bit_weight_can_tell_are_not_lost(home, tmp_path, made_up, dtype, shared_prefix):
+    """Weights in bfloat16 without 32-bit copies would keep 99 of 100 steps of 1e-6 from ever being taken."""
+    recipe, run = start(home, tmp_path, shared_prefix=shared_prefix, **TINY_STEPS, **{"model.dtype": dtype})
+    grpo.main(recipe, run)
+    before, saved, final = (
+        weights_of(home / "model"),
+        weights_of(run.checkpoints / "checkpoint-2"),
+        weights_of(run.final),
+    )
+    moved = sum(int((saved[k] != before[k]).sum()) for k in saved) / sum(v.numel() for v in saved.values())
+    assert moved > 0.9
+    for name, value in final.items():
+        assert saved[name].dtype == torch.float32 and value.dtype == getattr(torch, dtype)
+        assert torch.equal(value, saved[name].to(value.dtype))
+    assert AutoModelForImageTextToText.from_pretrained(run.final).dtype == getattr(torch, dtype)
+
+
+def test_an_adapter_on_16_bit_weights_is_trained_in_32(home, tmp_path, made_up):
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    recipe, run = start(home, tmp_path, **TINY_STEPS, **{"model.dtype": "bfloat16", "model.lora": lora})
+    grpo.main(recipe, run)
+    saved = load_file(run.checkpoints / "checkpoint-2" / "adapter_model.safetensors")
+    assert {v.dtype for v in saved.values()} == {torch.float32}
+    assert all(0 < v.abs().max() < 1e-5 for k, v in saved.items() if "lora_B" in k)
+
+
 def test_measuring_does_not_disturb_training(home, tmp_path, made_up):
     plain = start(home, tmp_path / "plain")
     heldout = {"path": str(home / "data"), "split": "test", "limit": 3}

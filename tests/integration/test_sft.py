@@ -86,6 +86,18 @@ def rows_of(n: int = 6, **kwargs) -> list[dict]:
     return tiny_models.draw_rows(n, **kwargs)
 
 
+def test_steps_smaller_than_a_16_bit_weight_can_tell_are_not_lost(tiny, data, tmp_path):
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, max_steps=2, learning_rate=1e-6, lr_scheduler_type="constant")
+    run = train(
+        recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "bfloat16"})}), tmp_path / "run"
+    )
+    before, saved, final = weights(tiny["qwen2_5_vl"]), weights(run.checkpoints / "checkpoint-2"), weights(run.final)
+    assert sum(int((saved[k] != before[k]).sum()) for k in saved) > 0.9 * sum(v.numel() for v in saved.values())
+    assert {v.dtype for v in saved.values()} == {torch.float32} and {v.dtype for v in final.values()} == {
+        torch.bfloat16
+    }
+
+
 # --- what the loss is on ---------------------------------------------------------------------------------------
 
 
