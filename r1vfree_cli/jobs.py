@@ -93,6 +93,7 @@ def run(
         else:
             # Node 0 owns the run dir; the others keep their recipe and logs apart.
             logs = where.path / "nodes" / str(node)
+            ranks.end_orphans(logs)
             recipe_file = logs / "recipe.yaml"
             run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
         try:

@@ -17,7 +17,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .. import console, contract
 from ..errors import DataError, UsageError
 from ..run_dir import RunDir, disk_full, no_space
-from .common import is_main
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -150,7 +149,7 @@ def is_whole(checkpoint: Path) -> bool:
 def resume_point(run: RunDir) -> Path | None:
     """The newest whole checkpoint to go on from when this attempt is a resume (`R1V_RESUME=1`), else None.
 
-    Half-written ones are skipped with a word. None also where the run was killed before its first checkpoint.
+    For rank 0 alone: the others are told. Half-written ones are skipped with a word. None also where the run was killed before its first checkpoint.
 
     Raises:
         UsageError: the checkpoints were saved without optimizer state (`train.save_only_model`).
@@ -159,8 +158,7 @@ def resume_point(run: RunDir) -> Path | None:
         return None
     if (run.checkpoints / ASIDE).exists():
         console.log("a checkpoint that was being written when the run ended is skipped")
-    if is_main():
-        clean(run.checkpoints)
+    clean(run.checkpoints)
     for step, path in reversed(checkpoints(run.checkpoints)):
         if not is_whole(path):
             console.warn(f"{path.name} is not whole, it is skipped")

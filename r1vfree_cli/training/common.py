@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import config, recipes
 from ..embedded import resolve_model
-from ..errors import DataError, Interrupted, R1VError, UsageError
+from ..errors import DataError, Interrupted, R1VError, UsageError, from_dict
 from ..prompts import build_messages
 from ..ranks import hold_pid_file, orphaned
 from ..run_dir import RunDir, disk_full, no_space, write_json
@@ -38,6 +40,28 @@ def stop_requested() -> bool:
 def is_main() -> bool:
     """Rank 0 over all nodes."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Run `work` on rank 0 and return its result on every rank; what it raises there is raised on all, as an R1VError.
+
+    Call it once TRL's config was built: that joins the ranks.
+    """
+    error: Exception | None = None
+    told: list[Any] = [None, None]  # result, error as a document
+    if is_main():
+        try:
+            told[0] = work()
+        except Exception as e:
+            error = e
+            told[1] = (e if isinstance(e, R1VError) else R1VError(f"rank 0 failed: {e!r}")).to_dict()
+    if PartialState().num_processes > 1:
+        broadcast_object_list(told)
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        raise from_dict(told[1])
+    return told[0]
 
 
 def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:

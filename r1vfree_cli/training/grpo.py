@@ -10,19 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
 from .. import console, contract
 from ..config import GrpoRecipe
 from ..data.load import data_sha256, load_rows
 from ..embedded import with_seed
-from ..errors import Interrupted, R1VError, UsageError, from_dict
+from ..errors import Interrupted, R1VError, UsageError
 from ..rewards import build_rewards, canaries
 from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
 from .callbacks import RunCallback, trim_metrics
 from .checkpoints import resume_point, save_final
-from .common import is_main, load_policy, load_processor, peft_config, round_weights, to_prompts, worker
+from .common import is_main, load_policy, load_processor, on_main, peft_config, round_weights, to_prompts, worker
 from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
@@ -74,8 +74,8 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         UsageError, DataError: nothing to train on, or a reward that cannot work.
     """
     clock = _Clock()
-    resume = resume_point(run)
     args = grpo_config(recipe, run)
+    resume = on_main(lambda: resume_point(run))  # other nodes have no run dir to see that it is a resume
     processor = load_processor(recipe.model, args.seed)
     path = with_seed(recipe.data.path, args.seed)
     split, limit = recipe.data.split, recipe.data.max_prompt_tokens
@@ -199,25 +199,6 @@ def _enough(rows, args: GRPOConfig) -> None:
             f"{len(rows)} rows are fewer than the {prompts} prompts of one generation batch",
             hint="more rows, or lower train.prompts_per_device, gradient_accumulation_steps or launch.processes",
         )
-
-
-def on_main(work: Callable[[], Any]) -> None:
-    """Run `work` on rank 0; what it raises there is raised on every rank, as an R1VError elsewhere."""
-    error: Exception | None = None
-    if is_main():
-        try:
-            work()
-        except Exception as e:
-            error = e
-    failed: list[dict | None] = [None]
-    if error is not None:
-        failed = [(error if isinstance(error, R1VError) else R1VError(f"rank 0 failed: {error!r}")).to_dict()]
-    if PartialState().num_processes > 1:
-        broadcast_object_list(failed)
-    if error is not None:
-        raise error
-    if failed[0] is not None:
-        raise from_dict(failed[0])
 
 
 def _identity(reward: Any, weight: float) -> dict:

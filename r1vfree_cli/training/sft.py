@@ -21,7 +21,7 @@ from ..prompts import build_messages, target_text
 from ..run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
 from .callbacks import RunCallback
 from .checkpoints import WholeCheckpoints, resume_point, save_final
-from .common import is_main, load_policy, load_processor, peft_config, round_weights, worker
+from .common import is_main, load_policy, load_processor, on_main, peft_config, round_weights, worker
 from .lengths import prompt_lengths
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
@@ -185,8 +185,8 @@ def sft_config(recipe: SftRecipe, run: RunDir) -> SFTConfig:
 def main(recipe: SftRecipe, run: RunDir) -> None:
     """Train, and leave `final/`, `summary.json` and the status. Runs on every rank."""
     started = time.perf_counter()
-    resume = resume_point(run)
     args = sft_config(recipe, run)
+    resume = on_main(lambda: resume_point(run))  # other nodes have no run dir to see that it is a resume
     processor = load_processor(recipe.model, args.seed)
     path = with_seed(recipe.data.path, args.seed)
     rows, dropped = select_rows(
