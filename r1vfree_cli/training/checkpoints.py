@@ -149,7 +149,8 @@ def is_whole(checkpoint: Path) -> bool:
 def resume_point(run: RunDir) -> Path | None:
     """The newest whole checkpoint to go on from when this attempt is a resume (`R1V_RESUME=1`), else None.
 
-    For rank 0 alone: the others are told. Half-written ones are skipped with a word. None also where the run was killed before its first checkpoint.
+    For rank 0 alone: the others are told. Half-written ones are skipped with a word. None also where the run was killed
+    before its first checkpoint.
 
     Raises:
         UsageError: the checkpoints were saved without optimizer state (`train.save_only_model`).
