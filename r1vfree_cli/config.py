@@ -10,9 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-PRESETS = ("cpu", "ddp", "zero1", "zero2", "zero3", "zero3-offload")
-REWARDS = ("format", "accuracy", "feedback")
-
 
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; nothing is coerced but int to float."""

@@ -43,10 +43,6 @@ class Plan:
     env: dict[str, str] = field(default_factory=dict)
     processes: int = 1
 
-    def shell(self) -> str:
-        """The command as one could type it."""
-        return shlex.join([f"{k}={v}" for k, v in sorted(self.env.items())] + self.argv)
-
 
 def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
     """The `accelerate launch` command of a recipe, for this node."""

@@ -29,7 +29,6 @@ class Source:
     """
 
     name: str
-    about: str
     convert: Callable[[dict], RawRow]
     hub: str | None = None
     rename: dict[str, str] = field(default_factory=dict)
@@ -119,31 +118,27 @@ def _hallusionbench(record: dict) -> RawRow:
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
-        Source("rlhf-v", "open-ended questions, human-corrected answers", _rlhf_v, "openbmb/RLHF-V-Dataset"),
-        Source("r1v-free", "RLHF-V as R1V-Free trained on it", _r1v_free, "Exgc/R1V-Free_RLHFV"),
-        Source("clevr-count", "CLEVR, counting", _r1v_rows, "leonardPKU/clevr_cogen_a_train"),
-        Source(
-            "clevr-complex", "CLEVR, composed questions", _r1v_rows, "MMInstruction/Clevr_CoGenT_TrainA_70K_Complex"
-        ),
-        Source("geoqa", "geometry problems", _r1v_rows, "leonardPKU/GEOQA_R1V_Train_8K"),
+        Source("rlhf-v", _rlhf_v, "openbmb/RLHF-V-Dataset"),
+        Source("r1v-free", _r1v_free, "Exgc/R1V-Free_RLHFV"),
+        Source("clevr-count", _r1v_rows, "leonardPKU/clevr_cogen_a_train"),
+        Source("clevr-complex", _r1v_rows, "MMInstruction/Clevr_CoGenT_TrainA_70K_Complex"),
+        Source("geoqa", _r1v_rows, "leonardPKU/GEOQA_R1V_Train_8K"),
         Source(
             "clevr-r1",
-            "CLEVR, counting, with reasoning for SFT",
             _r1v_rows,
             "MMInstruction/Clevr_CoGenT_TrainA_R1",
             columns=COLUMNS,
         ),
         Source(
             "hallusionbench",
-            "HallusionBench's 1129 yes/no questions, text-only ones included",
             _hallusionbench,
             "lmms-lab/HallusionBench",
             rename={"image": "test", "non_image": "test", "train": "test"},
             text_only=True,
         ),
-        Source("jsonl", "your JSON lines, images as files (--input, --images)", _own_rows),
-        Source("parquet", "your parquet files, images as bytes (--input)", _own_rows),
-        Source("shapes", "drawn here: coloured shapes and questions about them", _own_rows, columns=COLUMNS),
+        Source("jsonl", _own_rows),
+        Source("parquet", _own_rows),
+        Source("shapes", _own_rows, columns=COLUMNS),
     )
 }
 BY_HUB = {source.hub: source for source in SOURCES.values() if source.hub}
