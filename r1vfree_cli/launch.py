@@ -62,7 +62,7 @@ def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
 
 def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
     launch = recipe.launch
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    env = _common()
     # A scheduler may send SIGTERM to every process: torchrun would then kill the ranks after 30 s, in their checkpoint.
     env["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     local = launch.processes // launch.nodes
@@ -80,6 +80,12 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     # accelerate would set 1 thread a process, torchrun too.
     return env | _threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _common() -> dict[str, str]:
+    # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
+    do_not_track = os.environ.get("DO_NOT_TRACK") or "1"
+    return {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": do_not_track}
 
 
 def _threads(n: int) -> dict[str, str]:
@@ -107,7 +113,7 @@ def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
     argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
     if serve.revision:
         argv += ["--revision", serve.revision]
-    env = {"TOKENIZERS_PARALLELISM": "false", "R1V_PARENT_DEATH": "1"}
+    env = _common() | {"R1V_PARENT_DEATH": "1"}
     if launch.on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = ""
     elif serve.devices:
@@ -117,8 +123,7 @@ def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
 
 def module_plan(module: str, *args: str) -> Plan:
     """A plain `python -m module args` in this environment, with all cores."""
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"} | _threads(os.cpu_count() or 1)
-    return Plan([sys.executable, "-m", module, *args], env)
+    return Plan([sys.executable, "-m", module, *args], _common() | _threads(os.cpu_count() or 1))
 
 
 def free_port() -> int:

@@ -54,6 +54,22 @@ def test_every_preset_has_its_file_and_runs_on_cpu_when_asked(preset, tmp_path):
     assert plan.env["ACCELERATE_USE_CPU"] == ("false" if zero else "true")
 
 
+def test_nothing_is_reported_to_anybody_unless_asked(tmp_path, monkeypatch):
+    """TRL sends what is trained, and on what, to the hub; vLLM looks at the same variable."""
+    recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
+    code = "from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    for value, silent in ((None, "True"), ("0", "False")):
+        monkeypatch.delenv("DO_NOT_TRACK", raising=False)
+        if value is not None:
+            monkeypatch.setenv("DO_NOT_TRACK", value)
+        plans = [launch.plan("grpo", recipe, tmp_path), launch.server_plan(recipe, 1), launch.module_plan("m")]
+        assert {plan.env["DO_NOT_TRACK"] for plan in plans} == {value or "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | plans[0].env, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == silent, done.stderr
+
+
 def script(tmp_path, text):
     file = tmp_path / "r1vfree_cli_rank.py"
     head = "import os, sys, time, signal\nfrom pathlib import Path\nfrom r1vfree_cli import ranks\n"
