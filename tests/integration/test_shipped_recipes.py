@@ -1,0 +1,59 @@
+"""Every shipped recipe becomes the installed TRL's own config, with the settings of the run that it reproduces."""
+
+from __future__ import annotations
+
+import pytest
+
+from r1vfree_cli import recipes
+from r1vfree_cli.run_dir import RunDir
+from r1vfree_cli.training import grpo, sft
+
+# One process without GPUs: what TRL makes of `train` does not depend on it.
+HERE = ["launch.preset=ddp", "launch.device=cpu"]
+# The GRPO of TRL 0.14, which the runs used; TRL 1.16's defaults are others.
+PINNED = {
+    "beta": 0.04,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "importance_sampling_level": "token",
+    "num_iterations": 1,
+    "epsilon": 0.2,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "learning_rate": 1e-6,
+    "lr_scheduler_type": "linear",
+    "num_generations": 8,
+    "per_device_train_batch_size": 8,  # TRL counts completions: 1 prompt
+    "gradient_accumulation_steps": 2,
+    "generation_batch_size": 16,
+    "max_completion_length": 512,
+    "bf16": True,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "use_vllm": False,
+    "report_to": [],
+}
+
+
+@pytest.mark.parametrize("name", recipes.shipped("grpo"))
+def test_grpo_recipes_become_trl_configs(name, tmp_path):
+    recipe = recipes.load("grpo", name, HERE)
+    args = grpo.grpo_config(recipe, RunDir(tmp_path))
+    assert args.reward_weights == [r.weight for r in recipe.rewards]
+    if name != "grpo/tiny":
+        assert {key: getattr(args, key) for key in PINNED} == PINNED
+        assert args.num_train_epochs == (2 if "clevr" in name else 10)
+
+
+@pytest.mark.parametrize("name", recipes.shipped("sft"))
+def test_sft_recipes_become_trl_configs(name, tmp_path):
+    args = sft.sft_config(recipes.load("sft", name, HERE), RunDir(tmp_path))
+    assert args.max_length is None and args.report_to == []  # rows are dropped, never cut
+    if name != "sft/tiny":
+        assert (args.learning_rate, args.lr_scheduler_type, args.num_train_epochs) == (2e-5, "cosine", 1)
+        assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
+        assert args.gradient_checkpointing and args.bf16 and args.get_warmup_steps(1000) == 100
