@@ -65,7 +65,10 @@ def prepare_data(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Turn a source into rows: images checked, rotated and RGB, everything dropped counted by reason."""
+    """Turn a source into rows; what is dropped is counted.
+
+    Images are checked, rotated and RGB; every drop has a reason.
+    """
     from . import console
     from .data.prepare import prepare
 
@@ -88,7 +91,10 @@ def sft(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Supervised warm start: loss on the assistant's tokens only."""
+    """Supervised warm start.
+
+    The loss is on the assistant's tokens only.
+    """
     _train("sft", recipe, set, run_dir, resume, overwrite, dry_run, json)
 
 
@@ -162,7 +168,10 @@ def merge(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Merge an adapter or sharded checkpoint into one loadable model, and verify it."""
+    """Merge an adapter or shards into one verified model.
+
+    What was written is loaded again and compared with the unmerged model on an image.
+    """
     from . import console, jobs
 
     result = jobs.merge(checkpoint, out, base=base, dtype=dtype, overwrite=overwrite)
@@ -232,7 +241,10 @@ def eval_hallusion(
     seed: Annotated[int, typer.Option("--seed", help="Of sampling and of the bootstrap.")] = 0,
     json: Json = False,
 ) -> None:
-    """HallusionBench: generate, judge, score; each stage resumes where it stopped."""
+    """HallusionBench: generate, judge, score.
+
+    Each stage resumes where it stopped.
+    """
     given = dict(locals())  # the options by name, before anything else is
     from . import console
     from .hallusion.options import EvalOptions, check_gates
@@ -257,7 +269,10 @@ def doctor(
     step: Annotated[bool, typer.Option("--step", help="Also run one step on the longest rows.")] = False,
     json: Json = False,
 ) -> None:
-    """Is this machine, and this recipe, ready? Exit 2 when something would stop the run."""
+    """Is this machine, and this recipe, ready?
+
+    Exit 2 when something would stop the run.
+    """
     from . import console
     from .doctor import diagnose, show
 
@@ -279,7 +294,10 @@ def report(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Runs and evaluations in one report: Markdown, one self-contained HTML page, pictures."""
+    """Runs and evaluations in one report.
+
+    Markdown, one self-contained HTML page, pictures.
+    """
     from . import console
     from .report import report as write_report
 
@@ -307,7 +325,10 @@ def serve_reward(
         str | None, typer.Option("--api-key-env", help="The environment variable that holds the key clients must send.")
     ] = None,
 ) -> None:
-    """One reward model for all ranks and hosts, over HTTP, in the shape of vLLM's /classify."""
+    """One reward model for all ranks and hosts, over HTTP.
+
+    It speaks the shape of vLLM's /classify.
+    """
     from . import jobs
 
     jobs.serve_reward(model, revision=revision, host=host, port=port, devices=devices, api_key_env=api_key_env)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import console, contract, embedded, launch, preflight, ranks, recipes, run_dir
-from .config import GrpoRecipe, SftRecipe
+from .config import STAGES, GrpoRecipe, SftRecipe
 from .errors import GuardStop, Interrupted, R1VError, UsageError
 from .run_dir import RunDir
 
@@ -190,7 +191,8 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
                 run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder))
             else:
                 plan = launch.module_plan(*stage.args, str(folder / "final"))
-                launch.execute(plan, folder / "logs")
+                with _LogView(folder / "logs" / "launcher.log") as view:
+                    launch.execute(plan, folder / "logs", watch=view.update)
 
 
 def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
@@ -301,6 +303,33 @@ class _View:
                 console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
 
 
+class _LogView:
+    """Follows the progress that a module without a run dir writes into its log: `judge: 30/250 loss 0.5`."""
+
+    def __init__(self, log: Path):
+        self._log = log
+        self._bar = ExitStack()
+        self._progress: console.Progress | None = None
+        self._step = 0
+
+    def __enter__(self) -> _LogView:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        """Show the newest line, if it is new."""
+        found = re.findall(r"^(.+): (\d+)/(\d+) ?(.*)$", "\n".join(launch.tail(self._log)), re.MULTILINE)
+        if not found or int(found[-1][1]) <= self._step:
+            return
+        title, step, total, note = found[-1]
+        if self._progress is None:
+            self._progress = self._bar.enter_context(console.progress(title, int(total)))
+        self._progress.advance(int(step) - self._step, note)
+        self._step = int(step)
+
+
 def summary_rows(summary: dict) -> list[list[str]]:
     """Rows (what, before, after) of the table that a finished run prints."""
 
@@ -310,12 +339,18 @@ def summary_rows(summary: dict) -> list[list[str]]:
     rows = []
     for kind, pair in (summary.get("heldout_accuracy") or {}).items():
         rows.append([f"held-out accuracy, {kind}", number(pair.get("before")), number(pair.get("after"))])
-    for key, title in (("reward", "reward"), ("format_rate", "format rate"), ("loss", "loss")):
+    # GRPO's loss is near 0 whatever is learnt.
+    figures = (("reward", "reward"), ("format_rate", "format rate")) if "reward" in summary else (("loss", "loss"),)
+    for key, title in figures:
         pair = summary.get(key)
         if isinstance(pair, dict):
             rows.append([title, number(pair.get("first")), number(pair.get("last"))])
+    for reason, count in (summary.get("dropped") or {}).items():
+        rows.append([f"rows dropped, {reason}", "", str(count)])
+    part = False
     for title, value in (summary.get("seconds") or {}).items():
-        rows.append([f"time, {title}", "", f"{value:.0f} s"])
+        rows.append([f"  of it, {title}" if part else f"time, {title}", "", f"{value:.0f} s"])
+        part = part or title in STAGES  # what the worker measured follows its stage
     return rows
 
 

@@ -71,6 +71,12 @@ def test_resume_and_overwrite_exclude_each_other():
     assert r1v("grpo", "--recipe", "qwen2vl-2b-clevr", "--resume", "--overwrite").returncode == 2
 
 
+def test_lists_of_commands_and_recipes_hold_whole_sentences():
+    assert "..." not in r1v("--help", COLUMNS="80").stdout.partition("Commands:")[2]
+    for line in json.loads(r1v("recipes", "list", "--json").stdout):
+        assert line["purpose"].endswith("."), line
+
+
 def test_json_is_one_document():
     assert len(json.loads(r1v("recipes", "list", "--json").stdout)) >= 6
     shown = json.loads(r1v("recipes", "show", "grpo/qwen2vl-2b-clevr", "--set", "train.beta=1e-3", "--json").stdout)
@@ -102,3 +108,27 @@ def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
     console.emit_table("title", ["", *names], [["right / total", *names]])
     lines = capsys.readouterr().out.splitlines()
     assert sum(all(name in line for name in names) for line in lines) == 2
+
+
+def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
+    from r1vfree_cli import jobs
+
+    summary = {
+        "heldout_accuracy": {"greedy": {"before": 0.4, "after": 0.7}},
+        "reward": {"first": 0.5, "last": 0.75},
+        "format_rate": {"first": 1.0, "last": None},
+        "loss": {"first": 1e-9, "last": 0.0},
+        "dropped": {"prompt too long": 3},
+        "seconds": {"train the judge": 60.2, "grpo": 30.0, "load": 4.0, "train": 20.0},
+    }
+    assert jobs.summary_rows(summary) == [
+        ["held-out accuracy, greedy", "0.400", "0.700"],
+        ["reward", "0.500", "0.750"],
+        ["format rate", "1.000", ""],
+        ["rows dropped, prompt too long", "", "3"],
+        ["time, train the judge", "", "60 s"],
+        ["time, grpo", "", "30 s"],
+        ["  of it, load", "", "4 s"],
+        ["  of it, train", "", "20 s"],
+    ]
+    assert jobs.summary_rows({"loss": {"first": 5.5, "last": 0.1}}) == [["loss", "5.500", "0.100"]]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from r1vfree_cli import embedded
+from r1vfree_cli import console, embedded, jobs, launch, recipes
 from r1vfree_cli.errors import DataError, UsageError
 
 
@@ -71,6 +72,36 @@ def test_a_finished_piece_is_not_built_again():
     build(stage)
     with embedded.building(stage) as folder:
         assert folder is None
+
+
+def test_what_a_builder_says_about_its_progress_is_shown(monkeypatch):
+    """Training the judge takes minutes, in a process that writes into a log."""
+    (stage,) = embedded.stages(["embedded:tiny-judge"], 0)
+    code = """
+import pathlib, sys, time
+for step in (2, 5, 9):
+    print(f"judge: {step}/9 loss 0.5", file=sys.stderr)
+    time.sleep(0.6)
+pathlib.Path(sys.argv[1]).mkdir(parents=True)
+pathlib.Path(sys.argv[1], "config.json").write_text("{}")
+"""
+    shown = []
+
+    class Bar:
+        def advance(self, n, note):
+            shown.append((n, note))
+
+    @contextmanager
+    def bar(title, total):
+        shown.append((title, total))
+        yield Bar()
+
+    monkeypatch.setattr(console, "progress", bar)
+    monkeypatch.setattr(launch, "module_plan", lambda *args: launch.Plan([sys.executable, "-uc", code, args[-1]]))
+    recipe = recipes.load("grpo", "tiny", ["model.name=org/model"])
+    jobs._pieces(recipe, {})
+    assert stage.ready
+    assert shown == [("judge", 9), (2, "loss 0.5"), (3, "loss 0.5"), (4, "loss 0.5")]
 
 
 def test_resolve_leaves_other_names_and_explains_what_is_missing():
