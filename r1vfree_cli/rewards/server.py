@@ -7,10 +7,10 @@ can take this server's place. `GET /health` is 200 when the model is loaded, `GE
 # No `from __future__ import annotations`: LitServe reads the request's class from the signature of decode_request.
 import argparse
 import base64
-import binascii
 import ctypes
 import hmac
 import io
+import math
 import multiprocessing
 import os
 import signal
@@ -102,7 +102,7 @@ def decode_image(uri: str) -> Image.Image:
         if image.width * image.height > MAX_IMAGE_PIXELS:
             raise ValueError(f"image of {image.width} x {image.height} pixels is too large")
         return image.convert("RGB")
-    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as e:
+    except Exception as e:  # damaged images raise anything
         raise ValueError(f"image cannot be decoded: {e}") from None
 
 
@@ -182,7 +182,12 @@ class ClassifyAPI(litserve.LitAPI):
             if len(items) > 1:
                 return [result for item in items for result in self._score([item])]
             return [_Refused(500, f"{type(e).__name__}: {e}"[:300])]
-        return [_Scored(score, (self._judge.tokens - before) // len(items)) for score in scores]
+        tokens = (self._judge.tokens - before) // len(items)
+        # NaN is not JSON: raised in `encode_response`, that would fail the whole batch too.
+        return [
+            _Scored(score, tokens) if math.isfinite(score) else _Refused(500, f"the model's score is {score}")
+            for score in scores
+        ]
 
     def encode_response(self, output: _Scored | _Refused) -> JSONResponse:
         if isinstance(output, _Refused):

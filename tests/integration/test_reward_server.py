@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +47,18 @@ def items(n: int = 4) -> list[tuple[list[Image.Image], str, str]]:
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("vlm"))
+
+
+@pytest.fixture(scope="module")
+def vlm_with_nan(vlm, tmp_path_factory) -> Path:
+    """The same judge, but a prompt with a Z in it makes it compute NaN."""
+    path = tmp_path_factory.mktemp("nan") / "vlm"
+    shutil.copytree(vlm, path)
+    weights = load_file(path / "model.safetensors")
+    (token,) = AutoProcessor.from_pretrained(path).tokenizer.encode("Z")
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -380,9 +395,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(vlm, tmp_path_factory):
+def server(vlm_with_nan, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    with Server(vlm, log, "--api-key-env", "JUDGE_KEY", JUDGE_KEY="sk-right") as running:
+    with Server(vlm_with_nan, log, "--api-key-env", "JUDGE_KEY", JUDGE_KEY="sk-right") as running:
         yield running
 
 
@@ -396,6 +411,15 @@ def classify(server: Server, tmp_path: Path, **settings):
         "timeout_s": 60,
     }
     return build_feedback(FeedbackReward.model_validate(document | settings))
+
+
+def unknown_dds() -> str:
+    """An image that makes Pillow raise NotImplementedError, as few do."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "DDS")
+    data = bytearray(buffer.getvalue())
+    data[80] = 1
+    return "data:image/dds;base64," + base64.b64encode(data).decode()
 
 
 def text_message(text: str, *urls: str) -> dict:
@@ -452,7 +476,9 @@ def test_reply_has_the_shape_of_vllm(server):
         text_message("x", "file:///etc/passwd"),
         text_message("x", "data:image/png;base64,!!!!"),
         text_message("x", "data:image/png;base64,aGVsbG8="),
+        text_message("x", unknown_dds()),
         text_message("x" * 100_001),
+        text_message("Z"),
     ],
 )
 def test_bad_requests_are_refused_and_do_not_touch_their_neighbours(server, document):
@@ -467,7 +493,9 @@ def test_bad_requests_are_refused_and_do_not_touch_their_neighbours(server, docu
         thread.start()
     for thread in threads:
         thread.join()
-    assert results["bad"][0] in (400, 422) and b"Traceback" not in results["bad"][1]
+    code, said = results["bad"]
+    assert code in (400, 422) or (code == 500 and b"score is nan" in said)
+    assert b"Traceback" not in said
     assert results["one"][0] == results["two"][0] == 200
 
 
