@@ -27,3 +27,8 @@ def secrets_in(value: object, key: str = "") -> list[str]:
     if SECRET_KEY.match(name) or (name == "api_key_env" and not is_name):
         return [key]
     return [key] if any(p.search(value) for p in (SECRET_TEXT, BEARER, URL_LOGIN)) else []
+
+
+def without_key(text: str, key: str | None) -> str:
+    """`text` with `key` as `***`: a server or a gateway may show the request that it got. Do it before cutting `text`."""
+    return text.replace(key, "***") if key else text

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from .http_judge import HttpJudge, Reply, Usage
+from .http_judge import HttpJudge, Reply
 from .judge_prompt import ASK_JSON, judge_text
-from .judging import Failure, Question, Verdict, checked
+from .judging import Failure, Question, checked
 
 VERDICT_SCHEMA = {
     "type": "object",
@@ -31,7 +31,6 @@ class _Choice(Reply):
 
 class _Completion(Reply):
     choices: list[_Choice] = Field(min_length=1, max_length=1)
-    usage: Usage = Usage()
 
 
 class _Score(Reply):
@@ -55,16 +54,15 @@ class ChatJudge(HttpJudge):
             **self.reward.request,
         }
 
-    def read(self, document: Any) -> Verdict:
+    def read(self, document: Any) -> float:
         reply = _Completion.model_validate(document)
         choice = reply.choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise Failure("refusal", (choice.message.refusal or "filtered")[:200])
+            raise Failure("refusal", choice.message.refusal or "filtered")
         if choice.finish_reason == "length":
             raise Failure("truncated", "the verdict was cut at the token limit")
         try:
             verdict = json.loads(choice.message.content or "")
         except (ValueError, RecursionError):
-            raise Failure("unparsable", f"verdict is not JSON: {(choice.message.content or '')[:200]!r}") from None
-        score = checked(_Score.model_validate(verdict).score, bounded=True)
-        return Verdict(score, reply.usage.prompt_tokens, reply.usage.completion_tokens or 0)
+            raise Failure("unparsable", f"verdict is not JSON: {choice.message.content or ''!r}") from None
+        return checked(_Score.model_validate(verdict).score, bounded=True)

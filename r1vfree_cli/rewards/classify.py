@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
-from .http_judge import HttpJudge, Reply, Usage
+from .http_judge import HttpJudge, Reply
 from .judge_prompt import messages_for
-from .judging import Failure, Question, Verdict, checked
+from .judging import Failure, Question, checked
 
 
 class _Data(Reply):
@@ -23,7 +23,6 @@ class _Data(Reply):
 
 class _Classification(Reply):
     data: list[_Data]
-    usage: Usage = Usage()
 
 
 class ClassifyJudge(HttpJudge):
@@ -58,9 +57,8 @@ class ClassifyJudge(HttpJudge):
         asked = {"messages": messages, "add_generation_prompt": self.prompt == "judge"}
         return {**model, **asked, **self.reward.request}
 
-    def read(self, document: Any) -> Verdict:
+    def read(self, document: Any) -> float:
         reply = _Classification.model_validate(document)
         if len(reply.data) != 1:
             raise Failure("wrong_count", f"{len(reply.data)} scores for one question")
-        score = checked(reply.data[0].probs[-1], bounded=self.prompt == "judge")
-        return Verdict(score, reply.usage.prompt_tokens)
+        return checked(reply.data[0].probs[-1], bounded=self.prompt == "judge")

@@ -126,6 +126,11 @@ class Feedback:
                 details=list(self.failures)[seen:][-3:],
                 hint="start the judge, or correct rewards.feedback; r1v doctor --recipe NAME tries again",
             )
+        if self._budget is not None and not self._stats["judge/tokens"]:
+            raise UsageError(
+                f"max_cost cannot be kept: the judge does not say how many tokens it used ({self._where()})",
+                hint="remove rewards.feedback.max_cost and price",
+            )
 
     def stats(self) -> dict[str, float]:
         """Counts, times and costs since the last call, under `judge/...`; latencies in seconds."""
@@ -177,6 +182,7 @@ class Feedback:
         deadline = time.monotonic() + seconds
         opened = await self._open(deadline)
         wrapped: dict[int, JudgeImage] = {}
+        distinct: dict[str, JudgeImage] = {}  # a group's rows are read apart: equal images in objects of their own
         keys: list[str | None] = []
         questions: dict[str, Question] = {}
         identity = {**self._identity, "prompt": self._backend.prompt, "prompt_sha256": prompt_hash()}
@@ -185,7 +191,8 @@ class Feedback:
                 keys.append(None)
                 self._stats["judge/floored"] += 1
                 continue
-            pictures = tuple(wrapped.setdefault(id(image), JudgeImage(image)) for image in images)
+            given = [wrapped.setdefault(id(image), JudgeImage(image)) for image in images]
+            pictures = tuple(distinct.setdefault(image.digest, image) for image in given)
             question = Question(pictures, problem, answer.strip())
             keys.append(question.key(identity))
             questions.setdefault(question.key(identity), question)
@@ -246,15 +253,15 @@ class Feedback:
             if isinstance(result, Verdict):
                 found[key] = result.score
                 self._latencies.append(result.seconds)
-                self._pay(result)
             else:
                 self._failed(result)
+            self._pay(result)
 
-    def _pay(self, verdict: Verdict) -> None:
-        self._stats["judge/tokens"] += verdict.input_tokens + verdict.output_tokens
+    def _pay(self, result: Verdict | Failure) -> None:
+        self._stats["judge/tokens"] += result.input_tokens + result.output_tokens
         if self._reward.price:
             price = self._reward.price
-            cost = (verdict.input_tokens * price.input + verdict.output_tokens * price.output) / 1e6
+            cost = (result.input_tokens * price.input + result.output_tokens * price.output) / 1e6
             self._spent += cost
             # A Counter holds floats as well as counts.
             self._stats["judge/cost"] += cost  # type: ignore[assignment]

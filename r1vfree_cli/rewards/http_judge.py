@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import httpx2
 import openai
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import FeedbackReward
 from ..errors import UsageError
+from ..redact import without_key
 from .judge_prompt import PromptKind
 from .judging import Failure, Question, Verdict
 
@@ -34,9 +35,13 @@ class Reply(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class Usage(Reply):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = 0
+class _Usage(Reply):
+    prompt_tokens: int = Field(0, ge=0)
+    completion_tokens: int | None = Field(0, ge=0)
+
+
+class _Used(Reply):
+    usage: _Usage
 
 
 class HttpJudge:
@@ -61,8 +66,8 @@ class HttpJudge:
         """The request's JSON."""
         raise NotImplementedError
 
-    def read(self, document: Any) -> Verdict:
-        """The verdict in a reply's JSON; pydantic's ValidationError and `Failure` mean that there is none."""
+    def read(self, document: Any) -> float:
+        """The score in a reply's JSON; pydantic's ValidationError and `Failure` mean that there is none."""
         raise NotImplementedError
 
     async def open(self) -> None:
@@ -77,6 +82,7 @@ class HttpJudge:
                 event_hooks={"response": [_limit]},
                 limits=httpx2.Limits(max_connections=self.reward.concurrency),
                 timeout=self.reward.timeout_s,
+                trust_env=not _on_loopback(self.base_url),
             ),
         )
 
@@ -98,7 +104,7 @@ class HttpJudge:
                 return replace(verdict, seconds=time.monotonic() - begin)
             except Failure as failure:
                 if not failure.down:
-                    return Failure(failure.kind, self._without_key(failure.message))
+                    return failure
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -112,12 +118,19 @@ class HttpJudge:
 
     async def _ask(self, question: Question) -> Verdict:
         text = await self._send("POST", self.path, self.body(question))
+        document = None
         try:
-            return self.read(_json(text))
+            document = _json(text)
+            return Verdict(self.read(document), *_tokens(document))
         except ValidationError as e:
             first = e.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(p) for p in first["loc"])
-            raise Failure("unparsable", f"{where}: {first['msg']}") from None
+            failure = Failure("unparsable", f"{where}: {first['msg']}")
+        except Failure as e:
+            failure = Failure(e.kind, self._said(e.message))
+        # What is no verdict was paid for all the same.
+        failure.input_tokens, failure.output_tokens = _tokens(document)
+        raise failure
 
     async def _send(
         self, method: Literal["GET", "POST"], path: str, body: dict | None = None, *, optional: bool = False
@@ -136,18 +149,20 @@ class HttpJudge:
             if optional and e.status_code in (404, 405):
                 return "null"
             raise self._status(e, path) from None
-        except openai.APITimeoutError:
-            raise Failure("timeout", f"no reply within {self.reward.timeout_s:g} s") from None
+        except openai.APITimeoutError as e:
+            # A host that is off does not refuse connections, it does not answer at all.
+            down = isinstance(e.__cause__, httpx2.ConnectTimeout)
+            raise Failure("timeout", f"no reply within {self.reward.timeout_s:g} s", down=down) from None
         except openai.APIConnectionError as e:
             cause = e.__cause__ or e
-            raise Failure("connection", f"{type(cause).__name__}: {cause}", down=True) from None
+            raise Failure("connection", self._said(f"{type(cause).__name__}: {cause}"), down=True) from None
         except _RefusedReplyError as e:
             raise Failure("too_large", str(e)) from None
         return reply.text
 
     def _status(self, error: openai.APIStatusError, path: str) -> Exception:
         status, where = error.status_code, f"{self.base_url}{path}"
-        said = self._without_key(_shorten(error.response.text))
+        said = self._said(error.response.text)
         if status in (401, 403):
             return UsageError(
                 f"the judge at {where} refused access ({status})",
@@ -161,16 +176,18 @@ class HttpJudge:
                 hint="check base_url and model",
             )
         if 300 <= status < 400:
-            return Failure("redirect", f"{status} to {error.response.headers.get('location', '?')[:200]}")
+            return Failure("redirect", f"{status} to {self._said(error.response.headers.get('location', '?'))}")
         if status == 429:
             return Failure("rate_limited", said)
         if status in (502, 503, 504):
             return Failure("unavailable", f"{status}: {said}", down=True)
         return Failure("server_error" if status >= 500 else "rejected", f"{status}: {said}")
 
-    def _without_key(self, text: str) -> str:
-        """A server or a gateway may show the request that it got."""
-        return text.replace(self._api_key, "***") if self._api_key else text
+    def _said(self, text: str) -> str:
+        """The beginning of what a server said, in one line."""
+        # JSON can hold half a surrogate pair, files cannot.
+        text = without_key(text, self._api_key).encode("utf-8", "replace").decode()
+        return " ".join(text.split())[:200]
 
 
 class _RefusedReplyError(openai.OpenAIError):
@@ -200,15 +217,26 @@ async def _limit(response: httpx2.Response) -> None:
     response.stream = _Limited(response.stream)
 
 
+def _on_loopback(url: str) -> bool:
+    """A judge on this machine is not asked through a proxy of the environment, which would not find it."""
+    host = httpx2.URL(url).host
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise Failure("unparsable", f"not JSON: {_shorten(text)!r}") from None
+        raise Failure("unparsable", f"not JSON: {text!r}") from None
 
 
-def _shorten(text: str) -> str:
-    return " ".join(text.split())[:200]
+def _tokens(document: Any) -> tuple[int, int]:
+    """Input and output tokens of a reply, whatever else it holds; 0 where it does not say."""
+    try:
+        usage = _Used.model_validate(document).usage
+    except ValidationError:
+        return 0, 0
+    return usage.prompt_tokens, usage.completion_tokens or 0
 
 
 def key_of(reward: FeedbackReward) -> str | None:

@@ -63,11 +63,12 @@ class Verdict:
 
 
 class Failure(Exception):
-    """The judge gave no verdict. `down`: it could not be reached, so asking again may help."""
+    """The judge gave no verdict. `down`: it could not be reached, so asking again may help. Tokens: what it cost."""
 
     def __init__(self, kind: str, message: str, *, down: bool = False):
         super().__init__(f"{kind}: {message}")
         self.kind, self.message, self.down = kind, message, down
+        self.input_tokens = self.output_tokens = 0
 
 
 def checked(score: object, bounded: bool) -> float:
@@ -78,12 +79,16 @@ def checked(score: object, bounded: bool) -> float:
     """
     if isinstance(score, bool) or not isinstance(score, int | float):
         raise Failure("unparsable", f"score {score!r} is not a number")
-    if not math.isfinite(score):
-        raise Failure("out_of_range", f"score {score} is not finite")
+    try:
+        number = float(score)
+    except OverflowError:  # an integer of 400 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise Failure("out_of_range", f"score {number} is not finite")
     # A softmax in half precision may exceed 1 by a rounding error; nothing else may.
-    if bounded and not -1e-6 <= score <= 1 + 1e-6:
-        raise Failure("out_of_range", f"score {score} is not in [0, 1]")
-    return float(score)
+    if bounded and not -1e-6 <= number <= 1 + 1e-6:
+        raise Failure("out_of_range", f"score {number} is not in [0, 1]")
+    return number
 
 
 class Backend(Protocol):

@@ -91,13 +91,15 @@ def test_judge_sees_the_answer_and_never_reasoning_or_label(tmp_path):
     assert "red" in sent and "secret thoughts" not in sent and "a label" not in sent and INSTRUCTION not in sent
 
 
-def test_identical_requests_are_asked_once_per_step(tmp_path):
+def test_identical_requests_are_asked_once_per_step_and_an_image_is_encoded_once(tmp_path, monkeypatch):
+    encoded, save = [], Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (encoded.append(1), save(*a, **k)))
     with js.JudgeServer() as server:
         judge = feedback(server.url, tmp_path, cache=False)
         # Equal content, other objects: TRL reads the row again for each completion.
         images = [[RED.copy()] for _ in range(6)]
         scores = call(judge, ["red", "red ", "blue", "red", "blue", "red"], images)
-        assert len(server.requests) == 2
+        assert len(server.requests) == 2 and len(encoded) == 1
         assert scores[0] == scores[1] == scores[3] == scores[5] != scores[2] == scores[4]
         assert judge.stats()["judge/calls"] == 2
 
@@ -168,6 +170,7 @@ BAD_CLASSIFY = {
     "true for a number": (js.classified([0.1, True]), "unparsable"),
     "null": (js.classified([0.1, None]), "unparsable"),
     "no score": (js.classified([]), "unparsable"),
+    "an integer of 400 digits": (js.classified([10**400]), "out_of_range"),
     "no item": (lambda h, b: js.reply(h, js.classify_reply([0.5]) | {"data": []}), "wrong_count"),
     "two items": (
         lambda h, b: js.reply(h, js.classify_reply([0.5]) | {"data": js.classify_reply([0.5])["data"] * 2}),
@@ -285,6 +288,13 @@ def test_500_is_retried_as_often_as_the_recipe_says(tmp_path):
         assert len(server.requests) == 3
 
 
+def test_a_proxy_of_the_environment_does_not_stand_before_a_judge_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with js.JudgeServer() as server:
+        assert None not in call(feedback(server.url, tmp_path, step_deadline_s=2), ["red"])
+
+
 def test_redirects_are_not_followed_and_the_key_stays_home(tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-test-secret")
     with js.JudgeServer() as thief, js.JudgeServer() as server:
@@ -293,6 +303,51 @@ def test_redirects_are_not_followed_and_the_key_stays_home(tmp_path, monkeypatch
         assert call(judge, ["red"]) == [None]
         assert thief.requests == []
         assert server.requests[0]["_headers"]["authorization"] == "Bearer sk-test-secret"
+
+
+def test_no_part_of_a_key_that_is_echoed_is_told(tmp_path, monkeypatch):
+    """What is shown of a reply is cut: the cut may fall into the key."""
+    key = "sk-test-0123456789abcdef"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with js.JudgeServer() as server:
+        judge = feedback(server.url, tmp_path, "chat", api_key_env="JUDGE_KEY", cache=False)
+        for n in (165, 175, 185, 195):
+            long = "x" * n + key
+            for behave in (
+                js.status(500, long.encode()),
+                js.status(302, b"", Location=long),
+                js.raw(long.encode()),
+                js.chatted(long),
+                js.chatted(None, refusal="\ud800" + long),
+            ):
+                server.behave = behave
+                assert call(judge, ["red"]) == [None]
+    assert len(judge.failures) == 20
+    for told in judge.failures:
+        assert told.encode() and "sk-" not in told and len(told) < 250
+
+
+def test_a_host_that_is_off_and_comes_back_within_the_deadline_costs_nothing(tmp_path):
+    """It does not refuse connections: they time out."""
+    with socket.socket() as off:
+        off.bind(("127.0.0.1", 0))
+        off.listen(0)
+        port = off.getsockname()[1]
+        waiting = [socket.socket() for _ in range(2)]  # with these the queue is full, and more get no reply
+        for s in waiting:
+            s.setblocking(False)
+            s.connect_ex(("127.0.0.1", port))
+        judge = feedback(f"http://127.0.0.1:{port}", tmp_path, timeout_s=0.3, prompt="judge")
+        found: list = []
+        thread = threading.Thread(target=lambda: found.extend(call(judge, ["red"])))
+        thread.start()
+        time.sleep(1)
+        off.close()
+        for s in waiting:
+            s.close()
+        with js.JudgeServer(port=port) as back:
+            thread.join(20)
+        assert found == [js.score_of(back.requests[0]["messages"])] and not judge.failures
 
 
 # --- the configuration's fault ---------------------------------------------------------------------------------
@@ -420,6 +475,25 @@ def test_tokens_cost_and_latency_are_counted_and_the_ceiling_stops(tmp_path):
             call(judge, ["d", "e", "f", "g"])
         assert len(server.requests) == 5
         assert None not in call(judge, ["a", "d", "e"])  # paid for already
+
+
+def test_what_was_no_verdict_is_paid_for_all_the_same(tmp_path):
+    price = {"input": 1000.0, "output": 10_000.0}
+    with js.JudgeServer(js.chatted(None, refusal="no")) as server:
+        judge = feedback(server.url, tmp_path, "chat", price=price, max_cost=1.0, concurrency=1)
+        with pytest.raises(GuardStop, match="ceiling"):
+            call(judge, [str(i) for i in range(9)])
+        assert len(server.requests) == 5
+        stats = judge.stats()
+        assert stats["judge/tokens"] == 550 and stats["judge/cost"] == pytest.approx(1.0)
+
+
+def test_a_ceiling_that_cannot_be_kept_is_refused(tmp_path):
+    price = {"input": 1.0, "output": 1.0}
+    with js.JudgeServer(lambda h, b: js.reply(h, js.chat_reply('{"score": 0.5}') | {"usage": None})) as server:
+        assert call(feedback(server.url, tmp_path, "chat"), ["red"]) == [0.5]
+        with pytest.raises(UsageError, match="tokens"):
+            feedback(server.url, tmp_path, "chat", price=price, max_cost=1.0).probe()
 
 
 def test_the_ceiling_counts_what_earlier_attempts_of_the_run_spent(tmp_path):
