@@ -271,6 +271,12 @@ class GrpoRecipe(_Recipe):
             value = extra.get(key)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"train.{key} must be at least 1, found {value}")
+        waits, gives_up = self.feedback.step_deadline_s if self.feedback else 0, extra.get("ddp_timeout", 1800)
+        if self.launch.processes > 1 and isinstance(gives_up, int) and waits >= gives_up:
+            raise ValueError(
+                f"rewards.feedback.step_deadline_s ({waits:g}) must be below train.ddp_timeout ({gives_up}): "
+                "after that many seconds the processes that wait for this one end with an error"
+            )
         size = self.train.prompts_per_device * self.train.num_generations * self.launch.processes
         generation = extra.get("generation_batch_size")
         if isinstance(generation, int) and generation % size:

@@ -296,13 +296,14 @@ def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals) -> None:
     deadline = time.monotonic() + SERVER_START_S
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
     while time.monotonic() < deadline:
         if signals.count:
             raise Interrupted("interrupted while the reward server was starting")
         if process.poll() is not None:
             raise _not_ready("the reward server ended before it was ready", log)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
                 if reply.status == 200:
                     return
         except (urllib.error.URLError, OSError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ..errors import R1VError, UsageError
+from ..redact import without_key
 
 Job = TypeVar("Job")
 
@@ -47,7 +48,7 @@ def read_reply(body: bytes, asked: str) -> Reply:
         choice = document["choices"][0]
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        raise CallFailed("bad reply", f"no chat completion: {body[:200]!r}") from None
+        raise CallFailed("bad reply", "no chat completion") from None
     if not isinstance(text, str | None):
         raise CallFailed("bad reply", f"the content is a {type(text).__name__}, not a text")
     usage, model = document.get("usage"), document.get("model")
@@ -109,10 +110,10 @@ class Endpoint:
                 break
             except openai.BadRequestError as e:
                 if not self._learn(str(e), options):
-                    raise CallFailed("bad request", _line(e)) from None
+                    raise CallFailed("bad request", self._line(e)) from None
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
                 raise UsageError(
-                    f"{self.where} refuses the call ({e.status_code}): {_line(e)}",
+                    f"{self.where} refuses the call ({e.status_code}): {self._line(e)}",
                     hint=f"check the model name {self.model!r}, the URL (it ends in /v1) and ${self.api_key_env}",
                 ) from None
             except openai.APITimeoutError:
@@ -120,14 +121,14 @@ class Endpoint:
             except openai.APIConnectionError as e:
                 if not self._answered:
                     raise UsageError(
-                        f"no endpoint at {self.where}: {_line(e.__cause__ or e)}",
+                        f"no endpoint at {self.where}: {self._line(e.__cause__ or e)}",
                         hint="start the server, or check the URL; what is finished is kept",
                     ) from None
-                raise CallFailed("connection", _line(e.__cause__ or e)) from None
+                raise CallFailed("connection", self._line(e.__cause__ or e)) from None
             except openai.APIStatusError as e:
-                raise CallFailed(f"status {e.status_code}", _line(e)) from None
+                raise CallFailed(f"status {e.status_code}", self._line(e)) from None
             except openai.OpenAIError as e:
-                raise CallFailed("bad reply", _line(e)) from None
+                raise CallFailed("bad reply", self._line(e)) from None
         self._answered += 1
         return read_reply(body, self.model)
 
@@ -140,6 +141,10 @@ class Endpoint:
             self._limit = "max_completion_tokens"
             return True
         return False
+
+    def _line(self, error: object) -> str:
+        text = without_key(str(error), os.environ.get(self.api_key_env))
+        return next(iter(text.strip().splitlines()), type(error).__name__)[:300]
 
     @property
     def where(self) -> str:
@@ -185,7 +190,3 @@ class Endpoint:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
         return failed
-
-
-def _line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..config import AnyReward, FeedbackReward, Reward
 from ..embedded import is_embedded, resolve_model
 from ..errors import UsageError
 from ..run_dir import cache_dir
+from .checkpoint import fingerprint
 from .feedback import Feedback
 from .judging import Backend
 from .text import accuracy_reward, format_reward
@@ -91,7 +91,7 @@ def _backend(reward: FeedbackReward, model: str, revision: str | None, url: str)
 def _identity(reward: FeedbackReward, model: str, revision: str | None) -> dict:
     identity: dict[str, Any] = {"backend": reward.backend, "model": model, "revision": revision}
     if Path(model).is_dir():
-        identity["files"] = _fingerprint(Path(model))
+        identity["files"] = fingerprint(Path(model))
     if reward.base_url:
         identity["base_url"] = reward.base_url
     if reward.request:
@@ -100,10 +100,3 @@ def _identity(reward: FeedbackReward, model: str, revision: str | None) -> dict:
     if reward.backend == "local" or reward.serve:
         identity["backend"] = "r1v"
     return identity
-
-
-def _fingerprint(folder: Path) -> str:
-    """Hex digest of a model folder's file names, sizes and times: another model in the same place is another judge."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    stats = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()

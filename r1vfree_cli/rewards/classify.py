@@ -32,18 +32,28 @@ class ClassifyJudge(HttpJudge):
 
     async def open(self) -> None:
         await super().open()
-        self.prompt = self.reward.prompt if self.reward.prompt != "auto" else await self._served_prompt()
+        served = await self._served()
+        if self.reward.prompt != "auto":
+            self.prompt = self.reward.prompt
+        elif served.get("prompt") == "conversation":
+            self.prompt = "conversation"
+        if not self.reward.serve:
+            self.identity = {"served": served}
 
-    async def _served_prompt(self) -> Any:
-        """Which prompt the served model wants: r1v's server says so at /info, another one is asked Yes or No.
+    async def _served(self) -> dict:
+        """What the server says of its model: r1v's at /info, vLLM at /v1/models; {} when it says nothing.
 
-        A server that is down must not be taken for another one: its `Failure` goes on.
+        A server that is down must not be taken for one that says nothing: its `Failure` goes on.
         """
         try:
-            wanted = json.loads(await self._send("GET", "/info", optional=True))["model"]["prompt"]
+            return dict(json.loads(await self._send("GET", "/info", optional=True))["model"])
         except (ValueError, TypeError, KeyError):
-            return "judge"
-        return wanted if wanted in ("judge", "conversation") else "judge"
+            pass
+        try:
+            models = json.loads(await self._send("GET", "/v1/models", optional=True))["data"]
+            return {"models": [[m["id"], m.get("root")] for m in models]}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return {}
 
     def body(self, question: Question) -> dict:
         messages = messages_for(self.prompt, question.problem, question.answer, len(question.images))

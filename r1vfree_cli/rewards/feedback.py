@@ -185,7 +185,8 @@ class Feedback:
         distinct: dict[str, JudgeImage] = {}  # a group's rows are read apart: equal images in objects of their own
         keys: list[str | None] = []
         questions: dict[str, Question] = {}
-        identity = {**self._identity, "prompt": self._backend.prompt, "prompt_sha256": prompt_hash()}
+        judge = {**self._identity, **self._backend.identity}
+        identity = {**judge, "prompt": self._backend.prompt, "prompt_sha256": prompt_hash()}
         for images, problem, answer in items:
             if not answer or not answer.strip() or len(answer) > self._reward.max_answer_chars:
                 keys.append(None)

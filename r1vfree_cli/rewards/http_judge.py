@@ -59,6 +59,7 @@ class HttpJudge:
 
     def __init__(self, reward: FeedbackReward, base_url: str, api_key: str | None):
         self.reward, self.base_url, self._api_key = reward, base_url.rstrip("/"), api_key
+        self.identity: dict = {}
         self._client: Any = None
         self._next_start = 0.0
 

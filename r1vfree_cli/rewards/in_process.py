@@ -18,6 +18,7 @@ class InProcessJudge:
 
     def __init__(self, model: str, revision: str | None):
         self._model, self._revision = model, revision
+        self.identity: dict = {}
         self._judge: Any = None
 
     async def open(self) -> None:

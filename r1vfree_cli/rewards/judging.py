@@ -95,10 +95,12 @@ class Backend(Protocol):
     """A judge. `prompt` is which form of prompt it gets; with `judge`, scores are probabilities.
 
     `one_by_one`: questions are asked apart, at most `concurrency` at a time; else all of a step in one call.
+    `identity`: what the judge itself, once open, says that it is; part of cache keys.
     """
 
     prompt: PromptKind
     one_by_one: bool
+    identity: dict
 
     async def open(self) -> None:
         """Get ready; called before the first question, again when it failed.

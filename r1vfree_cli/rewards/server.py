@@ -1,7 +1,7 @@
 """One judge for all ranks and hosts: `python -m r1vfree_cli.rewards.server --model M --port P`.
 
 LitServe batches the requests of all clients. The wire is vLLM's /classify with chat messages, so that `vllm serve`
-can take this server's place. `GET /health` is 200 when the model is loaded, `GET /info` tells which prompt it wants.
+can take this server's place. `GET /health` is 200 when the model is loaded, `GET /info` tells what it serves and which prompt that wants.
 """
 
 # No `from __future__ import annotations`: LitServe reads the request's class from the signature of decode_request.
@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import litserve
@@ -31,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..embedded import is_embedded, resolve_model
 from ..errors import R1VError, UsageError
 from ..preflight import gpu_count
-from .checkpoint import detect_kind, prompt_of
+from .checkpoint import detect_kind, fingerprint, prompt_of
 
 MAX_BATCH = 64
 BATCH_WAIT_S = 0.02  # how long the first request of a batch waits for more
@@ -241,6 +242,9 @@ def serve(
         raise UsageError(f"--host {host}: not an address to bind to", hint=f"{LOOPBACK}, {ANY} or ::")
     path = resolve_model(model, seed) if is_embedded(model) else model
     kind = detect_kind(path, revision)
+    said = {"name": model, "revision": revision, "kind": kind, "prompt": prompt_of(kind)}
+    if Path(path).is_dir():
+        said["files"] = fingerprint(Path(path))
     gpu = gpu_count() > 0
     api = ClassifyAPI(path, revision, api_key_env, batch)
     server = litserve.LitServer(
@@ -249,7 +253,7 @@ def serve(
         devices=(devices or "auto") if gpu else 1,
         timeout=QUEUE_S,
         max_payload_size=MAX_BODY_BYTES,
-        model_metadata={"name": model, "revision": revision, "kind": kind, "prompt": prompt_of(kind)},
+        model_metadata=said,
     )
     _end_with_this_process()
     server.run(

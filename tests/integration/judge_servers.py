@@ -57,11 +57,13 @@ class JudgeServer:
     """A judge on 127.0.0.1. `behave(handler, body)` answers each POST; the default is a good judge of either kind.
 
     requests: the bodies so far, with path and headers under "_path" and "_headers".
+    gets: what GET answers, by path; other paths are not found.
     """
 
     def __init__(self, behave: Callable[[Any, dict], None] | None = None, port: int = 0):
         self.behave = behave or good
         self.requests: list[dict] = []
+        self.gets: dict[str, Any] = {}
         self.connections: list[socket.socket] = []
         self.busy = self.most_busy = 0
         lock = threading.Lock()
@@ -91,7 +93,8 @@ class JudgeServer:
                         outer.busy -= 1
 
             def do_GET(self):
-                send(self, 404, b"{}")
+                known = self.path in outer.gets
+                send(self, 200 if known else 404, json.dumps(outer.gets.get(self.path, {})).encode())
 
             def log_message(self, *_):
                 pass

@@ -409,6 +409,25 @@ def test_successes_are_cached_on_disk_by_content(tmp_path):
         assert len(server.requests) == 4
 
 
+@pytest.mark.parametrize(
+    "path, first, second",
+    [
+        ("/info", {"model": {"name": "a", "files": "1"}}, {"model": {"name": "a", "files": "2"}}),
+        ("/v1/models", {"data": [{"id": "a", "created": 1}]}, {"data": [{"id": "b", "created": 1}]}),
+    ],
+)
+def test_another_model_behind_the_same_url_is_another_judge(tmp_path, path, first, second):
+    with js.JudgeServer() as server:
+        for n, said in enumerate((first, second, first)):
+            server.gets = {path: said}
+            call(feedback(server.url, tmp_path), ["red"])
+            assert len(server.requests) == (1, 2, 2)[n]
+        if path == "/v1/models":  # the time when it was started is no other model
+            server.gets = {path: {"data": [{"id": "b", "created": 2}]}}
+            call(feedback(server.url, tmp_path), ["red"])
+            assert len(server.requests) == 2
+
+
 def test_processes_share_the_cache(tmp_path):
     judges = []
     with js.JudgeServer() as server:

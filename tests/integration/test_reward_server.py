@@ -28,6 +28,7 @@ from trl.trainer.utils import is_async_callable
 from r1vfree_cli.config import FeedbackReward, FormatReward
 from r1vfree_cli.errors import DataError, UsageError
 from r1vfree_cli.rewards import build_feedback, build_rewards
+from r1vfree_cli.rewards.checkpoint import fingerprint
 from r1vfree_cli.rewards.judge_prompt import conversation_messages, judge_messages
 from r1vfree_cli.rewards.local import LocalJudge
 
@@ -453,6 +454,12 @@ def test_wrong_key_stops_at_the_probe(server, tmp_path, monkeypatch):
         classify(server, tmp_path).probe()
     assert server.status("/health") == 200
     assert server.status("/info") == 401 and server.status("/classify", text_message("x")) == 401
+
+
+def test_it_says_what_it_serves(server, vlm_with_nan):
+    said = json.loads(server.send("/info", key="sk-right")[1])["model"]
+    assert said.pop("files") == fingerprint(vlm_with_nan) != fingerprint(vlm_with_nan.parent)
+    assert said == {"name": str(vlm_with_nan), "revision": None, "kind": "yes_no", "prompt": "judge"}
 
 
 def test_reply_has_the_shape_of_vllm(server):

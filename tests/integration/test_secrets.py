@@ -1,5 +1,6 @@
 """A key that the judge gets stands in no file, log or report of the run; one in a recipe is refused and not shown."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,9 @@ import judge_servers as js
 import pytest
 import yaml
 from tiny_models import draw_rows, save_tiny, write_rows
+
+from r1vfree_cli.errors import UsageError
+from r1vfree_cli.hallusion.client import CallFailed, Endpoint
 
 KEY = "sk-planted0123456789abcdefghij"
 
@@ -85,3 +89,24 @@ def test_a_key_in_a_recipe_is_refused_and_not_shown(place, recipe, tmp_path):
     said = (done.stdout + done.stderr).decode()
     assert done.returncode == 2 and "looks like a key" in said and KEY not in said, said
     assert place.partition("=")[0].split(".")[-1] in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("padding", [0, 240])
+@pytest.mark.parametrize("code", [401, 404, 400])
+def test_a_key_that_the_evaluations_endpoint_echoes_is_not_told(code, padding, monkeypatch):
+    monkeypatch.setenv("MY_JUDGE_KEY", KEY)
+    said = {"error": {"message": f"{'x' * padding} you sent Bearer {KEY}"}}
+    echo = js.status(code, json.dumps(said).encode())
+    told = []
+    with js.JudgeServer(echo) as server:
+        endpoint = Endpoint(server.url, "m", max_retries=0, api_key_env="MY_JUDGE_KEY")
+
+        async def ask(_):
+            try:
+                await endpoint.ask([{"role": "user", "content": [{"type": "text", "text": "?"}]}], 8, 0)
+            except (UsageError, CallFailed) as e:
+                told.append(str(e))
+
+        endpoint.run([0], ask, lambda *_: None)
+        assert KEY in server.requests[0]["_headers"]["authorization"]
+    assert len(told) == 1 and "sk-" not in told[0] and (padding or "Bearer ***" in told[0])

@@ -184,6 +184,18 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path):
     assert not alive(pid)
 
 
+def test_a_server_on_this_machine_is_not_looked_for_through_a_proxy(tmp_path, monkeypatch):
+    code = "import http.server, sys; http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind='127.0.0.1')"
+    (tmp_path / "health").write_text("ok")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(launch, "SERVER_START_S", 5)
+    monkeypatch.setattr(launch, "server_plan", lambda _, port: launch.Plan([sys.executable, "-c", code, str(port)]))
+    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as env:
+        assert env["R1V_REWARD_URL"].startswith("http://127.0.0.1:")
+
+
 def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypatch):
     broken = launch.Plan([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"])
     monkeypatch.setattr(launch, "server_plan", lambda *_: broken)

@@ -16,6 +16,9 @@ GOOD = {
 }
 
 
+SLOW = {"name": "feedback", "base_url": "http://127.0.0.1:1", "step_deadline_s": 2000}
+
+
 def write(tmp_path, document):
     path = tmp_path / "recipe.yaml"
     path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
@@ -113,6 +116,8 @@ def test_all_errors_at_once_with_key_found_allowed_and_nearest(tmp_path):
         ({"rewards": []}, "rewards"),
         ({"rewards": [{"name": "feedback", "backend": "chat"}]}, "needs base_url and model"),
         ({"rewards": [{"name": "feedback", "backend": "classify"}]}, "exactly one of base_url"),
+        ({"launch": {"processes": 2}, "rewards": [SLOW]}, "must be below train.ddp_timeout (1800)"),
+        ({"launch": {"processes": 2}, "rewards": [SLOW], "train": {"ddp_timeout": 1900}}, "ddp_timeout (1900)"),
         ({"train": None}, "train"),
         ({"train": [1]}, "train"),
         ({"data": {"path": ""}}, "data.path"),
