@@ -204,7 +204,12 @@ class ClassifyAPI(litserve.LitAPI):
                 "created": int(time.time()),
                 "model": self._model,
                 "data": [data],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
+                "usage": {
+                    "prompt_tokens": tokens,
+                    "total_tokens": tokens,
+                    "completion_tokens": 0,
+                    "prompt_tokens_details": None,
+                },
             }
         )
 

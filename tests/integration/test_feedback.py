@@ -84,6 +84,35 @@ def test_scores_come_back_in_order_and_depend_on_image_question_and_answer(tmp_p
         judge.close()
 
 
+def test_requests_and_replies_are_those_of_vllm(tmp_path):
+    """Fields of its ClassificationChatRequest; replies and errors as in its documentation and source."""
+    reply = {
+        "id": "classify-9bf17f2847b046c7b2d5495f4b4f9682",
+        "object": "list",
+        "created": 1745383213,
+        "model": "judge",
+        "data": [{"index": 0, "label": "LABEL_0", "probs": [0.4340292513370514], "num_classes": 1}],
+        "usage": {"prompt_tokens": 10, "total_tokens": 10, "completion_tokens": 0, "prompt_tokens_details": None},
+    }
+    with js.JudgeServer(lambda h, b: js.reply(h, reply)) as server:
+        server.gets = {"/v1/models": {"object": "list", "data": [{"id": "judge", "root": "judge"}]}}
+        judge = feedback(server.url, tmp_path, model="judge", request={"use_activation": False})
+        assert call(judge, ["red"]) == [0.4340292513370514] and judge.stats()["judge/tokens"] == 10
+        request = {k: v for k, v in server.requests[0].items() if k[0] != "_"}
+        (message,) = request.pop("messages")
+        assert request == {"model": "judge", "add_generation_prompt": True, "use_activation": False}
+        assert message["role"] == "user" and [p["type"] for p in message["content"]] == ["image_url", "text"]
+        assert message["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+        for code, kind in ((400, "BadRequestError"), (500, "InternalServerError")):
+            error = {"error": {"message": "too long", "type": kind, "param": None, "code": code}}
+            server.behave = js.status(code, json.dumps(error).encode())
+            assert call(judge, [str(code)]) == [None] and "too long" in judge.failures[-1]
+        error = {"error": {"message": "no such model", "type": "NotFoundError", "param": "model", "code": 404}}
+        server.behave = js.status(404, json.dumps(error).encode())
+        with pytest.raises(UsageError, match="404"):
+            call(judge, ["blue"])
+
+
 def test_judge_sees_the_answer_and_never_reasoning_or_label(tmp_path):
     with js.JudgeServer() as server:
         call(feedback(server.url, tmp_path), ["red"])

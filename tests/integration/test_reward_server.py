@@ -466,7 +466,10 @@ def test_reply_has_the_shape_of_vllm(server):
     code, data = server.send("/classify", text_message("Is it?") | {"add_generation_prompt": True}, "sk-right")
     reply = json.loads(data)
     assert code == 200 and reply["object"] == "list" and reply["id"].startswith("classify-")
+    assert list(reply) == ["id", "object", "created", "model", "data", "usage"]
+    assert list(reply["usage"]) == ["prompt_tokens", "total_tokens", "completion_tokens", "prompt_tokens_details"]
     (only,) = reply["data"]
+    assert list(only) == ["index", "label", "probs", "num_classes"]
     assert only["index"] == 0 and only["num_classes"] == 2 and sum(only["probs"]) == pytest.approx(1)
     assert only["label"] == ("Yes" if only["probs"][1] >= 0.5 else "No")
     assert reply["usage"]["prompt_tokens"] > 10
