@@ -113,7 +113,7 @@ def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
     argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
     if serve.revision:
         argv += ["--revision", serve.revision]
-    env = _common() | {"R1V_PARENT_DEATH": "1"}
+    env = _common()
     if launch.on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = ""
     elif serve.devices:

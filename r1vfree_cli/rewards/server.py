@@ -303,8 +303,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--batch", type=int, default=MAX_BATCH)
     given = vars(parser.parse_args(argv))
-    if os.environ.get("R1V_PARENT_DEATH") == "1":
-        die_with_parent(signal.SIGTERM)
     try:
         devices = given.pop("devices")
         serve(given.pop("model"), devices=[int(d) for d in devices.split(",")] if devices else None, **given)

@@ -52,7 +52,7 @@ def measure(model: str, batch: int, rounds: int) -> float:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", model, "--port", str(port)]
     root = str(Path(__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root, "R1V_PARENT_DEATH": "1"}
+    env = {**os.environ, "PYTHONPATH": root}
     server = subprocess.Popen(
         [*command, "--batch", str(batch)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -567,26 +567,23 @@ def test_value_head_behind_the_server_and_no_process_survives_a_kill(value_head,
         assert wait_for_end(family) == []
 
 
-def test_server_dies_with_the_process_that_started_it(vlm, tmp_path):
-    """As r1v starts it; the parent is killed without a chance to clean up, before and after the server is ready."""
+def test_the_server_of_a_run_dies_with_r1v_that_is_killed(vlm, tmp_path):
+    """As `r1v grpo` starts it with `rewards[].serve`; killed, r1v has no chance to clean up."""
     port = free_port()
+    served = f"rewards=[{{name: feedback, serve: {{model: {str(vlm)!r}, port: {port}}}}}]"
     code = (
-        "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-m', 'r1vfree_cli.rewards.server', '--model', {str(vlm)!r},"
-        f" '--port', '{port}'], start_new_session=True)\n"
-        "print(p.pid, flush=True)\ntime.sleep(600)\n"
+        "import sys, time\nfrom pathlib import Path\nfrom r1vfree_cli import launch, recipes\n"
+        "recipe = recipes.load('grpo', 'tiny', [sys.argv[1]])\n"
+        "with launch.serving(recipe, Path(sys.argv[2])):\n    print('ready', flush=True)\n    time.sleep(600)\n"
     )
-    env = {**os.environ, "R1V_PARENT_DEATH": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
-    assert parent.stdout is not None
-    leader = int(parent.stdout.readline())
+    parent = subprocess.Popen([sys.executable, "-c", code, served, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdout.readline() == "ready\n", (
+        tmp_path / "reward-server.log"
+    ).read_text()
     watcher = Server.__new__(Server)
     watcher.process, watcher.url = parent, f"http://127.0.0.1:{port}"
-    end = time.monotonic() + START_S
-    while watcher.status("/health") != 200:
-        assert time.monotonic() < end and alive([leader])
-        time.sleep(0.2)
-    family = [leader, *watcher.children()]
+    family = watcher.children()
+    assert len(family) >= 3 and watcher.status("/health") == 200
     parent.kill()
     parent.wait()
     assert wait_for_end(family) == []
