@@ -32,6 +32,7 @@ from .ranks import POLL_S
 from .recipes import recipes_root
 from .run_dir import disk_full
 
+SAME_MOMENT_S = 0.3
 SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
 
 
@@ -174,10 +175,14 @@ def run_json(plan: Plan) -> dict:
 
 
 class _Signals:
-    """While active, SIGINT and SIGTERM are counted instead of raised."""
+    """While active, SIGINT and SIGTERM are noted instead of raised.
+
+    `count` of them; `again`: a person pressed Ctrl-C once more. What comes at the same moment does not count as that:
+    `timeout` sends its signal twice, and a scheduler that repeats SIGTERM still wants the checkpoint.
+    """
 
     def __enter__(self):
-        self.count = 0
+        self.count, self.again, self._first = 0, False, 0.0
         self._old = {n: signal.signal(n, self._on) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -186,7 +191,10 @@ class _Signals:
             signal.signal(number, handler)
 
     def _on(self, number, frame):
+        now = time.monotonic()
+        self._first = self._first or now
         self.count += 1
+        self.again = self.again or (number == signal.SIGINT and now - self._first > SAME_MOMENT_S)
 
 
 def execute(
@@ -198,8 +206,8 @@ def execute(
 ) -> None:
     """Run a plan to its end; logs and errors of its processes are in `logs`. Blocks.
 
-    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second, or `grace_s` seconds,
-    kills them. `watch` is called a few times a second.
+    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or `grace_s`
+    seconds, kills them. `watch` is called a few times a second.
 
     Raises:
         R1VError: of the class and exit code that the first failed rank left, else with the log's tail.
@@ -218,7 +226,7 @@ def execute(
                     stopping = time.monotonic()
                     if not ranks.signal_all(logs, signal.SIGTERM):
                         _kill(main, signal.SIGKILL)
-                elif stopping is not None and (signals.count > 1 or time.monotonic() - stopping > grace_s):
+                elif stopping is not None and (signals.again or time.monotonic() - stopping > grace_s):
                     ranks.signal_all(logs, signal.SIGKILL)
                     _kill(main, signal.SIGKILL)
             if watch:

@@ -112,8 +112,6 @@ def _redirect(path: Path) -> None:
 
 def _signals() -> None:
     def on_signal(number, frame):
-        if _stop.is_set() and number == signal.SIGINT:
-            os._exit(130)
         if not _stop.is_set():
             _stop.set()
             # A rank that hangs in a collective never reads the flag.

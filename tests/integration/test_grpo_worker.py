@@ -698,7 +698,7 @@ def test_two_nodes_of_one_process_take_the_first_step_of_one(home, tmp_path, one
 
 
 class NoSignals:
-    count = 0
+    count, again = 0, False
 
     def __enter__(self):
         return self

@@ -126,6 +126,39 @@ def test_sigint_reaches_the_rank_which_may_finish_its_checkpoint(tmp_path):
     assert (logs / "checkpoint").read_text() == "saved"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sent_twice_at_once_or_terms_repeated_leave_the_checkpoint_its_time(tmp_path, number):
+    """`timeout` sends its signal to the command and to its group; schedulers repeat SIGTERM."""
+    plan = script(
+        tmp_path,
+        """
+        def stop(*_):
+            open(logs + '/told', 'w').close()
+            time.sleep(1)
+            open(logs + '/checkpoint', 'w').write('saved')
+            sys.exit(130)
+        signal.signal(signal.SIGTERM, stop)
+        held = ranks.hold_pid_file(Path(logs) / 'rank-0.pid')
+        time.sleep(60)
+        """,
+    )
+    logs = tmp_path / "logs"
+
+    def send():
+        while not (logs / "rank-0.pid").exists():
+            time.sleep(0.05)
+        for pause in (0.01, 0.5, 0) if number == signal.SIGTERM else (0.01, 0):
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(Interrupted):
+        launch.execute(plan, logs)
+    thread.join()
+    assert (logs / "checkpoint").read_text() == "saved"
+
+
 def test_a_second_sigint_stops_at_once(tmp_path):
     plan = script(
         tmp_path,
@@ -144,6 +177,7 @@ def test_a_second_sigint_stops_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         while not (logs / "told").exists():
             time.sleep(0.05)
+        time.sleep(launch.SAME_MOMENT_S)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt_twice)
