@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import console, contract
-from ..errors import DataError, UsageError
-from ..run_dir import RunDir, disk_full, no_space
+from ..errors import DataError, R1VError, UsageError
+from ..run_dir import RunDir, disk_full, no_space, read_object, write_json
+from .common import first_line
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -24,6 +27,7 @@ else:
     _Trainer = object
 
 ASIDE = ".writing"
+FILES = "r1v_files.json"  # name -> bytes of every file of a checkpoint, written when all ranks have written theirs
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -66,7 +70,11 @@ class WholeCheckpoints(_Trainer):
         finally:
             self._aside = None
         self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0:  # on each node: the file system may not be shared
+        if self.args.process_index == 0:
+            write_json(aside / name / FILES, _sizes(aside / name))
+            _move(aside / name, folder / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and (aside / name).is_dir():  # a node with a file system of its own
             _move(aside / name, folder / name)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -85,8 +93,14 @@ class WholeCheckpoints(_Trainer):
         super()._save(output_dir, state_dict)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        with tensors_only() if resume_from_checkpoint and self.is_deepspeed_enabled else nullcontext():
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        sharded = resume_from_checkpoint and self.is_deepspeed_enabled
+        with tensors_only() if sharded else nullcontext():
+            try:
+                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            except (pickle.UnpicklingError, EOFError) as e:
+                if not sharded:
+                    raise
+                raise _damaged(resume_from_checkpoint, e) from e
 
     def _run_epoch(self, *args, **kwargs):
         # Trainer tells the samplers it can reach; behind the wrapper that skips batches on a resume it reaches none.
@@ -96,7 +110,23 @@ class WholeCheckpoints(_Trainer):
                 layer.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with _readable(resume_from_checkpoint):
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, resume_from_checkpoint, model):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel):  # an adapter
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -141,9 +171,45 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether it has weights and the trainer's state; the state is written last."""
+    """Whether all that was written into it is there, in its full length."""
+    return not lacking(checkpoint)
+
+
+def lacking(checkpoint: Path) -> list[str]:
+    """What of a checkpoint is not there, or not in its full length; [] when it is whole."""
     weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*/*_states.pt"))
-    return weights and (checkpoint / "trainer_state.json").is_file()
+    found = [] if weights else ["weights"]
+    files: dict = {"trainer_state.json": None}
+    if (checkpoint / FILES).is_file():
+        try:
+            files |= read_object(checkpoint / FILES)
+        except DataError:
+            return [FILES]
+    for name, size in files.items():
+        path = os.path.join(checkpoint, name)
+        if not os.path.isfile(path) or (size is not None and os.path.getsize(path) != size):
+            found.append(name)
+    return found
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _damaged(checkpoint: Path | str, error: BaseException) -> DataError:
+    hint = "the run goes on from the checkpoint before it when this one is deleted"
+    return DataError(f"cannot resume from {checkpoint}: {first_line(error)}", hint=hint)
+
+
+@contextmanager
+def _readable(checkpoint: Path | str | None) -> Iterator[None]:
+    """What reading a damaged file raises, as an error that names its checkpoint."""
+    try:
+        yield
+    except (R1VError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # damaged files raise anything
+        raise _damaged(checkpoint or "the checkpoint", e) from e
 
 
 def resume_point(run: RunDir) -> Path | None:
@@ -161,8 +227,9 @@ def resume_point(run: RunDir) -> Path | None:
         console.log("a checkpoint that was being written when the run ended is skipped")
     clean(run.checkpoints)
     for step, path in reversed(checkpoints(run.checkpoints)):
-        if not is_whole(path):
-            console.warn(f"{path.name} is not whole, it is skipped")
+        if lacks := lacking(path):
+            some = ", ".join(lacks[:3]) + (" ..." if len(lacks) > 3 else "")
+            console.warn(f"{path.name} is not whole ({some} missing or cut), it is skipped")
             continue
         if not (path / "optimizer.pt").is_file() and not any(path.glob("global_step*")):
             raise UsageError(
@@ -208,13 +275,17 @@ def clean(folder: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    if target.exists():
-        _remove(target)
+    """Give a folder its name, in place of one that has it already. Where `source` is gone, another node was first."""
     try:
         os.replace(source, target)
     except FileNotFoundError:
-        if not target.is_dir():  # another node on the same file system was first
+        if not target.is_dir():
             raise DataError(f"checkpoint {source} was removed while it was being written") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        _remove(target)
+        os.replace(source, target)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -153,7 +153,7 @@ def load_processor(model: config.Model, seed: int = 0):
             where, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot load the processor of model {model.name}: {_first_line(e)}") from None
+        raise DataError(f"cannot load the processor of model {model.name}: {first_line(e)}") from None
     if not hasattr(processor, "image_processor"):
         raise DataError(f"model {model.name} has no image processor", hint="r1v trains vision-language models")
     check_template(processor, model.name)
@@ -171,13 +171,13 @@ def check_template(processor, name: str) -> None:
     try:
         text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
     except Exception as e:  # a template is a program
-        raise DataError(f"the chat template of {name} does not work: {_first_line(e)}") from None
+        raise DataError(f"the chat template of {name} does not work: {first_line(e)}") from None
     if processor.image_token not in text:
         raise DataError(f"the chat template of {name} leaves out the image")
     try:
         processor.tokenizer(text)
     except Exception as e:  # settings of another type
-        raise DataError(f"the tokenizer of {name} does not work: {_first_line(e)}") from None
+        raise DataError(f"the tokenizer of {name} does not work: {first_line(e)}") from None
 
 
 def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:
@@ -213,7 +213,7 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
         raise
     except Exception as e:  # damaged files raise anything
         raise DataError(
-            f"cannot load model {model.name} as a vision-language model: {_first_line(e)}",
+            f"cannot load model {model.name} as a vision-language model: {first_line(e)}",
             hint="give a hub name or a folder with config.json and *.safetensors",
         ) from None
     policy, info = loaded
@@ -302,7 +302,8 @@ def _quantization(model: config.Model):
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of its message, its class's name where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

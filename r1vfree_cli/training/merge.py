@@ -29,7 +29,7 @@ from ..errors import DataError, R1VError, UsageError
 from ..prompts import build_messages, target_text
 from ..run_dir import RunDir, read_json
 from .checkpoints import checkpoints, is_whole, tensors_only
-from .common import check_size, check_template, die_with_parent
+from .common import check_size, check_template, die_with_parent, first_line
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are
@@ -150,10 +150,6 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 # --- loading, always in float32 --------------------------------------------------------------------------------
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _whole(name: str, revision: str | None = None) -> tuple[Any, str]:
     """(whole model, dtype of its files); weights that are missing or do not fit are errors, not random numbers."""
     if Path(name).is_absolute() and not Path(name).is_dir():
@@ -168,7 +164,7 @@ def _whole(name: str, revision: str | None = None) -> tuple[Any, str]:
     except R1VError:
         raise
     except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot load {name} as a vision-language model: {_first_line(e)}") from None
+        raise DataError(f"cannot load {name} as a vision-language model: {first_line(e)}") from None
     model, info = loaded
     wrong = [f"{kind.split('_')[0]}: {key}" for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
@@ -193,7 +189,7 @@ def _shards(folder: Path) -> tuple[Any, str]:
     except pickle.UnpicklingError:
         raise DataError(f"the shards in {folder} hold more than tensors; they are not loaded") from None
     except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot put the shards in {folder} together: {_first_line(e)}") from None
+        raise DataError(f"cannot put the shards in {folder} together: {first_line(e)}") from None
     return model.eval(), stored
 
 
@@ -231,7 +227,7 @@ def _adapter(folder: Path, base: str | None, found: dict | None) -> tuple[Any, s
         result = wrapped.load_adapter(str(folder), "default", torch_device="cpu")
     except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
         raise DataError(
-            f"the adapter in {folder} does not fit its base {name}: {_first_line(e)}", hint="is --base the right one?"
+            f"the adapter in {folder} does not fit its base {name}: {first_line(e)}", hint="is --base the right one?"
         ) from None
     wrong = [*result.missing_keys, *result.unexpected_keys]
     if wrong:
@@ -255,7 +251,7 @@ def _processor(folder: Path, base: str | None):
         if hasattr(processor, "image_processor"):
             check_template(processor, place)
             return processor
-    reason = _first_line(error) if error else "it has no image processor"
+    reason = first_line(error) if error else "it has no image processor"
     raise DataError(f"cannot load a processor from {' or '.join(places)}: {reason}")
 
 

@@ -21,8 +21,9 @@ from trl import GRPOConfig
 from r1vfree_cli import contract, launch, recipes
 from r1vfree_cli.errors import DataError, GuardStop, Interrupted, UsageError
 from r1vfree_cli.prompts import build_messages, template_hash
-from r1vfree_cli.run_dir import RunDir, read_json, read_jsonl
+from r1vfree_cli.run_dir import RunDir, read_json, read_jsonl, write_text
 from r1vfree_cli.training import common, grpo
+from r1vfree_cli.training.checkpoints import checkpoints, is_whole
 from r1vfree_cli.training.common import to_prompts
 from r1vfree_cli.training.lengths import drop_long_prompts, prompt_lengths
 from r1vfree_cli.training.rollouts import rollout_file
@@ -605,13 +606,13 @@ def test_trl_refusals_are_usage_errors(home, tmp_path, made_up):
 # --- several ranks ---------------------------------------------------------------------------------------------
 
 
-def launched(recipe, run: RunDir, *, env: dict | None = None) -> None:
+def launched(recipe, run: RunDir, *, env: dict | None = None, logs: Path | None = None) -> None:
     """The recipe through the real launcher, with the rewards of `grpo_worker`."""
     plan = launch.plan("grpo", recipe, run.path)
     argv = [*plan.argv[:-3], grpo_worker.__file__, str(run.path)]
     path = os.pathsep.join([str(Path(launch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     added = {"R1V_CACHE": os.environ["R1V_CACHE"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch.execute(replace(plan, argv=argv, env={**plan.env, **added, **(env or {})}), run.logs)
+    launch.execute(replace(plan, argv=argv, env={**plan.env, **added, **(env or {})}), logs or run.logs)
 
 
 FIRST = ("loss", "grad_norm", "reward", "reward_std", "rewards/feedback/mean", "completions/mean_length")
@@ -672,15 +673,15 @@ def test_two_nodes_of_one_process_take_the_first_step_of_one(home, tmp_path, one
         port = s.getsockname()[1]
     layout = {"preset": "ddp", "device": "cpu", "processes": 2, "nodes": 2, "main_address": "127.0.0.1"}
     layout = {f"launch.{k}": v for k, v in (layout | {"main_port": port}).items()}
-    recipe, run = start(home, tmp_path / "run", **EVERY_LAYOUT, **layout, prompts_per_device=1)
+    recipe, run = start(home, tmp_path / "run", **EVERY_LAYOUT, **layout, prompts_per_device=1, save_steps=1)
     second = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"node_rank": 1})})
-    other = RunDir(tmp_path / "other")
-    other.begin(recipes.to_yaml(second))
+    logs = run.path / "nodes" / "1"  # the two share a file system, and a run dir
+    write_text(logs / "recipe.yaml", recipes.to_yaml(second))
     errors = []
 
     def node():
         try:
-            launched(second, other)
+            launched(second, run, env={"R1V_RECIPE": str(logs / "recipe.yaml")}, logs=logs)
         except Exception as e:
             errors.append(e)
 
@@ -694,7 +695,8 @@ def test_two_nodes_of_one_process_take_the_first_step_of_one(home, tmp_path, one
     assert not errors
     same_first_step(run, one_process)
     AutoModelForImageTextToText.from_pretrained(run.final)
-    assert not other.final.exists() and not other.metrics.exists()  # node 0 alone owns the run dir
+    assert [step for step, path in checkpoints(run.checkpoints) if is_whole(path)] == [1, 2]
+    assert (run.checkpoints / "checkpoint-2" / "r1v_state_1.pt").is_file()
 
 
 class NoSignals:

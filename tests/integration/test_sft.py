@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -326,8 +327,6 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
 
 
 def test_resume_point_skips_what_is_not_whole(finished, tmp_path, monkeypatch, capsys):
-    import shutil
-
     run = RunDir(tmp_path)
     shutil.copytree(finished.checkpoints, run.checkpoints)
     assert checkpoints.resume_point(run) is None  # not a resume
@@ -336,12 +335,48 @@ def test_resume_point_skips_what_is_not_whole(finished, tmp_path, monkeypatch, c
     (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
     shutil.copytree(run.checkpoints / "checkpoint-2", run.checkpoints / checkpoints.ASIDE / "checkpoint-6")
     assert checkpoints.resume_point(run).name == "checkpoint-2"
-    assert "checkpoint-4 is not whole" in capsys.readouterr().err
-    (run.checkpoints / "checkpoint-2" / "optimizer.pt").unlink()
+    said = capsys.readouterr().err
+    assert "that was being written when the run ended is skipped" in said
+    assert "checkpoint-4 is not whole (trainer_state.json missing or cut), it is skipped" in said
+    assert "resuming from step 2" in said
+    optimizer = run.checkpoints / "checkpoint-2" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])  # copied in part
+    assert checkpoints.resume_point(run) is None
+    assert "checkpoint-2 is not whole (optimizer.pt missing or cut), it is skipped" in capsys.readouterr().err
+    optimizer.unlink()
+    files = run.checkpoints / "checkpoint-2" / checkpoints.FILES
+    files.write_text(json.dumps({k: v for k, v in json.loads(files.read_text()).items() if k != "optimizer.pt"}))
     with pytest.raises(UsageError, match="save_only_model"):
         checkpoints.resume_point(run)
     shutil.rmtree(run.checkpoints)
     assert checkpoints.resume_point(run) is None
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named_and_no_bug(tiny, data, finished, tmp_path, monkeypatch):
+    """Damage that leaves a file its length; a pickle that holds more than tensors is not run."""
+    run = RunDir(tmp_path)
+    monkeypatch.setenv("R1V_RESUME", "1")
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272))
+    run.begin(recipes.to_yaml(recipe))
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+        shutil.copytree(finished.checkpoints, run.checkpoints)
+        file = run.checkpoints / "checkpoint-4" / name
+        file.write_bytes(b"x" * file.stat().st_size)
+        with pytest.raises(DataError, match=f"cannot resume from {run.checkpoints}/checkpoint-4: ") as e:
+            train(recipe, run.path, resume=True)
+        assert "deleted" in e.value.hint and not run.final.exists()
+
+
+def test_the_second_node_to_name_a_checkpoint_leaves_it_there(tmp_path):
+    for node in (0, 1):
+        if node == 0:
+            (tmp_path / "aside").mkdir()
+            (tmp_path / "aside" / "x").write_text("new")
+            (tmp_path / "checkpoint-1").mkdir()
+            (tmp_path / "checkpoint-1" / "x").write_text("of an attempt that was killed")
+        checkpoints._move(tmp_path / "aside", tmp_path / "checkpoint-1")
+        assert (tmp_path / "checkpoint-1" / "x").read_text() == "new"
 
 
 def test_a_killed_save_leaves_no_checkpoint_and_the_limit_bounds_the_rest(tiny, data, tmp_path, monkeypatch):
