@@ -36,7 +36,11 @@ class TextReward:
 
 
 def build_rewards(
-    rewards: Sequence[AnyReward], *, seed: int = 42, cache_root: Path | None = None
+    rewards: Sequence[AnyReward],
+    *,
+    seed: int = 42,
+    cache_root: Path | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[TextReward | Feedback]:
     """The callables of a recipe's rewards, in order, after TRL's protocol; each with `__name__` and `weight`.
 
@@ -44,21 +48,28 @@ def build_rewards(
         rewards: as validated.
         seed: the run's, which names embedded judges.
         cache_root: folder of the judgement cache; by default the user's.
+        stopping: whether the run is asked to end; then a judge that is down is not waited for.
 
     Raises:
         UsageError, DataError: an embedded judge does not exist or is not built yet.
     """
     functions: dict[str, Callable[..., list]] = {"format": format_reward, "accuracy": accuracy_reward}
     return [
-        build_feedback(reward, seed=seed, cache_root=cache_root)
+        build_feedback(reward, seed=seed, cache_root=cache_root, stopping=stopping)
         if isinstance(reward, FeedbackReward)
         else TextReward(reward, reward.name, functions[reward.name])
         for reward in rewards
     ]
 
 
-def build_feedback(reward: FeedbackReward, *, seed: int = 42, cache_root: Path | None = None) -> Feedback:
-    """One AI feedback reward; connects to nothing and loads nothing yet."""
+def build_feedback(
+    reward: FeedbackReward,
+    *,
+    seed: int = 42,
+    cache_root: Path | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Feedback:
+    """One AI feedback reward; connects to nothing and loads nothing yet. Arguments as of `build_rewards`."""
     model = (reward.serve.model if reward.serve else reward.model) or ""
     revision = reward.serve.revision if reward.serve else reward.revision
     if is_embedded(model):
@@ -70,11 +81,14 @@ def build_feedback(reward: FeedbackReward, *, seed: int = 42, cache_root: Path |
     if reward.cache:
         folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")
     share = 1 / max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    backend = _backend(reward, model, revision, str(url))
-    return Feedback(reward, backend, identity=_identity(reward, model, revision), cache=folder, share=share)
+    backend = _backend(reward, model, revision, str(url), stopping)
+    identity = _identity(reward, model, revision)
+    return Feedback(reward, backend, identity=identity, cache=folder, share=share, stopping=stopping)
 
 
-def _backend(reward: FeedbackReward, model: str, revision: str | None, url: str) -> Backend:
+def _backend(
+    reward: FeedbackReward, model: str, revision: str | None, url: str, stopping: Callable[[], bool]
+) -> Backend:
     # Imported here: the openai client takes a second to import, and text rewards do not need it.
     if reward.backend == "local":
         from .in_process import InProcessJudge
@@ -85,7 +99,7 @@ def _backend(reward: FeedbackReward, model: str, revision: str | None, url: str)
     from .http_judge import key_of
 
     judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
-    return judge(reward, url, key_of(reward))
+    return judge(reward, url, key_of(reward), stopping)
 
 
 def _identity(reward: FeedbackReward, model: str, revision: str | None) -> dict:

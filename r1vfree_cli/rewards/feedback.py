@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Feedback:
         identity: what decides a judgement beside the question: model, revision, prompt. Part of cache keys.
         cache: folder of the judgement cache, or None.
         share: the part of `max_cost` that this process may spend.
+        stopping: whether the run is asked to end; then a judge that is down is not waited for.
 
     Attributes:
         failures: the last failures, as lines.
@@ -53,6 +54,7 @@ class Feedback:
         identity: dict,
         cache: Path | None = None,
         share: float = 1.0,
+        stopping: Callable[[], bool] = lambda: False,
     ):
         self.__name__ = reward.name
         self.weight, self.required = reward.weight, reward.required
@@ -62,6 +64,7 @@ class Feedback:
         self._cache = JudgementCache(cache)
         self._budget = None if reward.max_cost is None else reward.max_cost * share
         self._spent = 0.0
+        self._stopping = stopping
         self._opened = False
         self._slots = asyncio.Semaphore(reward.concurrency)
         self._stats: Counter[str] = Counter()
@@ -218,7 +221,7 @@ class Feedback:
                 await self._backend.open()
                 self._opened = True
             except Failure as failure:
-                if time.monotonic() + PAUSE_S > deadline:
+                if time.monotonic() + PAUSE_S > deadline or self._stopping():
                     self._failed(failure)
                     return False
                 await asyncio.sleep(PAUSE_S)

@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -51,15 +51,17 @@ class HttpJudge:
         reward: the recipe's feedback reward.
         base_url: origin and path prefix.
         api_key: sent as a bearer token; None sends none of value.
+        stopping: whether the run is asked to end; then a judge that is down is not waited for.
     """
 
     path = ""
     prompt: PromptKind = "judge"
     one_by_one = True
 
-    def __init__(self, reward: FeedbackReward, base_url: str, api_key: str | None):
+    def __init__(self, reward: FeedbackReward, base_url: str, api_key: str | None, stopping: Callable[[], bool]):
         self.reward, self.base_url, self._api_key = reward, base_url.rstrip("/"), api_key
         self.identity: dict = {}
+        self._stopping = stopping
         self._client: Any = None
         self._next_start = 0.0
 
@@ -104,7 +106,7 @@ class HttpJudge:
                 verdict = await self._ask(question)
                 return replace(verdict, seconds=time.monotonic() - begin)
             except Failure as failure:
-                if not failure.down:
+                if not failure.down or self._stopping():
                     return failure
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)

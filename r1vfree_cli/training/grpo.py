@@ -22,7 +22,17 @@ from ..rewards import build_rewards, canaries
 from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
 from .callbacks import RunCallback, trim_metrics
 from .checkpoints import resume_point, save_final
-from .common import is_main, load_policy, load_processor, on_main, peft_config, round_weights, to_prompts, worker
+from .common import (
+    is_main,
+    load_policy,
+    load_processor,
+    on_main,
+    peft_config,
+    round_weights,
+    stop_requested,
+    to_prompts,
+    worker,
+)
 from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
@@ -86,7 +96,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         console.log(f"dropped {dropped} rows: prompt longer than {limit} tokens; {len(rows)} are left")
     _enough(rows, args)
 
-    rewards = build_rewards(recipe.rewards, seed=args.seed)
+    rewards = build_rewards(recipe.rewards, seed=args.seed, stopping=stop_requested)
     on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     if is_main():

@@ -295,6 +295,23 @@ def test_a_judge_that_comes_back_within_the_deadline_costs_nothing(tmp_path):
     thread.join()
 
 
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_judge_that_is_down_is_not_waited_for_once_the_run_is_to_end(tmp_path, opened):
+    """A scheduler's SIGTERM reaches the reward server too; the ranks still have a checkpoint to write."""
+    document = {"name": "feedback", "cache": False, "max_retries": 0, "step_deadline_s": 60.0}
+    stop = threading.Event()
+    with js.JudgeServer() as server:
+        reward = FeedbackReward.model_validate(document | {"base_url": server.url})
+        judge = build_feedback(reward, stopping=stop.is_set)
+        if opened:
+            judge.probe()
+    threading.Timer(1, stop.set).start()
+    begin = time.monotonic()
+    assert call(judge, ["red", "blue"]) == [None, None]
+    assert 0.9 < time.monotonic() - begin < 10
+    assert "connection" in judge.failures[-1]
+
+
 def test_429_with_retry_after_is_waited_for(tmp_path):
     times = []
 

@@ -444,6 +444,20 @@ class SignalInStep(grpo_worker.Judge):
         return await super().__call__(*args, trainer_state=trainer_state, **kwargs)
 
 
+def test_a_signal_that_also_ends_the_judge_ends_with_a_checkpoint(home, tmp_path, made_up, monkeypatch):
+    def build(*_, stopping, **__):
+        def score(i, trainer_state, **_):
+            if trainer_state.global_step == 1:
+                common._stop.set()
+            return None if stopping() else i / 8
+
+        return [grpo_worker.Letters(), reward_of("feedback", score, required=True, max_failed_fraction=0.25)]
+
+    monkeypatch.setattr(grpo, "build_rewards", build)
+    run, _ = stopped_run(home, tmp_path, GuardStop, "8 of 8 rollouts in step 2")
+    assert (run.checkpoints / "checkpoint-1" / "trainer_state.json").is_file()
+
+
 def reward_of(name: str, function, **attributes):
     def reward(completions, **kwargs):
         return [function(i, **kwargs) for i, _ in enumerate(completions)]
