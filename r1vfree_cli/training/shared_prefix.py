@@ -168,6 +168,7 @@ class SharedPrefixMixin(_Trainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
+            self.accelerator.autocast(),  # around all steps: it casts float32 weights once and not once a token
         ):
             self._encode(model)
             fields = {k: v.to(device) for k, v in prompts.fields.items() if isinstance(v, torch.Tensor)}

@@ -141,6 +141,11 @@ def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
+def as_used(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A key in the type of its value: under autocast rotation leaves it in float32, and every product casts it again."""
+    return key.to(value.dtype)
+
+
 class PromptCache:
     """A cache that only records: the keys and values of a packed row of prompts, per layer."""
 
@@ -148,7 +153,7 @@ class PromptCache:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, key, value, layer_idx: int, *args: Any, **kwargs: Any):
-        self.layers[layer_idx] = (key, value)
+        self.layers[layer_idx] = (as_used(key, value), value)
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -210,6 +215,7 @@ class BranchCache(Layout):
 
     def update(self, key, value, layer_idx: int, *args: Any, **kwargs: Any):
         """Store the step's key and value (B, Hkv, 1, D)."""
+        key = as_used(key, value)
         if layer_idx not in self.branch:
             batch, heads, _, dim = key.shape
             self.branch[layer_idx] = (
@@ -266,7 +272,12 @@ def _attention(
     original = ALL_ATTENTION_FUNCTIONS.get(base)
     if original is None:  # every model file carries its own eager version
         original = sys.modules[type(module).__module__].eager_attention_forward
-    return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    name = module.config._attn_implementation
+    module.config._attn_implementation = base  # flash attention finds its kernels by it
+    try:
+        return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    finally:
+        module.config._attn_implementation = name
 
 
 def install(model) -> None:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from tiny_models import draw, load_tiny, save_tiny, tiny_model
-from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+    modeling_flash_attention_utils,
+)
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 
 from r1vfree_cli.training import shared_prefix_decode
 from r1vfree_cli.training.shared_prefix import SharedPrefixMixin, chunks
@@ -319,6 +330,50 @@ def test_bf16_to_its_own_noise(models, tmp_path):
     whole = [torch.cat([g.float().flatten() for g in t.gradients[0].values()]) for t in (exact, plain, shared)]
     noise, ours = ((g - whole[0]).norm() / whole[0].norm() for g in whole[1:])
     assert 0 < ours < 2 * noise and noise < 0.2
+
+
+class Casts(TorchDispatchMode):
+    """Counts the float32 matrices that autocast copies to a smaller type."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32 and out.dtype == torch.bfloat16:
+            self.weights += isinstance(args[0], torch.nn.Parameter)
+        return out
+
+
+def test_float32_weights_under_autocast(models, tmp_path):
+    """Generation casts each weight once and not once a token, and keeps keys in the type in which they are used."""
+    casts, caches = [], []
+    for tokens in (3, 9):
+        trainer = build(
+            Shared, models(), tmp_path, beta=0.0, bf16=True, max_completion_length=tokens,
+            generation_kwargs={"min_new_tokens": tokens},
+        )  # fmt: skip
+        trainer.model = trainer.accelerator.prepare_model(trainer.model)
+        trainer.model_wrapped = trainer.model
+
+        class Kept(BranchCache):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                caches.append(self)
+
+        with pytest.MonkeyPatch.context() as patch, Casts() as counted:
+            patch.setattr(shared_prefix_decode, "BranchCache", Kept)
+            trainer._generate(
+                [
+                    prepare_multimodal_messages(row["prompt"], images=row["images"])
+                    for row in (trainer.train_dataset[i // 4] for i in range(8))
+                ]
+            )
+        casts.append(counted.weights)
+    assert casts[0] == casts[1] > 0
+    stored = [x.dtype for cache in caches for held in (cache.prompt, cache.branch) for kv in held.values() for x in kv]
+    assert set(stored) == {torch.bfloat16}
 
 
 def test_groups_without_a_gradient_skip_the_backward_pass(models, tmp_path):
@@ -695,6 +750,50 @@ def test_ordinary_padded_passes_keep_their_mask(kind, base, models):
     assert torch.equal(before, after)
     assert model.config.text_config._attn_implementation == PREFIX + base
     assert PREFIX not in model.config.to_json_string(use_diff=False), "a saved model must load without this package"
+
+
+def fake_flash_attention(monkeypatch) -> list[str]:
+    """Flash attention 2 as transformers finds it where it is installed, computed by SDPA; the kernels that were asked."""
+    asked = []
+
+    def dense(q, k, v, causal=False, softmax_scale=None, **_):  # (B, L, H, D)
+        asked.append("dense")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        causal = causal and q.shape[2] > 1
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *_, **kwargs):  # (tokens, H, D)
+        asked.append("varlen")
+        ends = [x.tolist() for x in (cu_seqlens_q, cu_seqlens_k)]
+        parts = zip(*map(itertools.pairwise, ends), strict=True)
+        rows = [(q[a:b], k[c:d], v[c:d]) for (a, b), (c, d) in parts]
+        return torch.cat([dense(*(x[None] for x in row), **kwargs)[0] for row in rows])
+
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    package.flash_attn_func, package.flash_attn_varlen_func, package.flash_attn_with_kvcache = dense, varlen, dense
+    padding.pad_input = modeling_flash_attention_utils._pad_input
+    padding.unpad_input = modeling_flash_attention_utils._unpad_input
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    return asked
+
+
+def test_ordinary_passes_keep_flash_attention(models, monkeypatch):
+    """Held-out questions and beam search go through the model as it is; transformers finds the kernels by the name."""
+    model, _ = load_tiny(models())
+    ids = torch.tensor([[0, 0, 0, 40, 50, 60], [30, 31, 32, 33, 34, 35]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        asked = fake_flash_attention(monkeypatch)
+        model.config.text_config._attn_implementation = "flash_attention_2"
+        install(model)
+        found = model(input_ids=ids, attention_mask=mask).logits
+    assert asked and torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-5)
+    assert model.config.text_config._attn_implementation == PREFIX + "flash_attention_2"
 
 
 def test_an_unknown_model_is_trained_as_trl_does_and_said_once(models, tmp_path, capsys):
