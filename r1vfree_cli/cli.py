@@ -1,5 +1,6 @@
 """The Typer app. A command parses, calls one function, prints; logic and heavy imports live behind it."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +123,7 @@ def _train(
     dry_run: bool,
     json: bool,
 ) -> None:
-    from . import console, jobs
+    from . import console, jobs, watch
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
@@ -136,7 +137,7 @@ def _train(
     elif "node" in result:
         console.log(f"node {result['node']} is done; node 0 holds the results in {result['run_dir']}")
     else:
-        console.emit_table(f"{recipe}: {result['run_dir']}", ["", "before", "after"], jobs.summary_rows(result))
+        console.emit_table(f"{recipe}: {result['run_dir']}", ["", "before", "after"], watch.summary_rows(result))
 
 
 def _print_dry_run(plan: dict[str, Any]) -> None:
@@ -383,6 +384,7 @@ def recipes_validate(
 
 def main() -> None:
     """The entry point: every `R1VError` becomes its message and exit code; a traceback only with --debug."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends a command as Ctrl-C does
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -31,9 +31,15 @@ def _visible(text: str) -> str:
     return _CONTROL.sub(lambda m: ascii(m[0])[1:-1], text)
 
 
+# Told every line of `log` and `warn`, and whether it is a warning: a worker's stderr is a file that nobody watches.
+repeat: Callable[[str, bool], None] | None = None
+
+
 def log(message: str) -> None:
     """One line for people, on stderr. The text is data: markup in it is not interpreted."""
     _stderr().print(_visible(message), markup=False)
+    if repeat is not None:
+        repeat(message, False)
 
 
 def warn(message: str) -> None:
@@ -41,6 +47,8 @@ def warn(message: str) -> None:
     from rich.text import Text
 
     _stderr().print(Text.assemble(("warning: ", "yellow"), _visible(message)))
+    if repeat is not None:
+        repeat(message, True)
 
 
 def error(exc) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from . import __version__, prompts
+from . import __version__, console, prompts
 from .config import GrpoRecipe, SftRecipe
 from .run_dir import read_object, write_json
 
@@ -48,15 +50,25 @@ def build(
         "rewards": rewards or [],
         "data": {"path": recipe.data.path, "split": recipe.data.split, "sha256": data_sha256},
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": os.environ.get("R1V_GIT_COMMIT") or None,
     }
 
 
-def git_commit() -> str | None:
-    """The commit of the repository in the working directory, `-dirty` when it has changes, None outside one."""
+def warn_of_changes(checkpoint: Path, now: dict) -> None:
+    """Say in what a run that goes on from `checkpoint` is another one since, beside its recipe's own changes."""
+    before = read(checkpoint) or {}
+    for key in ("template_hash", "data", "rewards", "versions", "git_commit"):
+        old, new = (json.dumps(c.get(key), sort_keys=True, ensure_ascii=False) for c in (before, now))
+        if before and old != new:
+            console.warn(f"since {checkpoint.name} was written, {key} has changed: {old[:300]} -> {new[:300]}")
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the repository that holds `folder`, `-dirty` when it has changes, None outside one."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=10,

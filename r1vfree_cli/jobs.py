@@ -5,19 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from . import console, contract, embedded, launch, preflight, ranks, recipes, run_dir
-from .config import STAGES, GrpoRecipe, SftRecipe
+from . import console, contract, embedded, launch, preflight, ranks, recipes, run_dir, watch
+from .config import GrpoRecipe, SftRecipe
 from .errors import GuardStop, Interrupted, R1VError, UsageError
 from .run_dir import RunDir
 
@@ -50,7 +47,8 @@ def train(
     for line in findings.warnings:
         console.warn(line)
     resume = resume or _unfinished(where, recipe, overwrite)
-    return run(stage, recipe, where, resume=resume, overwrite=overwrite)
+    commit = contract.git_commit(recipes.find(stage, name).parent)
+    return run(stage, recipe, where, resume=resume, overwrite=overwrite, commit=commit)
 
 
 def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
@@ -80,15 +78,25 @@ def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) 
 
 
 def run(
-    stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, *, resume: bool = False, overwrite: bool = False
+    stage: str,
+    recipe: GrpoRecipe | SftRecipe,
+    where: RunDir,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    commit: str | None = None,
 ) -> dict:
-    """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary."""
+    """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary.
+
+    `commit`: of the repository that holds the recipe, for the run contract.
+    """
     node = recipe.launch.node_rank
-    seconds: dict[str, float] = {}
-    with _sigterm_as_ctrl_c(), _locked(where.path, node) if node == 0 else nullcontext():
+    with _locked(where.path) if node == 0 else nullcontext():
         if node == 0:
             if where.holds_run:
                 ranks.end_orphans(where.logs)
+            if resume:
+                _tell_changes(where, stage, recipe)
             where.begin(recipes.to_yaml(recipe), resume=resume, overwrite=overwrite)
             logs, recipe_file = where.logs, where.recipe
         else:
@@ -98,18 +106,36 @@ def run(
             recipe_file = logs / "recipe.yaml"
             run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
         try:
-            prepare(recipe, seconds)
-            _launch(stage, recipe, where, logs, recipe_file, resume, seconds)
+            env = {"R1V_RECIPE": str(recipe_file), "R1V_GIT_COMMIT": commit or ""}
+            _launch(stage, recipe, where, logs, env | ({"R1V_RESUME": "1"} if resume else {}))
         except BaseException as e:
+            error = Interrupted("interrupted") if isinstance(e, KeyboardInterrupt) else e
             if node == 0:
-                _failed(where, e)
-            raise
+                _failed(where, error)
+            if error is e:
+                raise
+            raise error from None
         if node:
             return {"run_dir": str(where.path), "node": node}
-        summary = run_dir.read_json(where.summary)
-        summary["seconds"] = {**seconds, **summary.get("seconds", {})}
-        run_dir.write_json(where.summary, summary)
-        return {"run_dir": str(where.path), **summary}
+        return {"run_dir": str(where.path), **run_dir.read_json(where.summary)}
+
+
+def _tell_changes(where: RunDir, stage: str, recipe: GrpoRecipe | SftRecipe) -> None:
+    """Say what of the recipe a resume changes; a run of another kind is not resumed.
+
+    Raises:
+        UsageError: it is an SFT run, and this is GRPO; or the other way.
+    """
+    if not where.recipe.is_file():
+        return
+    before = recipes.load_document(where.recipe)
+    if ("rewards" in before) != (stage == "grpo"):
+        raise UsageError(
+            f"{where.path} holds a run of r1v {'sft' if stage == 'grpo' else 'grpo'}, which r1v {stage} cannot resume",
+            hint="choose another --run-dir",
+        )
+    for line in recipes.differences(before, recipe.model_dump(mode="json")):
+        console.warn(f"the resumed run has another recipe: {line}")
 
 
 def _failed(where: RunDir, error: BaseException) -> None:
@@ -120,36 +146,30 @@ def _failed(where: RunDir, error: BaseException) -> None:
         state = run_dir.STOPPED
     try:
         where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
-    except OSError as e:  # a full disk, most likely: the error itself is what matters
-        console.warn(f"cannot write {where.status_file}: {e}")
+    except R1VError as e:  # a full disk, most likely: the error itself is what matters
+        console.warn(e.message)
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Between launches too, a scheduler's SIGTERM ends a run as interrupted."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGTERM, stop)
+def _locked(path: Path) -> Iterator[None]:
+    """Two processes never write one run dir, whatever they call it. The lock lies beside the folder, which may be
+    deleted and made anew."""
+    path = path.resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    busy = UsageError(f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir")
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-@contextmanager
-def _locked(path: Path, node: int) -> Iterator[None]:
-    """Two processes never write one run dir. The lock lies beside the folder, which may be deleted and made anew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.parent / f".{path.name}.lock"
-    with open(lock, "w") as f:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115
+    except OSError as e:
+        raise UsageError(f"cannot write {lock}: {e.strerror}", hint="choose another --run-dir") from e
+    with file:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir"
-            ) from None
+            raise busy from None
+        # Its last holder may have deleted it meanwhile, and a third process have made another one.
+        if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise busy
         try:
             yield
         finally:
@@ -188,10 +208,11 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
                 continue
             if stage.kind == "recipe":
                 kind, _, name = stage.args[0].partition("/")
-                run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder))
+                commit = contract.git_commit(recipes.find(kind, name).parent)
+                run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder), commit=commit)
             else:
                 plan = launch.module_plan(*stage.args, str(folder / "final"))
-                with _LogView(folder / "logs" / "launcher.log") as view:
+                with watch.LogView(folder / "logs" / "launcher.log") as view:
                     launch.execute(plan, folder / "logs", watch=view.update)
 
 
@@ -209,23 +230,17 @@ def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
         seconds["prepare data"] = round(time.monotonic() - start, 1)
 
 
-def _launch(
-    stage: str,
-    recipe: GrpoRecipe | SftRecipe,
-    where: RunDir,
-    logs: Path,
-    recipe_file: Path,
-    resume: bool,
-    seconds: dict[str, float],
-) -> None:
-    env = {"R1V_RECIPE": str(recipe_file)} | ({"R1V_RESUME": "1"} if resume else {})
+def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, logs: Path, env: dict[str, str]) -> None:
+    seconds: dict[str, float] = {}
+    prepare(recipe, seconds)
     with launch.serving(recipe, logs) as served:
         base = launch.plan(stage, recipe, where.path)
-        plan = replace(base, env={**base.env, **env, **served})
+        told = {"R1V_SECONDS": json.dumps({"before": seconds, "launched": time.monotonic()})}
+        plan = replace(base, env={**base.env, **env, **told, **served})
         if recipe.launch.node_rank == 0:
             run_dir.write_json(where.launch, _launch_document(plan))
         console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
-        with _timed(stage, seconds), _View(stage, where) as view:
+        with _timed(stage, seconds), watch.RunView(stage, where) as view:
             launch.execute(plan, logs, watch=view.update)
 
 
@@ -236,122 +251,9 @@ def _launch_document(plan: launch.Plan) -> dict:
         "argv": plan.argv,
         "env": plan.env,
         "versions": contract.versions(),
-        "git_commit": contract.git_commit(),
+        "git_commit": plan.env["R1V_GIT_COMMIT"] or None,
         "started": round(time.time(), 3),
     }
-
-
-class _View:
-    """Follows metrics.jsonl and status.json of a run: a progress bar on a terminal, a line every 10 s elsewhere."""
-
-    _SHOWN = (
-        ("reward", "reward", "{:.3f}"),
-        ("rewards/format/mean", "format", "{:.2f}"),
-        ("completions/mean_length", "length", "{:.1f}"),
-        ("loss", "loss", "{:.4g}"),
-    )
-
-    def __init__(self, stage: str, where: RunDir):
-        self._stage, self._where = stage, where
-        self._offset = where.metrics.stat().st_size if where.metrics.is_file() else 0
-        self._samples: dict[Path, int] = {}
-        self._bar = ExitStack()
-        self._progress: console.Progress | None = None
-        self._step = 0
-
-    def __enter__(self) -> _View:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        """Show what was logged since the last call."""
-        self._show_samples()
-        for line in self._new(self._where.metrics):
-            step = int(line.get("step", 0))
-            if self._progress is None:
-                bar = console.progress(self._stage, self._where.status.get("max_steps"))
-                self._progress = self._bar.enter_context(bar)
-            note = " ".join(
-                f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float)
-            )
-            self._progress.advance(max(0, step - self._step), note)
-            self._step = max(step, self._step)
-
-    def _new(self, path: Path) -> list[dict]:
-        if not path.is_file():
-            return []
-        size = path.stat().st_size
-        if size < self._offset:  # a resumed run cut back what followed its checkpoint
-            self._offset = 0
-        with open(path, "rb") as f:
-            f.seek(self._offset)
-            data = f.read()
-        end = data.rfind(b"\n") + 1
-        self._offset += end
-        return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
-
-    def _show_samples(self) -> None:
-        path = self._where.logs / "samples.jsonl"
-        if not path.is_file():
-            return
-        shown = self._samples.get(path, 0)
-        for number, sample in run_dir.read_jsonl(path):
-            if number > shown:
-                self._samples[path] = number
-                console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
-
-
-class _LogView:
-    """Follows the progress that a module without a run dir writes into its log: `judge: 30/250 loss 0.5`."""
-
-    def __init__(self, log: Path):
-        self._log = log
-        self._bar = ExitStack()
-        self._progress: console.Progress | None = None
-        self._step = 0
-
-    def __enter__(self) -> _LogView:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        """Show the newest line, if it is new."""
-        found = re.findall(r"^(.+): (\d+)/(\d+) ?(.*)$", "\n".join(launch.tail(self._log)), re.MULTILINE)
-        if not found or int(found[-1][1]) <= self._step:
-            return
-        title, step, total, note = found[-1]
-        if self._progress is None:
-            self._progress = self._bar.enter_context(console.progress(title, int(total)))
-        self._progress.advance(int(step) - self._step, note)
-        self._step = int(step)
-
-
-def summary_rows(summary: dict) -> list[list[str]]:
-    """Rows (what, before, after) of the table that a finished run prints."""
-
-    def number(value: Any, digits: int = 3) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    rows = []
-    for kind, pair in (summary.get("heldout_accuracy") or {}).items():
-        rows.append([f"held-out accuracy, {kind}", number(pair.get("before")), number(pair.get("after"))])
-    # GRPO's loss is near 0 whatever is learnt.
-    figures = (("reward", "reward"), ("format_rate", "format rate")) if "reward" in summary else (("loss", "loss"),)
-    for key, title in figures:
-        pair = summary.get(key)
-        if isinstance(pair, dict):
-            rows.append([title, number(pair.get("first")), number(pair.get("last"))])
-    for reason, count in (summary.get("dropped") or {}).items():
-        rows.append([f"rows dropped, {reason}", "", str(count)])
-    part = False
-    for title, value in (summary.get("seconds") or {}).items():
-        rows.append([f"  of it, {title}" if part else f"time, {title}", "", f"{value:.0f} s"])
-        part = part or title in STAGES  # what the worker measured follows its stage
-    return rows
 
 
 def serve_reward(

@@ -324,6 +324,15 @@ def dump(document: dict) -> str:
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """`a.b: old -> new` for each value that differs between two documents."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = {**before, **after}
+        found = (differences(before.get(k), after.get(k), f"{key}.{k}" if key else str(k)) for k in keys)
+        return [line for lines in found for line in lines]
+    return [] if before == after else [f"{key}: {_short(before)} -> {_short(after)}"]
+
+
 def purpose(path: Path) -> str:
     """The first line of a recipe's header."""
     first = path.read_text(encoding="utf-8").splitlines()[0]

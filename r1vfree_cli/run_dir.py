@@ -21,6 +21,8 @@ from .errors import DataError, UsageError
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
+SAID = "said.jsonl"  # in an attempt's logs: what rank 0 says to people, for r1v to repeat
+
 FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = (
     "finished",
     "running",
@@ -217,7 +219,7 @@ class RunDir:
         write_json(self.status_file, self.status | {"state": state, "time": round(time.time(), 3)} | fields)
 
     def begin(self, recipe_yaml: str, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Claim the folder for a new attempt.
+        """Claim the folder for a new attempt, of this recipe from now on: `jobs` tells what a resume changes.
 
         It may be killed at any moment: what is left is always a run dir that the next call accepts.
 

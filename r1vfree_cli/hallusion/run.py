@@ -67,7 +67,7 @@ def _stages(
         "schema": 1,
         "identity": planned.identity,
         "versions": contract.versions(),
-        "git_commit": contract.git_commit(),
+        "git_commit": contract.git_commit(Path.cwd()),
     }
     times, commands = state.setdefault("times", {}), state.setdefault("commands", {})
     started = time.monotonic()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import json
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +22,12 @@ from accelerate.utils import broadcast_object_list
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .. import config, recipes
+from .. import config, console, recipes
 from ..embedded import resolve_model
 from ..errors import DataError, Interrupted, R1VError, UsageError, from_dict
 from ..prompts import build_messages
 from ..ranks import hold_pid_file, orphaned
-from ..run_dir import RunDir, disk_full, no_space, write_json
+from ..run_dir import SAID, RunDir, append_jsonl, disk_full, no_space, write_json
 
 GRACE_S = float(os.environ.get("R1V_GRACE_S", "120"))
 _stop = threading.Event()
@@ -64,6 +68,17 @@ def on_main(work: Callable[[], Any]) -> Any:
     return told[0]
 
 
+def seconds_until_now(stage: str) -> dict[str, float]:
+    """Seconds of what came before the ranks, and of `stage` since r1v launched it; {} where r1v did not start this.
+
+    The rank writes them down: r1v may be killed between the end of its ranks and its own.
+    """
+    told = json.loads(os.environ.get("R1V_SECONDS", "null"))
+    if told is None:
+        return {}
+    return {**told["before"], stage: round(time.monotonic() - told["launched"], 1)}
+
+
 def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
     """Run `main(recipe, run_dir)` as one rank: own log file, errors as files, signals as a flag.
 
@@ -75,6 +90,8 @@ def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
     logs = Path(os.environ.get("R1V_LOGS") or run_dir.logs)
     logs.mkdir(parents=True, exist_ok=True)
     _redirect(logs / f"rank-{rank}.log")
+    if rank == 0:
+        console.repeat = functools.partial(_say, logs / SAID)
     _signals()
     if orphaned():
         os._exit(130)
@@ -102,6 +119,11 @@ def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
     pid_file.close()
     # Not sys.exit: after a failure on one rank, interpreter shutdown can wait for collectives of the others.
     os._exit(code)
+
+
+def _say(file: Path, text: str, warning: bool) -> None:
+    with contextlib.suppress(UsageError):  # a full disk is told by what needs it
+        append_jsonl(file, {"text": text, "warning": warning})
 
 
 def _redirect(path: Path) -> None:

@@ -29,6 +29,7 @@ from .common import (
     on_main,
     peft_config,
     round_weights,
+    seconds_until_now,
     stop_requested,
     to_prompts,
     worker,
@@ -122,6 +123,8 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         rewards=[_identity(r, c.weight) for r, c in zip(rewards, recipe.rewards, strict=True)],
         sampling={k: getattr(args, k) for k in contract.SAMPLING} | {"stop_token_ids": trainer.eos_token_ids},
     )
+    if resume and is_main():
+        contract.warn_of_changes(resume, trainer.contract)
     clock.lap("load")
 
     def before() -> None:
@@ -171,7 +174,8 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     if is_main():
         figures = summarise_metrics(run)
         dropped_rows = {"prompt too long": dropped} if dropped else {}
-        update_summary(run, figures | {"rows": len(rows), "dropped": dropped_rows, "seconds": clock.laps})
+        seconds = seconds_until_now("grpo") | clock.laps
+        update_summary(run, figures | {"rows": len(rows), "dropped": dropped_rows, "seconds": seconds})
         _state(run, FINISHED, trainer, None)
 
 

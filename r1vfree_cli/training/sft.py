@@ -21,7 +21,16 @@ from ..prompts import build_messages, target_text
 from ..run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
 from .callbacks import RunCallback
 from .checkpoints import WholeCheckpoints, resume_point, save_final
-from .common import is_main, load_policy, load_processor, on_main, peft_config, round_weights, worker
+from .common import (
+    is_main,
+    load_policy,
+    load_processor,
+    on_main,
+    peft_config,
+    round_weights,
+    seconds_until_now,
+    worker,
+)
 from .lengths import prompt_lengths
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
@@ -208,6 +217,8 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
         callbacks=[callback],
     )
     trainer.contract = contract.build("sft", recipe, data_sha256=data_sha256(path, recipe.data.split))
+    if resume and is_main():
+        contract.warn_of_changes(resume, trainer.contract)
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trained = time.perf_counter()
@@ -233,7 +244,7 @@ def summary(run: RunDir, trainer, rows: int, dropped: dict[str, int], times: dic
         "steps": trainer.state.global_step,
         "rows": rows,
         "dropped": dropped,
-        "seconds": {name: round(seconds, 2) for name, seconds in times.items()},
+        "seconds": seconds_until_now("sft") | {name: round(seconds, 2) for name, seconds in times.items()},
         **{key: {"first": values[0], "last": values[-1]} for key, values in ends.items() if values},
     }
 

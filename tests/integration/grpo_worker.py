@@ -54,6 +54,6 @@ def build(*_, **__):
 
 if __name__ == "__main__":
     grpo.build_rewards = build
-    if os.environ.get("RANK") != "0":  # as on a second node, which does not know that the run is resumed
+    if os.environ.get("RANK", "0") != "0":  # as on a second node, which does not know that the run is resumed
         os.environ.pop("R1V_RESUME", None)
     worker("grpo", grpo.main)

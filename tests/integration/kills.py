@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from r1vfree_cli import recipes
 from r1vfree_cli.run_dir import RunDir, read_json, read_jsonl
@@ -241,8 +241,8 @@ def killed_at(process, run: RunDir, moment: Moment, after: float = 0.0) -> bool:
 
 
 def weights(folder: Path) -> dict:
-    """Name -> array of every tensor of a model folder."""
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+    """Name -> array of every tensor of a model folder, as 64-bit numbers."""
+    return {k: v.double().numpy() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
 def differences(run: RunDir, whole_run: RunDir, tolerance: float = 0.0) -> list[str]:
@@ -257,7 +257,7 @@ def differences(run: RunDir, whole_run: RunDir, tolerance: float = 0.0) -> list[
     ours, theirs = weights(run.final), weights(whole_run.final)
     if ours.keys() != theirs.keys():
         found.append("other tensors")
-    worst = max(float(abs(ours[k].astype("f8") - theirs[k].astype("f8")).max()) for k in theirs if k in ours)
+    worst = max(float(abs(ours[k] - theirs[k]).max()) for k in theirs if k in ours)
     if worst > tolerance:
         found.append(f"weights differ by up to {worst:.3g}")
     lines, expected = ([_comparable(d) for _, d in read_jsonl(r.metrics)] for r in (run, whole_run))

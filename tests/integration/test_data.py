@@ -660,3 +660,12 @@ def test_columns_of_a_hub_source_are_known_without_the_hub():
     assert "thinking" in load.columns("MMInstruction/Clevr_CoGenT_TrainA_R1")
     assert "thinking" not in load.columns("Exgc/R1V-Free_RLHFV")
     assert "solution" in load.columns("shapes?seed=3")
+
+
+def test_a_schedulers_signal_ends_the_command_as_ctrl_c_does(tmp_path):
+    argv = ["prepare-data", "shapes", "--out", str(tmp_path / "out"), "--limit", "50000"]
+    r1v = subprocess.Popen([sys.executable, "-c", "from r1vfree_cli.cli import main; main()", *argv])
+    while not leftovers(tmp_path) and r1v.poll() is None:
+        time.sleep(0.02)
+    r1v.terminate()
+    assert r1v.wait(30) == 130 and list(tmp_path.iterdir()) == []

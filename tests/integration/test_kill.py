@@ -94,7 +94,7 @@ def rows_of(run: RunDir, steps: range) -> list[str]:
 
 def test_killed_between_two_steps_that_share_a_generated_batch(home, context, tmp_path):
     """The batch, the micro-step, the figures since the last logged step and a reference policy that follows the trained
-    one are in the checkpoint, a signal's too."""
+    one are in the checkpoint, a signal's too. In bfloat16: the checkpoint keeps the 32 bits that the optimizer needs."""
     runs = Runs(
         home,
         context,
@@ -107,6 +107,7 @@ def test_killed_between_two_steps_that_share_a_generated_batch(home, context, tm
         logging_steps=3,
         sync_ref_model=True,
         ref_model_sync_steps=2,
+        **{"model.dtype": "bfloat16"},
     )
     assert {p.stem for p in runs.whole.rollouts.glob("*")} == {"step-00000001", "step-00000005"}  # 4 steps share one
     run = RunDir(tmp_path / "run")
@@ -122,7 +123,7 @@ def test_killed_between_two_steps_that_share_a_generated_batch(home, context, tm
 
 
 def test_sft_killed_and_resumed_is_the_same_run(home, context, tmp_path):
-    runs = Runs(home, context, "sft", "sft")
+    runs = Runs(home, context, "sft", "sft", **{"model.dtype": "bfloat16"})
     run = RunDir(tmp_path / "run")
     for moment in (writing("model.safetensors"), whole(2), logged(5), final_writing):
         kills.killed_at(runs.start(run), run, moment)
@@ -183,6 +184,9 @@ def test_the_command_resumes_after_a_kill_and_after_a_signal_to_all_its_processe
     plain.same(run)
     log = Path(f"{run.path}.log").read_text()
     assert "holds an unfinished run of this recipe (interrupted): resuming it" in log
+    assert "a checkpoint that was being written when the run ended is skipped" in log  # rank 0's words, repeated
+    assert f"resuming from step {state['step']}: " in log
+    assert read_json(run.summary)["seconds"]["grpo"] > 0
     assert not ranks.running(run.logs)
 
 

@@ -111,7 +111,7 @@ def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
 
 
 def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
-    from r1vfree_cli import jobs
+    from r1vfree_cli import watch
 
     summary = {
         "heldout_accuracy": {"greedy": {"before": 0.4, "after": 0.7}},
@@ -121,7 +121,7 @@ def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
         "dropped": {"prompt too long": 3},
         "seconds": {"train the judge": 60.2, "grpo": 30.0, "load": 4.0, "train": 20.0},
     }
-    assert jobs.summary_rows(summary) == [
+    assert watch.summary_rows(summary) == [
         ["held-out accuracy, greedy", "0.400", "0.700"],
         ["reward", "0.500", "0.750"],
         ["format rate", "1.000", ""],
@@ -131,4 +131,4 @@ def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
         ["  of it, load", "", "4 s"],
         ["  of it, train", "", "20 s"],
     ]
-    assert jobs.summary_rows({"loss": {"first": 5.5, "last": 0.1}}) == [["loss", "5.500", "0.100"]]
+    assert watch.summary_rows({"loss": {"first": 5.5, "last": 0.1}}) == [["loss", "5.500", "0.100"]]

@@ -1,0 +1,127 @@
+"""A run from the launcher's side: its lock, its end however it comes, and what a resume may change."""
+
+import subprocess
+
+import pytest
+
+from r1vfree_cli import contract, jobs, recipes, run_dir
+from r1vfree_cli.errors import GuardStop, Interrupted, UsageError
+from r1vfree_cli.run_dir import RunDir
+
+TINY = recipes.load("grpo", "tiny")
+
+
+def ends(monkeypatch, error: BaseException | None = None) -> None:
+    """Launching leaves a summary, or raises."""
+
+    def launched(stage, recipe, where, *_):
+        if error is not None:
+            raise error
+        run_dir.write_json(where.summary, {"seconds": {stage: 1.5}})
+
+    monkeypatch.setattr(jobs, "_launch", launched)
+
+
+def test_two_names_of_a_run_dir_are_one_run(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "other" / "link"
+    link.symlink_to("../run")
+    ends(monkeypatch)
+    with jobs._locked(tmp_path / "run"), pytest.raises(UsageError, match="another r1v process is using"):
+        jobs.run("grpo", TINY, RunDir(link))
+    monkeypatch.chdir(tmp_path / "run")
+    assert jobs.run("grpo", TINY, RunDir("."))["seconds"] == {"grpo": 1.5}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "run"]  # no lock is left
+
+
+def test_a_lock_that_its_last_holder_deleted_is_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.fcntl, "flock", lambda file, how: (tmp_path / ".run.lock").unlink())
+    with pytest.raises(UsageError, match="another r1v process"), jobs._locked(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_told():
+    with pytest.raises(UsageError, match=r"cannot write /proc/\.run\.lock"), jobs._locked(run_dir.Path("/proc/run")):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted", "interrupted"),
+        (Interrupted("interrupted at step 3"), "interrupted", "interrupted at step 3"),
+        (GuardStop("collapsed"), "stopped", "collapsed"),
+        (UsageError("no judge"), "failed", "no judge"),
+        (ValueError("a bug"), "failed", "ValueError('a bug')"),
+    ],
+)
+def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch, error, state, reason):
+    run = RunDir(tmp_path / "run")
+    ends(monkeypatch, error)
+    with pytest.raises(Interrupted if isinstance(error, KeyboardInterrupt) else type(error)):
+        jobs.run("grpo", TINY, run)
+    assert (run.status["state"], run.status["reason"]) == (state, reason)
+
+
+def test_a_disk_too_full_for_the_status_does_not_hide_why_the_run_ended(tmp_path, monkeypatch, capsys):
+    run = RunDir(tmp_path / "run")
+    ends(monkeypatch, run_dir.disk_full("checkpoint-4"))
+
+    def full(self, state, **_):
+        if state == run_dir.FAILED:
+            raise UsageError("cannot write status.json: No space left on device")
+        run_dir.write_json(self.status_file, {"state": state, "attempt": 1})
+
+    monkeypatch.setattr(RunDir, "set_status", full)
+    with pytest.raises(UsageError, match="checkpoint-4"):
+        jobs.run("grpo", TINY, run)
+    assert "cannot write status.json" in capsys.readouterr().err
+
+
+def test_a_resume_tells_what_its_recipe_changes_and_keeps_the_kind_of_run(tmp_path, monkeypatch, capsys):
+    run = RunDir(tmp_path / "run")
+    ends(monkeypatch)
+    jobs.run("grpo", TINY, run)
+    jobs.run("grpo", TINY, run, resume=True)
+    assert "another recipe" not in capsys.readouterr().err
+    longer = recipes.load("grpo", "tiny", ["train.max_steps=100", "data.path=elsewhere"])
+    jobs.run("grpo", longer, run, resume=True)
+    said = capsys.readouterr().err
+    assert "the resumed run has another recipe: data.path: 'shapes" in said and "-> 'elsewhere'" in said
+    assert "train.max_steps: " in said and "-> 100" in said
+    before = run.recipe.read_bytes()
+    with pytest.raises(UsageError, match="holds a run of r1v grpo, which r1v sft cannot resume"):
+        jobs.run("sft", recipes.load("sft", "tiny"), run, resume=True)
+    assert run.recipe.read_bytes() == before and run.attempt == 3
+
+
+def test_the_commit_is_that_of_the_recipes_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "recipes"
+    repository.mkdir()
+    assert contract.git_commit(repository) is None
+    git = ["git", "-C", str(repository), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    recipe = repository / "mine.yaml"
+    recipe.write_text(recipes.to_yaml(recipes.load("grpo", "tiny")))
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    seen = []
+    monkeypatch.setattr(jobs, "run", lambda *_, commit, **__: seen.append(commit) or {})
+    jobs.train("grpo", str(recipe), [])
+    recipe.write_text(recipe.read_text() + "# changed\n")
+    jobs.train("grpo", str(recipe), [])
+    assert seen == [head, f"{head}-dirty"]
+
+
+def test_a_resume_tells_that_data_or_versions_have_changed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("R1V_GIT_COMMIT", "abc")
+    now = contract.build("grpo", TINY, data_sha256="1")
+    contract.write(tmp_path, now)
+    contract.warn_of_changes(tmp_path, now)
+    assert capsys.readouterr().err == ""
+    contract.warn_of_changes(tmp_path, contract.build("grpo", TINY, data_sha256="2") | {"versions": {"trl": "9"}})
+    said = capsys.readouterr().err
+    assert "data has changed" in said and '"sha256": "1"' in said and "versions has changed" in said
+    assert "git_commit" not in said and now["git_commit"] == "abc"
