@@ -149,10 +149,6 @@ def _disk() -> list[Check]:
 def _recipe(stage: str, recipe: GrpoRecipe | SftRecipe) -> list[Check]:
     found = preflight.check(recipe)
     checks = [Check("recipe", OK, f"a valid {stage} recipe")]
-    if recipe.model.trust_remote_code:
-        checks.append(
-            Check("remote code", WARNING, "model.trust_remote_code is on: the checkpoint's own code will run")
-        )
     checks += [Check("preflight", ERROR, line) for line in found.errors]
     checks += [Check("preflight", WARNING, line) for line in found.warnings]
     if not found.errors:

@@ -197,22 +197,17 @@ class _Signals:
         self.again = self.again or (number == signal.SIGINT and now - self._first > SAME_MOMENT_S)
 
 
-def execute(
-    plan: Plan,
-    logs: Path,
-    *,
-    watch: Callable[[], None] | None = None,
-    grace_s: float = 150,
-) -> None:
+def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) -> None:
     """Run a plan to its end; logs and errors of its processes are in `logs`. Blocks.
 
-    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or `grace_s`
-    seconds, kills them. `watch` is called a few times a second.
+    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or the end
+    of their time for it (`ranks.grace_s`), kills them. `watch` is called a few times a second.
 
     Raises:
         R1VError: of the class and exit code that the first failed rank left, else with the log's tail.
         Interrupted: stopped by a signal.
     """
+    grace_s = 1.25 * ranks.grace_s()
     logs.mkdir(parents=True, exist_ok=True)
     with _Signals() as signals:
         main = _start(plan, logs / "launcher.log", launcher=True)

@@ -40,6 +40,8 @@ def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False) -> Findings:
     _packages(recipe, found, dry_run)
     _model(recipe.model.name, "model.name", found)
     _data(recipe, found)
+    if recipe.model.trust_remote_code:
+        found.warnings.append("model.trust_remote_code is on: the checkpoint's own code will run")
     if isinstance(recipe, GrpoRecipe) and recipe.feedback:
         feedback = recipe.feedback
         if feedback.backend == "local":

@@ -8,14 +8,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import time
 from pathlib import Path
 from typing import TextIO
 
 from . import console
+from .errors import UsageError
 
 POLL_S = 0.2
+
+
+def grace_s() -> float:
+    """Seconds that a rank has for its last checkpoint once it was told to stop; r1v waits a quarter longer.
+
+    Raises:
+        UsageError: `$R1V_GRACE_S` is no such number.
+    """
+    text = os.environ.get("R1V_GRACE_S", "120")
+    if not re.fullmatch(r"\d{1,6}(\.\d+)?", text):
+        raise UsageError(f"the environment variable R1V_GRACE_S is {text!r}, not a number of seconds")
+    return float(text)
 
 
 def orphaned() -> bool:
@@ -63,12 +77,12 @@ def signal_all(logs: Path, number: int) -> int:
     return sent
 
 
-def end_orphans(logs: Path, grace_s: float = 150) -> None:
+def end_orphans(logs: Path) -> None:
     """Wait for ranks that outlived an attempt whose r1v process was killed, then kill them.
 
     They were told to stop when it died and may be writing a last checkpoint. Only the ranks of this machine are seen.
     """
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + 1.25 * grace_s()
     if orphans := running(logs):
         console.log(f"waiting for {len(orphans)} process(es) of the last attempt to write their checkpoint")
     while running(logs) and time.monotonic() < deadline:

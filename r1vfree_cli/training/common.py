@@ -26,10 +26,9 @@ from .. import config, console, recipes
 from ..embedded import resolve_model
 from ..errors import DataError, Interrupted, R1VError, UsageError, from_dict
 from ..prompts import build_messages
-from ..ranks import hold_pid_file, orphaned
+from ..ranks import grace_s, hold_pid_file, orphaned
 from ..run_dir import SAID, RunDir, append_jsonl, disk_full, no_space, write_json
 
-GRACE_S = float(os.environ.get("R1V_GRACE_S", "120"))
 _stop = threading.Event()
 
 
@@ -137,7 +136,7 @@ def _signals() -> None:
         if not _stop.is_set():
             _stop.set()
             # A rank that hangs in a collective never reads the flag.
-            timer = threading.Timer(GRACE_S, os._exit, (130,))
+            timer = threading.Timer(grace_s(), os._exit, (130,))
             timer.daemon = True
             timer.start()
 

@@ -125,3 +125,10 @@ def test_a_resume_tells_that_data_or_versions_have_changed(tmp_path, capsys, mon
     said = capsys.readouterr().err
     assert "data has changed" in said and '"sha256": "1"' in said and "versions has changed" in said
     assert "git_commit" not in said and now["git_commit"] == "abc"
+
+
+def test_that_remote_code_will_run_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "run", lambda *_, **__: {})
+    for sets, said in ([], False), (["model.trust_remote_code=true"], True):
+        jobs.train("grpo", "tiny", sets, path=tmp_path / "run")
+        assert ("the checkpoint's own code will run" in capsys.readouterr().err) == said

@@ -159,6 +159,32 @@ def test_a_signal_sent_twice_at_once_or_terms_repeated_leave_the_checkpoint_its_
     assert (logs / "checkpoint").read_text() == "saved"
 
 
+def test_a_rank_that_does_not_stop_in_its_time_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1V_GRACE_S", "0.5")
+    plan = script(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        held = ranks.hold_pid_file(Path(logs) / 'rank-0.pid')
+        time.sleep(60)
+        """,
+    )
+    pid_file = tmp_path / "logs" / "rank-0.pid"
+
+    def interrupt():
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        launch.execute(plan, tmp_path / "logs")
+    thread.join()
+    assert time.monotonic() - begin < 20 and not alive(int(pid_file.read_text()))
+
+
 def test_a_second_sigint_stops_at_once(tmp_path):
     plan = script(
         tmp_path,

@@ -6,7 +6,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from r1vfree_cli import ranks
+from r1vfree_cli.errors import UsageError
 
 HOLD = """
 import sys, time
@@ -36,10 +39,11 @@ def test_only_a_process_that_holds_its_pid_file_gets_a_signal(tmp_path):
     assert process.wait(10) == -signal.SIGTERM and ranks.running(tmp_path) == []
 
 
-def test_an_orphan_may_finish_its_checkpoint_and_is_killed_when_it_takes_too_long(tmp_path):
+def test_an_orphan_may_finish_its_checkpoint_and_is_killed_when_it_takes_too_long(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1V_GRACE_S", "1.2")
     quick, slow = rank(tmp_path, 0, 0.5), rank(tmp_path, 1, 60)
     begin = time.monotonic()
-    ranks.end_orphans(tmp_path, grace_s=1.5)
+    ranks.end_orphans(tmp_path)
     assert quick.wait(10) == 0 and slow.wait(10) == -signal.SIGKILL
     assert 1.5 <= time.monotonic() - begin < 10
     begin = time.monotonic()
@@ -54,3 +58,10 @@ def test_a_process_knows_that_its_r1v_is_gone(monkeypatch):
     gone.wait()
     monkeypatch.setenv("R1V_PID", str(gone.pid))
     assert ranks.orphaned()
+
+
+def test_a_grace_time_that_is_none_is_told(monkeypatch):
+    for text in ("2 min", "", "-1", "nan", "1e999"):
+        monkeypatch.setenv("R1V_GRACE_S", text)
+        with pytest.raises(UsageError, match="R1V_GRACE_S"):
+            ranks.grace_s()
