@@ -206,6 +206,11 @@ class Launch(Strict):
             raise ValueError("nodes above 1 need main_address: the address of node 0")
         if self.preset == "cpu" and self.device == "cuda":
             raise ValueError("preset cpu cannot use device cuda")
+        if self.preset == "cpu" and self.processes > 1:
+            raise ValueError(
+                f"preset cpu is one process, found processes {self.processes}; "
+                "preset ddp with device cpu runs several on the CPU"
+            )
         return self
 
     @property

@@ -79,6 +79,9 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
         devices = training_devices(recipe)
         if devices is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    if launch.preset == "zero3-offload":
+        # DeepSpeed compiles its CPU Adam by calling ninja, which lies beside this Python, activated or not.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # accelerate would set 1 thread a process, torchrun too.
     return env | _threads(max(1, (os.cpu_count() or 1) // local))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +104,12 @@ def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) ->
         if name in _TRACKERS:
             needed[_TRACKERS[name]] = f"train.report_to {name}"
     extras = {"vllm": "[vllm]", "flash_attn": "[flash]", "wandb": "[wandb]", "bitsandbytes": "[qlora]"}
+    if recipe.launch.preset == "zero3-offload":
+        needed["ninja"] = "compiling DeepSpeed's CPU Adam for launch.preset zero3-offload"
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(compiler) is None:
+            message = f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without"
+            (found.warnings if dry_run else found.errors).append(message)
     for package, why in needed.items():
         if find_spec(package) is None:
             extra = extras.get(package)

@@ -155,6 +155,8 @@ def _init_distributed(launch: config.Launch) -> None:
     if launch.on_cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
 
+        # DeepSpeed would compile collectives through shared memory, which takes a compiler; gloo has all that is used.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed's own discovery looks for MPI, and its CPU default backend is not built everywhere.
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 

@@ -411,7 +411,11 @@ def merges_shards(checkpoint: Path, final: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["ddp", "zero2", "zero3"])
-def test_two_processes_give_the_same_first_step_and_a_model_that_loads(preset, tiny, data, tmp_path, finished):
+def test_two_processes_give_the_same_first_step_and_a_model_that_loads(
+    preset, tiny, data, tmp_path, finished, monkeypatch
+):
+    monkeypatch.setenv("CXX", "no-compiler")  # DeepSpeed must not need one
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     recipe = make_recipe(
         tiny["qwen2_5_vl"],
         data,

@@ -100,6 +100,16 @@ def test_a_model_path_that_does_not_exist_is_known_before_anything_loads(tmp_pat
     assert done.returncode == 2 and "model.name" in done.stderr and not (tmp_path / "run").exists()
 
 
+def test_offload_says_before_it_starts_that_it_needs_a_compiler(tmp_path):
+    args = ("grpo", "--recipe", "tiny", "--set", "launch={preset: zero3-offload, device: cpu}")
+    done = r1v(*args, "--run-dir", str(tmp_path / "run"), CXX="no-compiler")
+    assert done.returncode == 2 and "C++ compiler, found no no-compiler" in done.stderr
+    assert not (tmp_path / "run").exists()
+    plan = json.loads(r1v(*args, "--dry-run", "--json", CXX="no-compiler").stdout)
+    assert any("C++ compiler" in line for line in plan["warnings"])
+    assert plan["env"]["PATH"].split(os.pathsep)[0] == os.path.dirname(sys.executable)  # ninja is there
+
+
 def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
     from r1vfree_cli import console
 

@@ -45,7 +45,7 @@ def test_nodes_rank_and_address_go_through(tmp_path):
 
 @pytest.mark.parametrize("preset", ["cpu", "ddp", "zero1", "zero2", "zero3", "zero3-offload"])
 def test_every_preset_has_its_file_and_runs_on_cpu_when_asked(preset, tmp_path):
-    sets = [f"launch.preset={preset}", "launch.device=cpu", "launch.processes=2"]
+    sets = [f"launch.preset={preset}", "launch.device=cpu", f"launch.processes={1 if preset == 'cpu' else 2}"]
     plan = launch.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
     assert os.path.isfile(value(plan, "--config_file"))
     assert plan.env["CUDA_VISIBLE_DEVICES"] == ""

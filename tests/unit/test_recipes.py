@@ -108,6 +108,7 @@ def test_all_errors_at_once_with_key_found_allowed_and_nearest(tmp_path):
     [
         ({"launch": {"processes": 3, "nodes": 2, "main_address": "a"}}, "multiple of nodes"),
         ({"launch": {"nodes": 2, "processes": 2}}, "main_address"),
+        ({"launch": {"preset": "cpu", "processes": 2}}, "preset ddp with device cpu"),
         ({"launch": {"nodes": 2, "processes": 2, "main_address": "a", "node_rank": 2}}, "node_rank"),
         ({"train": {"generation_batch_size": 12}}, "multiple of"),
         ({"train": {"gradient_accumulation_steps": 0}}, "at least 1"),
