@@ -37,7 +37,7 @@ _PACKAGES = (
 
 @dataclass
 class Check:
-    """One line: what was looked at, its state, what was found, how to mend it."""
+    """What was looked at, its state, what was found (with evidence in further lines), how to mend it."""
 
     name: str
     state: str
@@ -181,7 +181,7 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
             return [Check(**line) for line in run_dir.read_json(out)]
         except R1VError as e:
             lines = [Check(**line) for line in run_dir.read_json(out)] if out.is_file() else []
-            return [*lines, Check("probe", ERROR, " | ".join([e.message, *e.details[-3:]]), e.hint)]
+            return [*lines, Check("probe", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)]
 
 
 def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
@@ -198,7 +198,7 @@ def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
         try:
             summary = jobs.run(stage, trial, run_dir.RunDir(Path(folder) / "run"))
         except R1VError as e:
-            return Check("one step", ERROR, " | ".join([e.message, *e.details[-3:]]), e.hint)
+            return Check("one step", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)
         finally:
             del os.environ["R1V_LONGEST_FIRST"]
         return Check("one step", OK, f"{summary.get('seconds', {}).get(stage, 0):.0f} s, start included")
@@ -207,7 +207,9 @@ def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
 def show(result: dict) -> None:
     """Print the checks for people."""
     for check in result["checks"]:
-        line = f"{check['state']:<8} {check['name']:<16} {check['found']}"
-        console.emit(line)
+        first, *more = check["found"].splitlines() or [""]
+        console.emit(f"{check['state']:<8} {check['name']:<16} {first}")
+        for line in more:
+            console.emit(f"{'':<27} {line}")
         if check["hint"] and check["state"] != OK:
             console.emit(f"{'':<25} hint: {check['hint']}")

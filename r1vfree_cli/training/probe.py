@@ -168,14 +168,17 @@ def judge_check(recipe: GrpoRecipe) -> list[dict]:
         path = with_seed(recipe.data.path, recipe.seed)
         rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
         report = canaries.check(judge, rows, settings, recipe.seed)
-        found = "passed" if report.ok else " | ".join(report.lines)
-        return [*checks, _check("canaries", "ok" if report.ok else "error", found)]
+        return [*checks, _check("canaries", "ok", "passed") if report.ok else _failed("canaries", report.error())]
     finally:
         judge.close()
 
 
 def _check(name: str, state: str, found: str, hint: str | None = None) -> dict:
     return {"name": name, "state": state, "found": found, "hint": hint}
+
+
+def _failed(name: str, error: R1VError) -> dict:
+    return _check(name, "error", "\n".join([error.message, *error.details]), error.hint)
 
 
 def main() -> None:
@@ -206,7 +209,7 @@ def main() -> None:
             try:
                 checks += part()
             except R1VError as e:
-                checks.append(_check(name, "error", " | ".join([e.message, *e.details]), e.hint))
+                checks.append(_failed(name, e))
     write_json(args.out, checks)
 
 

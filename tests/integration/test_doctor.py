@@ -8,8 +8,9 @@ import yaml
 from tiny_models import draw_rows, save_tiny, write_rows
 from transformers import Qwen2_5_VLConfig
 
-from r1vfree_cli import recipes
+from r1vfree_cli import doctor, recipes
 from r1vfree_cli.doctor import diagnose
+from r1vfree_cli.training import probe
 from r1vfree_cli.training.probe import memory_estimate
 
 Usage = namedtuple("Usage", "total used free")
@@ -68,6 +69,17 @@ def test_what_would_stop_the_run_is_an_error(recipe, monkeypatch):
     errors = lines(far, "error")
     assert "8 GPUs" in errors["preflight"] and "Qwen/Qwen2.5-VL-3B-Instruct" in errors["memory"], far
     assert not far["ready"] and "probe" not in errors
+
+
+def test_the_canaries_that_failed_are_a_table(recipe, capsys):
+    judge = f"{{name: feedback, backend: local, model: {recipe.parent / 'model'}, canaries: {{max_empty_score: -1, samples: 4}}}}"
+    asked, canaries = probe.judge_check(recipes.load("grpo", str(recipe), [f"rewards=[{judge}]"]))
+    assert (asked["state"], canaries["state"]) == ("ok", "error") and "max_empty_score" in canaries["hint"]
+    doctor.show({"checks": [canaries]})
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].split() == ["error", "canaries", "the", "judge", "fails", "its", "canaries"]
+    assert sum("FAILED    template: " in line for line in told) == 4 and told[-1].strip().startswith("hint: ")
+    assert all(line.startswith(" " * 25) for line in told[1:])
 
 
 def test_a_full_disk_is_said_before_anything_is_written(recipe, tmp_path, monkeypatch):
