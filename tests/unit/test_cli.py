@@ -120,7 +120,7 @@ def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
     assert sum(all(name in line for name in names) for line in lines) == 2
 
 
-def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
+def test_the_final_table_says_what_was_dropped_what_was_judged_and_what_took_the_time():
     from r1vfree_cli import watch
 
     summary = {
@@ -129,6 +129,7 @@ def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
         "format_rate": {"first": 1.0, "last": None},
         "loss": {"first": 1e-9, "last": 0.0},
         "dropped": {"prompt too long": 3},
+        "judge": {"calls": 1200, "cache_hits": 0, "cost": 0.75, "floored": 2, "failed/rate_limited": 4},
         "seconds": {"train the judge": 60.2, "grpo": 30.0, "load": 4.0, "train": 20.0},
     }
     assert watch.summary_rows(summary) == [
@@ -136,6 +137,9 @@ def test_the_final_table_says_what_was_dropped_and_what_took_the_time():
         ["reward", "0.500", "0.750"],
         ["format rate", "1.000", ""],
         ["rows dropped, prompt too long", "", "3"],
+        ["judge calls", "", "1,200"],
+        ["judge cost", "", "0.75"],
+        ["judge calls failed, rate limited", "", "4"],
         ["time, train the judge", "", "60 s"],
         ["time, grpo", "", "30 s"],
         ["  of it, load", "", "4 s"],
