@@ -81,8 +81,8 @@ class WholeCheckpoints(_Trainer):
             self._push_from_checkpoint(str(folder / name))
         if self.args.should_save:
             clean(folder)
-            limit = self.args.save_total_limit
-            for _, old in checkpoints(folder)[:-limit] if limit else []:
+            limit = self.args.save_total_limit or 0  # 0: all are kept
+            for old in [path for _, path in checkpoints(folder) if is_whole(path)][:-limit]:
                 _remove(old)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -368,6 +368,18 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_no_bug(tiny, data, finish
         assert "deleted" in e.value.hint and not run.final.exists()
 
 
+def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_a_whole_one(tiny, data, finished, tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    monkeypatch.setenv("R1V_RESUME", "1")
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272), max_steps=3, save_total_limit=1)
+    run.begin(recipes.to_yaml(recipe))
+    for step, of in ((2, 2), (9, 4)):
+        shutil.copytree(finished.checkpoints / f"checkpoint-{of}", run.checkpoints / f"checkpoint-{step}")
+    (run.checkpoints / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
+    train(recipe, run.path, resume=True)
+    assert [step for step, path in checkpoints.checkpoints(run.checkpoints) if checkpoints.is_whole(path)] == [3]
+
+
 def test_the_second_node_to_name_a_checkpoint_leaves_it_there(tmp_path):
     for node in (0, 1):
         if node == 0:
