@@ -115,7 +115,9 @@ def summary_rows(summary: dict) -> list[list[str]]:
         rows.append([f"rows dropped, {reason}", "", str(count)])
     for key, count in (summary.get("judge") or {}).items():
         if count and key != "floored":  # answers that no judge was asked about
-            rows.append([f"judge {key.replace('failed/', 'calls failed, ').replace('_', ' ')}", "", f"{round(count, 4):,}"])
+            rows.append(
+                [f"judge {key.replace('failed/', 'calls failed, ').replace('_', ' ')}", "", f"{round(count, 4):,}"]
+            )
     part = False
     for title, value in (summary.get("seconds") or {}).items():
         rows.append([f"  of it, {title}" if part else f"time, {title}", "", f"{value:.0f} s"])

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -29,6 +30,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from .. import console
 from ..embedded import is_embedded, resolve_model
 from ..errors import R1VError, UsageError
 from ..preflight import gpu_count
@@ -129,9 +131,9 @@ class _Refused:
 class ClassifyAPI(litserve.LitAPI):
     """LitServe's hooks around `LocalJudge`. Each device has a worker process, which runs `setup` and `predict`."""
 
-    def __init__(self, model: str, revision: str | None, key_variable: str | None, batch: int):
+    def __init__(self, model: str, revision: str | None, key_variable: str | None, batch: int, url: str):
         super().__init__(max_batch_size=batch, batch_timeout=BATCH_WAIT_S if batch > 1 else 0.0, api_path="/classify")
-        self._model, self._revision, self._key_variable = model, revision, key_variable
+        self._model, self._revision, self._key_variable, self._url = model, revision, key_variable, url
         self._judge: Any = None
         # The answers of a group come with the same image; an lru_cache does not survive the way to the worker.
         self._decode: Callable[[str], Image.Image] = decode_image
@@ -151,6 +153,7 @@ class ClassifyAPI(litserve.LitAPI):
 
         self._decode = lru_cache(maxsize=32)(decode_image)
         self._judge = LocalJudge(self._model, revision=self._revision, device=device, batch_size=MAX_BATCH)
+        console.log(f"serving {self._model} on {device} at {self._url}")
 
     def decode_request(self, request: ClassifyRequest) -> _Item | _Refused:
         # Nothing is raised here: LitServe would fail the whole batch.
@@ -239,19 +242,22 @@ def serve(
         batch: most requests in one batch; 1 turns batching off.
 
     Raises:
-        UsageError, DataError: the model cannot be served, or no key is set.
+        UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
     """
     if api_key_env and not os.environ.get(api_key_env):
         raise UsageError(f"--api-key-env {api_key_env}: the variable is not set")
     if host not in (LOOPBACK, ANY, "::"):
         raise UsageError(f"--host {host}: not an address to bind to", hint=f"{LOOPBACK}, {ANY} or ::")
+    _check_free(host, port)
     path = resolve_model(model, seed) if is_embedded(model) else model
     kind = detect_kind(path, revision)
     said = {"name": model, "revision": revision, "kind": kind, "prompt": prompt_of(kind)}
     if Path(path).is_dir():
         said["files"] = fingerprint(Path(path))
     gpu = gpu_count() > 0
-    api = ClassifyAPI(path, revision, api_key_env, batch)
+    api = ClassifyAPI(
+        path, revision, api_key_env, batch, f"http://{f'[{host}]' if ':' in host else host}:{port}/classify"
+    )
     server = litserve.LitServer(
         api,
         accelerator="cuda" if gpu else "cpu",
@@ -266,8 +272,19 @@ def serve(
     )
 
 
+def _check_free(host: str, port: int) -> None:
+    """Known before the model is loaded; the HTTP server would only say so after that."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((host, port))
+        except OSError as e:
+            raise UsageError(f"cannot listen on {host}, port {port}: {e.strerror}", hint="another --port") from None
+
+
 def _end_with_this_process() -> None:
     """LitServe's child processes end with this one, whatever ends it, and this one ends in order on SIGTERM."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # LitServe lets it clean up; each end would say so
     # The manager and the HTTP server are forked; the workers, which are spawned, say it themselves in `setup`.
     multiprocessing.set_start_method("fork", force=True)
     os.register_at_fork(after_in_child=_in_child)
@@ -307,8 +324,6 @@ def main(argv: list[str] | None = None) -> int:
         devices = given.pop("devices")
         serve(given.pop("model"), devices=[int(d) for d in devices.split(",")] if devices else None, **given)
     except R1VError as e:
-        from .. import console
-
         console.error(e)
         return e.exit_code
     except (ValueError, SystemExit) as e:

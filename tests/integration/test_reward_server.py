@@ -457,6 +457,7 @@ def test_wrong_key_stops_at_the_probe(server, tmp_path, monkeypatch):
 
 
 def test_it_says_what_it_serves(server, vlm_with_nan):
+    assert f"serving {vlm_with_nan} on cpu at {server.url}/classify\n" in server._log.read_text()
     said = json.loads(server.send("/info", key="sk-right")[1])["model"]
     assert said.pop("files") == fingerprint(vlm_with_nan) != fingerprint(vlm_with_nan.parent)
     assert said == {"name": str(vlm_with_nan), "revision": None, "kind": "yes_no", "prompt": "judge"}
@@ -596,5 +597,11 @@ def test_errors_of_the_command_line_are_one_message(tmp_path):
 
     missing = run("--model", str(tmp_path / "missing"))
     assert missing.returncode == 3 and "cannot load judge" in missing.stderr and "Traceback" not in missing.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        busy = run("--model", str(tmp_path), "--port", port)
+    assert busy.returncode == 2 and f"port {port}: Address already in use" in busy.stderr
     no_key = run("--model", str(tmp_path), "--api-key-env", "NO_SUCH_VARIABLE")
     assert no_key.returncode == 2 and "NO_SUCH_VARIABLE" in no_key.stderr
