@@ -62,6 +62,9 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
         self._latest: list[Rollout] = []
         self._raw: torch.Tensor | None = None
         self.stopping = False  # set on all ranks by an error that all of them raise in the same place
+        # Without its table of completions TRL would still gather its images in every step, and ranks that have some
+        # would wait for ever for one that has text alone.
+        args.log_multimodal = args.log_multimodal and args.log_completions
         pin_generation(model, processor.tokenizer)
         args.generation_kwargs = merge_generation_kwargs(
             args.generation_kwargs, never_sampled(model.config, processor.tokenizer, use_vllm=args.use_vllm)

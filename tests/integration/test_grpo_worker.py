@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import trl
+from PIL.Image import Image
 from safetensors.torch import load_file
 from tiny_models import draw, draw_rows, load_tiny, save_tiny, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -248,6 +250,21 @@ def test_sampling_is_the_recipes_not_the_checkpoints(home, tmp_path):
     assert len({r.completion for r in made.take_rollouts()}) == 8
     ids = made._tokenizer.convert_tokens_to_ids
     assert set(made.eos_token_ids) == {ids("<|im_end|>"), ids("<|endoftext|>")}
+
+
+def test_images_are_not_gathered_for_a_table_that_is_off(home, tmp_path, monkeypatch):
+    sent = []
+    gather = trl.trainer.grpo_trainer.gather_object
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "gather_object", lambda x: (sent.append(x), gather(x))[1])
+    for kept in (False, True):
+        sent.clear()
+        made = trainer(
+            home, tmp_path / str(kept), [grpo_worker.Letters()], per_device_train_batch_size=4, max_completion_length=2,
+            log_completions=kept,
+        )  # fmt: skip
+        made.train()
+        images = [x for rows in sent for row in rows if isinstance(row, list) for x in row if isinstance(x, Image)]
+        assert bool(images) == kept
 
 
 @pytest.mark.parametrize("shared_prefix", [False, True])
