@@ -95,6 +95,8 @@ def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) ->
         needed["deepspeed"] = f"launch.preset {recipe.launch.preset}"
     if train.get("use_vllm"):
         needed["vllm"] = "train.use_vllm"
+    if train.get("use_liger_kernel"):
+        needed["liger_kernel"] = "train.use_liger_kernel"
     if recipe.model.lora and recipe.model.lora.quantize:
         needed["bitsandbytes"] = "model.lora.quantize"
     if recipe.model.attention == "flash_attention_2":

@@ -24,6 +24,7 @@ OWNED = {
     "reward_weights": "use rewards[].weight",
     "remove_unused_columns": "r1v builds the prompt from the row",
     "resume_from_checkpoint": "use --resume",
+    "eval_strategy": "TRL gets no evaluation data: data.heldout is measured before and after, r1v eval-hallusion later",
 }
 OWNED_GRPO = OWNED | {
     "per_device_train_batch_size": "use train.prompts_per_device: TRL counts completions there, "

@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
@@ -159,6 +161,23 @@ def _init_distributed(launch: config.Launch) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed's own discovery looks for MPI, and its CPU default backend is not built everywhere.
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+@contextmanager
+def refusals(recipe: config.GrpoRecipe | config.SftRecipe) -> Iterator[None]:
+    """Around TRL's configs and trainers: what they refuse is the recipe's fault, not a bug.
+
+    Raises:
+        UsageError: with TRL's or transformers' words.
+    """
+    on_cpu = recipe.launch.on_cpu
+    # transformers lets the CPU compute in bfloat16 only where it is told `use_cpu`, which would leave DeepSpeed out.
+    allowed = patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    try:
+        with allowed if on_cpu else nullcontext():
+            yield
+    except (ValueError, ImportError, NotImplementedError) as e:
+        raise UsageError(f"TRL refuses the recipe's settings: {' '.join(str(e).split())[:500]}") from e
 
 
 # --- model and processor ---------------------------------------------------------------------------------------

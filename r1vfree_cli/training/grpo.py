@@ -28,6 +28,7 @@ from .common import (
     load_processor,
     on_main,
     peft_config,
+    refusals,
     round_weights,
     seconds_until_now,
     stop_requested,
@@ -56,7 +57,7 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     defaults: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
     if recipe.model.revision is not None:  # TRL loads the reference policy itself
         given["model_init_kwargs"] = {"revision": recipe.model.revision}
-    try:
+    with refusals(recipe):
         args = GRPOConfig(
             **(defaults | given),
             num_generations=recipe.train.num_generations,
@@ -69,8 +70,6 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
             remove_unused_columns=False,  # rewards read the row's columns
             trust_remote_code=recipe.model.trust_remote_code,
         )
-    except (ValueError, ImportError, RuntimeError) as e:
-        raise UsageError(f"TRL refuses the recipe's train settings: {' '.join(str(e).split())[:500]}") from None
     if zero and PartialState().distributed_type != DistributedType.DEEPSPEED:
         raise UsageError(f"launch.preset is {recipe.launch.preset}, but this process was started without DeepSpeed")
     return args
@@ -106,16 +105,18 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     canary = _canaries(recipe, rewards, rows if heldout is None else heldout, args.seed, run, done)
     if canary is not None:
         canary(None)
-    trainer = R1VGRPOTrainer(
-        model=load_policy(recipe.model, args.seed, weights=recipe.weights_dtype),
-        reward_funcs=rewards,
-        guard=recipe.train.guard,
-        shared_prefix=recipe.train.shared_prefix,
-        args=args,
-        train_dataset=to_prompts(rows),
-        processing_class=processor,
-        peft_config=peft_config(recipe.model),
-    )
+    policy = load_policy(recipe.model, args.seed, weights=recipe.weights_dtype)
+    with refusals(recipe):
+        trainer = R1VGRPOTrainer(
+            model=policy,
+            reward_funcs=rewards,
+            guard=recipe.train.guard,
+            shared_prefix=recipe.train.shared_prefix,
+            args=args,
+            train_dataset=to_prompts(rows),
+            processing_class=processor,
+            peft_config=peft_config(recipe.model),
+        )
     trainer.contract = contract.build(
         "grpo",
         recipe,

@@ -27,6 +27,7 @@ from .common import (
     load_processor,
     on_main,
     peft_config,
+    refusals,
     round_weights,
     seconds_until_now,
     worker,
@@ -174,21 +175,26 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
 
 
 def sft_config(recipe: SftRecipe, run: RunDir) -> SFTConfig:
-    """TRL's config: the recipe's `train` by name, and what r1v decides. Build it before the model (ZeRO-3)."""
+    """TRL's config: the recipe's `train` by name, and what r1v decides. Build it before the model (ZeRO-3).
+
+    Raises:
+        UsageError: TRL or transformers refuses a combination.
+    """
     given = dict(recipe.train.model_extra or {})
     # Lengths are ours: rows are dropped and counted. TRL would cut through image tokens.
     given.pop("max_length", None)
     defaults = {"dataloader_num_workers": 1 if recipe.launch.on_cpu else 4, "disable_tqdm": True}
-    return SFTConfig(
-        **(defaults | given),
-        max_length=None,
-        output_dir=str(run.checkpoints),
-        bf16=recipe.model.dtype == "bfloat16",
-        fp16=recipe.model.dtype == "float16",
-        use_cpu=recipe.launch.on_cpu,
-        remove_unused_columns=False,  # the collator reads the rows
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    with refusals(recipe):
+        return SFTConfig(
+            **(defaults | given),
+            max_length=None,
+            output_dir=str(run.checkpoints),
+            bf16=recipe.model.dtype == "bfloat16",
+            fp16=recipe.model.dtype == "float16",
+            use_cpu=recipe.launch.on_cpu,
+            remove_unused_columns=False,  # the collator reads the rows
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
 
 
 def main(recipe: SftRecipe, run: RunDir) -> None:
@@ -207,15 +213,17 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
     for reason, count in dropped.items():
         console.log(f"dropped {count} rows: {reason}")
     callback = RunCallback(run)
-    trainer = R1VSFTTrainer(
-        model=load_policy(recipe.model, args.seed, weights=recipe.weights_dtype),
-        args=args,
-        data_collator=Collator(processor),
-        train_dataset=rows,
-        processing_class=processor,
-        peft_config=peft_config(recipe.model),
-        callbacks=[callback],
-    )
+    policy = load_policy(recipe.model, args.seed, weights=recipe.weights_dtype)
+    with refusals(recipe):
+        trainer = R1VSFTTrainer(
+            model=policy,
+            args=args,
+            data_collator=Collator(processor),
+            train_dataset=rows,
+            processing_class=processor,
+            peft_config=peft_config(recipe.model),
+            callbacks=[callback],
+        )
     trainer.contract = contract.build("sft", recipe, data_sha256=data_sha256(path, recipe.data.split))
     if resume and is_main():
         contract.warn_of_changes(resume, trainer.contract)

@@ -638,6 +638,7 @@ def test_too_few_rows_for_one_generation_batch_are_named(home, tmp_path, made_up
 
 def test_trl_refusals_are_usage_errors(home, tmp_path, made_up):
     stopped_run(home, tmp_path, UsageError, "can not be both", steps_per_generation=1, generation_batch_size=8)
+    stopped_run(home, tmp_path / "later", UsageError, "multimodal", use_transformers_continuous_batching=True)
 
 
 # --- several ranks ---------------------------------------------------------------------------------------------

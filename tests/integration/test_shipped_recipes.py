@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from trl import GRPOConfig
 
 from r1vfree_cli import recipes
 from r1vfree_cli.run_dir import RunDir
-from r1vfree_cli.training import grpo, sft
+from r1vfree_cli.training import common, grpo, sft
 
 # One process without GPUs: what TRL makes of `train` does not depend on it.
 HERE = ["launch.preset=ddp", "launch.device=cpu"]
@@ -47,6 +48,14 @@ def test_grpo_recipes_become_trl_configs(name, tmp_path):
     if name != "grpo/tiny":
         assert {key: getattr(args, key) for key in PINNED} == PINNED
         assert args.num_train_epochs == (2 if "clevr" in name else 10)
+
+
+def test_bfloat16_under_zero_on_the_cpu_is_a_config(tmp_path):
+    """`launch.device: cpu` runs any preset. transformers takes bfloat16 without GPU only with use_cpu, which DeepSpeed
+    cannot have."""
+    recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv", ["launch.device=cpu"])
+    with common.refusals(recipe):
+        assert GRPOConfig(str(tmp_path), bf16=True, use_cpu=False).bf16
 
 
 @pytest.mark.parametrize("name", recipes.shipped("sft"))

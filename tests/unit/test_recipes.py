@@ -91,14 +91,14 @@ def test_all_errors_at_once_with_key_found_allowed_and_nearest(tmp_path):
             "model": {"name": "m", "dtpe": "bf16", "min_pixels": "3"},
             "data": {"path": "y"},
             "rewards": [{"name": "fedback"}, {"name": "feedback", "backend": "clasify", "model": "x"}],
-            "train": {"learning_rate": "abc", "bta": 0.1, "per_device_train_batch_size": 8},
+            "train": {"learning_rate": "abc", "bta": 0.1, "per_device_train_batch_size": 8, "eval_strategy": "steps"},
             "launch": {"preset": "zero-3"},
         },
     )
     for part in (
         "model.dtpe", "nearest is model.dtype", "model.min_pixels", "'3'", "unknown reward 'fedback'", "nearest is feedback",
         "nearest is classify", "train.learning_rate: must be float; found 'abc'", "nearest is train.beta",
-        "use train.prompts_per_device", "nearest is zero3",
+        "use train.prompts_per_device", "nearest is zero3", "data.heldout is measured",
     ):  # fmt: skip
         assert part in text, part
 
