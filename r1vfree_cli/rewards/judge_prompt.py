@@ -20,9 +20,9 @@ ASK_JSON = (
     "complete and free of anything that the image does not show."
 )
 
-# "<|im_end|>", "<image>", "</s>", "<｜User｜>" need the "<" to touch what follows; "[INST]" its bracket.
-# "a < b", "<3" and "[1, 2]" keep their form.
-_OPENING = re.compile(r"<(?=[^\s\d=])|\[(?=/?[A-Z_]+\])")
+# "<|im_end|>", "<image>", "</s>", "<｜User｜>" need the "<" to touch what follows; "[INST]", "[gMASK]" and InternLM's
+# "[UNUSED_TOKEN_145]" their bracket. "a < b", "<3", "[x]" and "[1, 2]" keep their form.
+_OPENING = re.compile(r"<(?=[^\s\d=])|\[(?=/?[A-Za-z]\w+\])")
 
 
 def as_data(text: str) -> str:
@@ -76,7 +76,7 @@ def messages_for(kind: PromptKind, problem: str, answer: str, num_images: int = 
 def prompt_hash() -> str:
     """sha256 (hex) of the fixed parts of all forms; part of the cache key and of the reward's identity."""
     forms = [
-        judge_messages("<q>", "<a>"),
+        judge_messages("<q> [q1]", "<a>"),
         conversation_messages("<q>", "<a>"),
         judge_text("<q>", "<a>", ASK_JSON),
     ]
