@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from tiny_models import draw, load_tiny, save_tiny, tiny_model
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -33,6 +34,7 @@ from trl.data_utils import prepare_multimodal_messages
 from r1vfree_cli.training import shared_prefix_decode
 from r1vfree_cli.training.shared_prefix import SharedPrefixMixin, chunks
 from r1vfree_cli.training.shared_prefix_attention import PREFIX, BranchCache, PackedLayout, Segment, install
+from r1vfree_cli.training.shared_prefix_decode import _GraphedStep, _Step
 from r1vfree_cli.training.shared_prefix_pack import Group, find_groups
 from r1vfree_cli.training.shared_prefix_prompts import RowsByReference
 
@@ -530,17 +532,32 @@ def test_every_decoding_step_sees_what_a_whole_pass_sees(kind, models, tmp_path)
             assert torch.allclose(steps[3 * i + j, : len(ids)], expected, atol=2e-4)
 
 
-def test_steps_of_fixed_shape_give_the_same_tokens(models, tmp_path, monkeypatch):
-    """What a CUDA graph captures: whole buffers and a mask in place of slices that grow."""
+class Traced(_GraphedStep):
+    """A step that is recorded once, as a CUDA graph records it: what is no tensor is frozen as it is in that moment, and
+    reading a tensor's value is an error."""
+
+    def __call__(self, tokens, length):
+        self.cache.advance(length)
+        self.tokens.copy_(tokens[:, None])
+        self.at.copy_((self.positions + length).expand(3, -1)[..., None])
+        if self.graph is None:
+            self._run(self.tokens, self.at)
+            self.graph = make_fx(lambda tokens, at: self._run(tokens, at), tracing_mode="real")(self.tokens, self.at)
+        return self.graph(self.tokens, self.at)
+
+
+def test_a_recorded_step_gives_the_same_tokens(models, tmp_path, monkeypatch):
+    """What a CUDA graph needs: whole buffers and a mask in place of slices that grow, and nothing that Python decides."""
     found = []
-    for static in (False, True):
+    for static, step in ((False, _Step), (True, _Step), (True, Traced)):
         monkeypatch.setattr(
             shared_prefix_decode, "BranchCache", lambda *a, static, _s=static: BranchCache(*a, static=_s)
         )
+        monkeypatch.setattr(shared_prefix_decode, "_Step", step)
         trainer = build(Shared, models(), tmp_path, rows(MIXED_ROWS), beta=0.0)
         torch.manual_seed(4)
         found.append(generate(trainer))
-    assert found[0] == found[1] and len({tuple(ids) for ids in found[1]}) > 8
+    assert found[0] == found[1] == found[2] and len({tuple(ids) for ids in found[0]}) > 8
 
 
 def test_generation_that_the_loop_cannot_do_is_left_to_transformers(models, tmp_path):
