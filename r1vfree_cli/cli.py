@@ -179,7 +179,9 @@ def merge(
     if json:
         console.emit_json(result)
     else:
-        console.emit_table(str(out), ["", ""], [[key, value] for key, value in result.items()])
+        shown = {key: result[key] for key in ("kind", "source", "base", "dtype") if result[key] is not None}
+        shown["largest logit difference"] = f"{result['max_logit_difference']:.2g} (allowed {result['tolerance']:.2g})"
+        console.emit_table(str(out), ["", ""], [[key, value] for key, value in shown.items()])
 
 
 @app.command("eval-hallusion")

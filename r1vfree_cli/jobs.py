@@ -282,4 +282,6 @@ def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, o
     args += ["--base", base] if base else []
     args += ["--dtype", dtype] if dtype else []
     args += ["--overwrite"] if overwrite else []
-    return launch.run_json(launch.module_plan("r1vfree_cli.training.merge", *args))
+    plan = launch.module_plan("r1vfree_cli.training.merge", *args)
+    # Its stderr is the user's: no warnings between libraries, no search for an accelerator.
+    return launch.run_json(replace(plan, env=plan.env | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}))

@@ -146,3 +146,15 @@ def test_the_final_table_says_what_was_dropped_what_was_judged_and_what_took_the
         ["  of it, train", "", "20 s"],
     ]
     assert watch.summary_rows({"loss": {"first": 5.5, "last": 0.1}}) == [["loss", "5.500", "0.100"]]
+
+
+def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
+    from typer.testing import CliRunner
+
+    from r1vfree_cli import cli, launch
+
+    summary = {"out": "o", "kind": "shards", "source": "c", "base": None, "dtype": "float32", "files": ["config.json"]}
+    summary |= {"max_logit_difference": 1.234e-5, "tolerance": 0.5, "contract": True}
+    monkeypatch.setattr(launch, "run_json", lambda plan: summary)
+    text = CliRunner().invoke(cli.app, ["merge", "c", "--out", "o"]).stdout
+    assert "1.2e-05 (allowed 0.5)" in text and "shards" in text and "config.json" not in text and "None" not in text
