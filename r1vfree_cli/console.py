@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_bars: list = []  # consoles of the progress bars on the terminal now
+
 
 def _stderr():
     from rich.console import Console
 
+    if _bars:
+        return _bars[-1]  # it writes above the bar; another one would write into its line
     # A fresh console each time: tests and workers swap sys.stderr.
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -127,4 +131,8 @@ def progress(description: str, total: int | None = None) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}", markup=False),
     ]
     with Bar(*columns, console=_stderr(), transient=True) as bar:
-        yield Progress(bar, bar.add_task(description, total=total, note=""), total, description)
+        _bars.append(bar.console)
+        try:
+            yield Progress(bar, bar.add_task(description, total=total, note=""), total, description)
+        finally:
+            _bars.pop()

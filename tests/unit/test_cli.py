@@ -148,6 +148,29 @@ def test_the_final_table_says_what_was_dropped_what_was_judged_and_what_took_the
     assert watch.summary_rows({"loss": {"first": 5.5, "last": 0.1}}) == [["loss", "5.500", "0.100"]]
 
 
+def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(monkeypatch):
+    import io
+
+    from r1vfree_cli import console
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    with console.progress("grpo", 9) as bar:
+        bar.advance(1, "reward 1")
+        console.log("a sample")
+    before, _, after = sys.stderr.getvalue().partition("a sample")
+    assert before.endswith("\x1b[2K")  # the bar's line was erased first
+    assert after.startswith("\n") and "grpo" in after  # and drawn again below
+    console.log("later")
+    assert sys.stderr.getvalue().endswith("later\n")
+
+
 def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
     from typer.testing import CliRunner
 
