@@ -249,7 +249,7 @@ class Feedback:
             if self._budget is not None and self._spent >= self._budget:
                 raise GuardStop(
                     f"the judge's cost reached its ceiling: {self._spent:.4g} of {self._budget:.4g} in this process",
-                    hint="rewards.feedback.max_cost is the ceiling of all processes together; --resume goes on",
+                    hint="raise rewards.feedback.max_cost, the ceiling of all processes together, and go on with --resume",
                 )
             self._stats["judge/calls"] += len(part)
             results = await self._backend.judge(list(part.values()))
