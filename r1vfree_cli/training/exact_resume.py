@@ -108,7 +108,11 @@ class ExactResumeMixin(_Trainer):
         if checkpoint is None:
             return
         file = self._state_file(Path(checkpoint))
-        saved = torch.load(file, map_location=self.args.device, weights_only=True) if file.is_file() else {}
+        device = self.args.device
+        device = (
+            "cpu" if device.type == "cpu" else device
+        )  # of several processes on CPUs it is cpu:0, which load refuses
+        saved = torch.load(file, map_location=device, weights_only=True) if file.is_file() else {}
         position = saved.get("position", {})
         if position.get("world_size") != self.args.world_size:
             console.warn("the checkpoint was written by another number of processes: the resume is not exact")

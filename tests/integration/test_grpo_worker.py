@@ -762,3 +762,6 @@ def test_ranks_stop_together(home, tmp_path, mode, error, match):
     assert (run.checkpoints / "checkpoint-1" / "model.safetensors").is_file()
     if mode == "failing":
         assert [v is None for v in rollouts(run, 2)["rewards/feedback"]] == [False] * 4 + [True] * 4
+        run.begin(recipes.to_yaml(recipe), resume=True)
+        launched(recipe, run, env={"R1V_TEST_JUDGE": "some", "R1V_RESUME": "1"})  # the judge is back
+        assert [line["step"] for line in metrics(run)] == [1, 2] and run.status["state"] == "finished"
