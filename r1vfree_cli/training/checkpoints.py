@@ -197,7 +197,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _damaged(checkpoint: Path | str, error: BaseException) -> DataError:
-    hint = "the run goes on from the checkpoint before it when this one is deleted"
+    hint = "another model needs another --run-dir; a damaged checkpoint can be deleted, the one before it is then used"
     return DataError(f"cannot resume from {checkpoint}: {first_line(error)}", hint=hint)
 
 
