@@ -139,7 +139,7 @@ def model_images(
         return {"pixel_values": pixel_values, "image_grid_thw": grid}
     first, *deeper = pixel_values.split(whole.config.get_text_config().hidden_size, dim=-1)
     output: Any = BaseModelOutputWithPooling(pooler_output=(first,))  # type: ignore[arg-type]
-    output.deepstack_features = [(x,) for x in deeper]
+    output["deepstack_features"] = [(x,) for x in deeper]
     return {"mm_encoder_outputs": {"image": output}}
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from tiny_models import draw, load_tiny, save_tiny, tiny_model
+from torch.distributed.utils import _recursive_to
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -36,7 +37,7 @@ from r1vfree_cli.training.shared_prefix import SharedPrefixMixin, chunks
 from r1vfree_cli.training.shared_prefix_attention import PREFIX, BranchCache, PackedLayout, Segment, install
 from r1vfree_cli.training.shared_prefix_decode import _GraphedStep, _Step
 from r1vfree_cli.training.shared_prefix_pack import Group, find_groups
-from r1vfree_cli.training.shared_prefix_prompts import RowsByReference
+from r1vfree_cli.training.shared_prefix_prompts import RowsByReference, model_images
 
 SMALL, WIDE, TALL = (56, 56), (84, 56), (56, 84)
 # (question, image sizes): several sizes and lengths; text alone; several images
@@ -680,6 +681,15 @@ def test_a_frozen_vision_tower_serves_generation_and_deepstack_too(models, tmp_p
         trainer.train()
         pair.append(trainer)
     assert_same_run(*pair)
+
+
+def test_encoded_images_survive_the_move_to_another_device(models):
+    """DDP on a GPU rebuilds the arguments of a forward pass from their items when it moves one of them."""
+    whole = load_tiny(models("qwen3_vl"))[0]
+    hidden = whole.config.text_config.hidden_size
+    images = model_images(whole, torch.zeros(2, 3 * hidden), None, encoded=True)
+    moved = _recursive_to(images, torch.device("meta"), False)[0]["mm_encoder_outputs"]["image"]
+    assert moved.pooler_output[0].is_meta and [x[0].shape[1] for x in moved.deepstack_features] == [hidden, hidden]
 
 
 def test_a_vision_tower_that_differs_from_the_reference_is_not_shared(models, tmp_path):
