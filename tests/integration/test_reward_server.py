@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import _bpe, draw, draw_rows, save_tiny
+from tiny_models import TAKES_FEATURES, _bpe, draw, draw_rows, save_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.utils import is_async_callable
 
@@ -81,7 +81,7 @@ def value_head(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_batched_equals_single_and_images_encoded_once_equal_images_encoded_each_time(tmp_path, family, monkeypatch):
     judge = LocalJudge(str(save_tiny(tmp_path, family)), batch_size=5)
-    assert judge.kind == "yes_no" and judge._encodes_apart()
+    assert judge.kind == "yes_no" and judge._encodes_apart() == TAKES_FEATURES
     together = judge.score(items())
     assert together == pytest.approx([judge.score([item])[0] for item in items()], abs=1e-5)
     assert len({round(s, 4) for s in together}) > 10 and all(0 < s < 1 for s in together)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
-from tiny_models import draw, load_tiny, save_tiny, tiny_model
+from tiny_models import TAKES_FEATURES, draw, load_tiny, save_tiny, tiny_model
 from torch.distributed.utils import _recursive_to
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +48,7 @@ MIXED_ROWS = (
     ("Which of the two is larger?", [WIDE, SMALL]),
     ("Yes or No?", [SMALL]),
 )
+needs_features = pytest.mark.skipif(not TAKES_FEATURES, reason="transformers takes no ready image features")
 FEATURES = Features({"prompt": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())})
 
 
@@ -648,6 +649,7 @@ def test_images_and_prompts_are_processed_once_per_group(models, tmp_path):
     assert sum(counts[Shared].tokens) < 0.6 * sum(counts[Plain].tokens)
 
 
+@needs_features
 def test_a_frozen_vision_tower_runs_once_per_step(models, tmp_path):
     def freeze(model):
         clean, _ = load_tiny(models())
@@ -665,6 +667,7 @@ def test_a_frozen_vision_tower_runs_once_per_step(models, tmp_path):
     assert counts[1].patches == 16 + 24 + 24 + 16 and counts[0].patches == 2 * 2 * counts[1].patches
 
 
+@needs_features
 def test_a_frozen_vision_tower_serves_generation_and_deepstack_too(models, tmp_path):
     def freeze(model):
         clean, _ = load_tiny(models("qwen3_vl"))

@@ -6,6 +6,7 @@ The generation config carries what the published checkpoints carry, near-greedy 
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from transformers import (
 )
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+# Whether this transformers' models take an image's features in place of its pixels (since 5.19).
+TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 
 # The order of Qwen2's vocabulary.
 SPECIAL_TOKENS = (
