@@ -103,6 +103,8 @@ def run(
             # Node 0 owns the run dir; the others keep their recipe and logs apart.
             logs = where.path / "nodes" / str(node)
             ranks.end_orphans(logs)
+            for old in logs.glob("rank-*.error.json"):  # of an earlier attempt: its cause is not this one's
+                old.unlink()
             recipe_file = logs / "recipe.yaml"
             run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
         try:

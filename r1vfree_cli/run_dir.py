@@ -218,6 +218,10 @@ class RunDir:
         """Replace `status.json`, keeping what is not named: state, step, attempt, reason, time (s, epoch)."""
         write_json(self.status_file, self.status | {"state": state, "time": round(time.time(), 3)} | fields)
 
+    def _own(self) -> list[Path]:
+        """What is in the folder, but for what nodes above 0, which may be faster, have put there for themselves."""
+        return [child for child in self.path.iterdir() if child.name != "nodes"]
+
     def begin(self, recipe_yaml: str, *, resume: bool = False, overwrite: bool = False) -> None:
         """Claim the folder for a new attempt, of this recipe from now on: `jobs` tells what a resume changes.
 
@@ -229,7 +233,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a folder", hint="choose another --run-dir")
         if self.holds_run and overwrite:
-            for child in sorted(self.path.iterdir(), key=lambda c: c == self.recipe):  # what says "a run dir" goes last
+            for child in sorted(self._own(), key=lambda c: c == self.recipe):  # what says "a run dir" goes last
                 shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
         for half in (*self.path.glob(".*.tmp"), *self.rollouts.glob(".*.tmp")):  # of a killed writer
             half.unlink(missing_ok=True)
@@ -241,7 +245,7 @@ class RunDir:
             )
         if resume and not self.holds_run:
             raise UsageError(f"{self.path} holds no run to resume", hint="leave out --resume to start one")
-        if not self.holds_run and self.path.is_dir() and any(self.path.iterdir()):
+        if not self.holds_run and self.path.is_dir() and self._own():
             raise UsageError(f"{self.path} is not empty and is no run dir", hint="choose another --run-dir")
         attempt = self.attempt + 1
         write_text(self.recipe, recipe_yaml)

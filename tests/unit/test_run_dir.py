@@ -71,6 +71,19 @@ def test_begin_killed_at_any_moment_can_be_done_again(tmp_path, overwrite):
     assert 6 < n < 199
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_faster_node_may_have_been_in_the_folder_first(tmp_path, held):
+    """All nodes start the same command at the same moment."""
+    run = RunDir(tmp_path / "run")
+    if held:
+        run.begin("a: 1")
+    theirs = run.path / "nodes" / "1" / "recipe.yaml"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("of node 1")
+    run.begin("a: 2", overwrite=held)
+    assert run.recipe.read_text() == "a: 2" and run.attempt == 1 and theirs.read_text() == "of node 1"
+
+
 def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "photo.png").write_text("precious")
     with pytest.raises(UsageError, match="no run dir"):
