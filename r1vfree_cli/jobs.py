@@ -52,11 +52,12 @@ def train(
 
 
 def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
-    server = launch.server_plan(recipe, recipe.served.port or 8000) if recipe.served else None
+    port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
+    server = launch.server_plan(recipe, port) if recipe.served else None
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": shlex.join(plan.argv),
-        "env": plan.env,
+        "env": plan.env | ({"R1V_REWARD_URL": f"http://127.0.0.1:{port}"} if server else {}),
         "processes_here": plan.processes,
         "server": {"command": shlex.join(server.argv), "env": server.env} if server else None,
         "errors": findings.errors,
