@@ -49,6 +49,8 @@ MIXED_ROWS = (
     ("Yes or No?", [SMALL]),
 )
 needs_features = pytest.mark.skipif(not TAKES_FEATURES, reason="transformers takes no ready image features")
+# of two ranks the second has text alone
+RANK_ROWS = (*MIXED_ROWS[:2], ("What is it called?", []))
 FEATURES = Features({"prompt": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())})
 
 
@@ -951,7 +953,7 @@ def test_two_processes(preset, models, tmp_path):
     """Two processes that each hold half a step's groups, one group cut between them, against one process with TRL."""
     found = run_ranks(tmp_path, models(), preset)
     settings = {"per_device_train_batch_size": 12, "learning_rate": 0.05, "max_completion_length": 12}
-    plain = build(Plain, models(), tmp_path / "plain", rows(MIXED_ROWS[:3]), **settings)
+    plain = build(Plain, models(), tmp_path / "plain", rows(RANK_ROWS), **settings)
     plain.table = completions(12)
     plain.train()
     logged = next(h for h in plain.state.log_history if "loss" in h)
