@@ -16,6 +16,7 @@ def main(path: str, out: str, preset: str) -> None:
     if preset == "zero3":
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
         config["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto",
