@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import is_async_callable
 
 from ..config import Guard
 from ..errors import GuardStop, R1VError, from_dict
@@ -56,7 +58,7 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
         args, model, processor = kwargs["args"], kwargs["model"], kwargs["processing_class"]
         self.guard, self.shared_prefix = guard, shared_prefix
         self.required = [bool(getattr(r, "required", False)) for r in reward_funcs]
-        self._watched: list[Any] = [watch(r) for r in reward_funcs]
+        self._watched: list[Any] = [Watched(r) for r in reward_funcs]
         self.carried = {f"reward/{w.__name__}": w.reward for w in self._watched if hasattr(w.reward, "state_dict")}
         self._pending: list[Rollout] = []
         self._latest: list[Rollout] = []
@@ -267,17 +269,22 @@ def _number(value: float) -> float | None:
 # --- rewards whose errors wait for all ranks -------------------------------------------------------------------
 
 
-class _Watched:
-    """A reward whose exception is kept, so that no rank leaves while the others wait for it in a collective."""
+class Watched:
+    """A reward whose exception is kept, so that no rank leaves while the others wait for it in a collective.
+
+    Asynchronous, whatever the reward is: TRL would run synchronous ones to their end before the judge is asked.
+    """
 
     def __init__(self, reward):
         self.reward = reward
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
         self.error: Exception | None = None
 
-    def __call__(self, completions, **kwargs) -> list:
+    async def __call__(self, completions, **kwargs) -> list:
         try:
-            return self.reward(completions=completions, **kwargs)
+            if is_async_callable(self.reward):
+                return await self.reward(completions=completions, **kwargs)
+            return await asyncio.to_thread(self.reward, completions=completions, **kwargs)
         except Exception as e:
             return self.keep(e, len(completions))
 
@@ -295,18 +302,3 @@ class _Watched:
         """Why scores failed on this rank, if the reward says."""
         failures = getattr(self.reward, "failures", None) or []
         return [str(f) for f in list(failures)[-3:]]
-
-
-class _WatchedAsync(_Watched):
-    async def __call__(self, completions, **kwargs) -> list:  # type: ignore[override]
-        try:
-            return await self.reward(completions=completions, **kwargs)
-        except Exception as e:
-            return self.keep(e, len(completions))
-
-
-def watch(reward) -> _Watched:
-    """Wrap a reward function, synchronous or not (TRL tells them apart by `__call__`)."""
-    from trl.trainer.utils import is_async_callable
-
-    return (_WatchedAsync if is_async_callable(reward) else _Watched)(reward)

@@ -1,5 +1,6 @@
 """GRPO with tiny real models: the worker in this process, and as several ranks through the real launcher."""
 
+import asyncio
 import json
 import math
 import os
@@ -250,6 +251,24 @@ def test_sampling_is_the_recipes_not_the_checkpoints(home, tmp_path):
     assert len({r.completion for r in made.take_rollouts()}) == 8
     ids = made._tokenizer.convert_tokens_to_ids
     assert set(made.eos_token_ids) == {ids("<|im_end|>"), ids("<|endoftext|>")}
+
+
+def test_judging_overlaps_other_rewards(home, tmp_path):
+    asked, counted = threading.Event(), threading.Event()
+
+    def counts(completions, **_):  # needs the judge to have been asked, which TRL does after all synchronous rewards
+        scores = [float(asked.wait(20))] * len(completions)
+        counted.set()
+        return scores
+
+    async def judge(completions, **_):
+        asked.set()
+        return [float(await asyncio.to_thread(counted.wait, 20))] * len(completions)
+
+    config = {"per_device_train_batch_size": 4, "max_completion_length": 2}
+    made = trainer(home, tmp_path, [counts, judge], **config)
+    made.train()
+    assert all(r.rewards == {"counts": 1.0, "judge": 1.0} for r in made.take_rollouts())
 
 
 def test_images_are_not_gathered_for_a_table_that_is_off(home, tmp_path, monkeypatch):
