@@ -130,7 +130,9 @@ def _reply(kind: str, body: bytes) -> Case:
             assert read_yes_no(judged_text(text, "answer")) in ("yes", "no", None)
             return
         settings = {"name": "feedback", "backend": kind, "base_url": "http://127.0.0.1:9", "model": "m"}
-        judge = {"chat": ChatJudge, "classify": ClassifyJudge}[kind](FeedbackReward.model_validate(settings), "", None)
+        judge = {"chat": ChatJudge, "classify": ClassifyJudge}[kind](
+            FeedbackReward.model_validate(settings), "", None, lambda: False
+        )
 
         async def send(*_, **__) -> str:
             return body.decode("utf-8", "replace")
