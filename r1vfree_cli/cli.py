@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -133,29 +133,11 @@ def _train(
     if json:
         console.emit_json(result)
     elif dry_run:
-        _print_dry_run(result)
+        watch.show_dry_run(result)
     elif "node" in result:
         console.log(f"node {result['node']} is done; node 0 holds the results in {result['run_dir']}")
     else:
         console.emit_table(f"{recipe}: {result['run_dir']}", ["", "before", "after"], watch.summary_rows(result))
-
-
-def _print_dry_run(plan: dict[str, Any]) -> None:
-    from . import console, recipes
-
-    console.emit(recipes.dump(plan["recipe"]))
-    if plan["server"]:
-        console.emit(_shell(plan["server"]) + "\n")
-    console.emit(_shell(plan))
-    for kind in ("errors", "warnings", "unchecked"):
-        for line in plan[kind]:
-            console.log(f"{kind.rstrip('s') if kind != 'unchecked' else 'not checked'}: {line}")
-    if plan["errors"]:
-        raise UsageError(f"{len(plan['errors'])} of the checks failed; nothing was started")
-
-
-def _shell(command: dict[str, Any]) -> str:
-    return " ".join([f"{k}={v}" for k, v in sorted(command["env"].items())] + [command["command"]])
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and the table at its end: read from the files that its workers write."""
+"""What a run shows: what would be started, how it goes on, the table at its end; the files of its workers tell."""
 
 from __future__ import annotations
 
@@ -6,15 +6,41 @@ import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from . import console, launch
+from . import console, launch, recipes
 from .config import STAGES
+from .errors import UsageError
 from .run_dir import SAID, RunDir
 
 
-class RunView:
-    """Follows a run: a progress bar on a terminal, a line every 10 s elsewhere, samples, and what rank 0 says."""
+class _View:
+    """What follows a file: a progress bar on a terminal, a line every 10 s elsewhere, from the first step on."""
+
+    def __init__(self) -> None:
+        self._bar = ExitStack()
+        self._progress: console.Progress | None = None
+        self._step = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        """Show what is new since the last call."""
+        raise NotImplementedError
+
+    def _advance(self, title: str, step: int, total: int | None, note: str) -> None:
+        if self._progress is None:
+            self._progress = self._bar.enter_context(console.progress(title, total))
+        self._progress.advance(max(0, step - self._step), note)
+        self._step = max(step, self._step)
+
+
+class RunView(_View):
+    """Follows a run: its steps, samples, and what rank 0 says."""
 
     _SHOWN = (
         ("reward", "reward", "{:.3f}"),
@@ -24,35 +50,21 @@ class RunView:
     )
 
     def __init__(self, stage: str, where: RunDir):
+        super().__init__()
         self._stage, self._where = stage, where
         self._offsets = {where.metrics: where.metrics.stat().st_size if where.metrics.is_file() else 0}
-        self._bar = ExitStack()
-        self._progress: console.Progress | None = None
-        self._step = 0
-
-    def __enter__(self) -> RunView:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._bar.close()
 
     def update(self) -> None:
-        """Show what was logged since the last call."""
         logs = self._where.logs
         for said in self._new(logs / SAID):
             (console.warn if said["warning"] else console.log)(said["text"])
         for sample in self._new(logs / "samples.jsonl"):
             console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
         for line in self._new(self._where.metrics):
-            step = int(line.get("step", 0))
-            if self._progress is None:
-                bar = console.progress(self._stage, self._where.status.get("max_steps"))
-                self._progress = self._bar.enter_context(bar)
             note = " ".join(
                 f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float)
             )
-            self._progress.advance(max(0, step - self._step), note)
-            self._step = max(step, self._step)
+            self._advance(self._stage, int(line.get("step", 0)), self._where.status.get("max_steps"), note)
 
     def _new(self, path: Path) -> list[dict]:
         """The whole lines of a JSONL file since the last call."""
@@ -69,31 +81,40 @@ class RunView:
         return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
 
 
-class LogView:
+class LogView(_View):
     """Follows the progress that a module without a run dir writes into its log: `judge: 30/250 loss 0.5`."""
 
     def __init__(self, log: Path):
+        super().__init__()
         self._log = log
-        self._bar = ExitStack()
-        self._progress: console.Progress | None = None
-        self._step = 0
-
-    def __enter__(self) -> LogView:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._bar.close()
 
     def update(self) -> None:
-        """Show the newest line, if it is new."""
         found = re.findall(r"^(.+): (\d+)/(\d+) ?(.*)$", "\n".join(launch.tail(self._log)), re.MULTILINE)
         if not found or int(found[-1][1]) <= self._step:
             return
         title, step, total, note = found[-1]
-        if self._progress is None:
-            self._progress = self._bar.enter_context(console.progress(title, int(total)))
-        self._progress.advance(int(step) - self._step, note)
-        self._step = int(step)
+        self._advance(title, int(step), int(total), note)
+
+
+def show_dry_run(plan: dict[str, Any]) -> None:
+    """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr.
+
+    Raises:
+        UsageError: a check failed.
+    """
+    console.emit(recipes.dump(plan["recipe"]))
+    if plan["server"]:
+        console.emit(_shell(plan["server"]) + "\n")
+    console.emit(_shell(plan))
+    for kind in ("errors", "warnings", "unchecked"):
+        for line in plan[kind]:
+            console.log(f"{kind.rstrip('s') if kind != 'unchecked' else 'not checked'}: {line}")
+    if plan["errors"]:
+        raise UsageError(f"{len(plan['errors'])} of the checks failed; nothing was started")
+
+
+def _shell(command: dict[str, Any]) -> str:
+    return " ".join([f"{k}={v}" for k, v in sorted(command["env"].items())] + [command["command"]])
 
 
 def summary_rows(summary: dict) -> list[list[str]]:

@@ -280,8 +280,6 @@ def _how(e: Eval) -> How:
         line = shlex.join(["r1v", *[str(a) for a in argv[1:]]]) if isinstance(argv, list) and argv else str(argv)
         found.setdefault(line, []).append(stage)
     commands = [(", ".join(stages), line) for line, stages in found.items()]
-    pairs = flatten(
-        {k: v for k, v in e.settings.items() if k not in ("command", "commands", "schema", "times", "warnings")}
-    )
+    pairs = flatten({k: v for k, v in e.settings.items() if k not in ("commands", "schema", "times", "warnings")})
     rows = [[Cell(k), Cell(v)] for k, v in pairs]
     return How(e.label, Table("Settings, versions and run contract", ["key", "value"], rows), pairs, commands)

@@ -74,9 +74,7 @@ def find_figures(e: Eval, found: Replies) -> None:
 
 def stage_commands(e: Eval) -> dict[str, Any]:
     """Stage -> the command line that ran it last, as recorded in eval.json."""
-    return {k: v for k, v in table(e.settings.get("commands")).items() if v} or (
-        {"command": e.settings["command"]} if e.settings.get("command") else {}
-    )
+    return {k: v for k, v in table(e.settings.get("commands")).items() if v}
 
 
 def _option(e: Eval, name: str) -> Any:

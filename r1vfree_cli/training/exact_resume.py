@@ -108,10 +108,8 @@ class ExactResumeMixin(_Trainer):
         if checkpoint is None:
             return
         file = self._state_file(Path(checkpoint))
-        device = self.args.device
-        device = (
-            "cpu" if device.type == "cpu" else device
-        )  # of several processes on CPUs it is cpu:0, which load refuses
+        own = self.args.device
+        device = "cpu" if own.type == "cpu" else own  # torch.load refuses cpu:0, as it is with several processes
         saved = torch.load(file, map_location=device, weights_only=True) if file.is_file() else {}
         position = saved.get("position", {})
         if position.get("world_size") != self.args.world_size:

@@ -97,43 +97,16 @@ def test_a_killed_rank_shows_how_it_ended_and_the_logs_tail(tmp_path):
     assert "allocating 900 GiB" in e.value.details and e.value.exit_code == 1
 
 
-def test_sigint_reaches_the_rank_which_may_finish_its_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "pauses"),
+    [(signal.SIGINT, (0,)), (signal.SIGINT, (0.01, 0)), (signal.SIGTERM, (0.01, 0.5, 0))],
+)
+def test_a_signal_reaches_the_rank_which_may_finish_its_checkpoint(tmp_path, number, pauses):
+    """Sent twice at once too, as `timeout` does to a command and its group; and SIGTERM, as schedulers repeat it."""
     plan = script(
         tmp_path,
         """
         def stop(*_):
-            time.sleep(0.5)
-            open(logs + '/checkpoint', 'w').write('saved')
-            sys.exit(130)
-        signal.signal(signal.SIGTERM, stop)
-        held = ranks.hold_pid_file(Path(logs) / 'rank-0.pid')
-        time.sleep(60)
-        """,
-    )
-    logs = tmp_path / "logs"
-
-    def interrupt():
-        while not (logs / "rank-0.pid").exists():
-            time.sleep(0.05)
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(Interrupted):
-        launch.execute(plan, logs)
-    thread.join()
-    assert (logs / "checkpoint").read_text() == "saved"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_sent_twice_at_once_or_terms_repeated_leave_the_checkpoint_its_time(tmp_path, number):
-    """`timeout` sends its signal to the command and to its group; schedulers repeat SIGTERM."""
-    plan = script(
-        tmp_path,
-        """
-        def stop(*_):
-            open(logs + '/told', 'w').close()
             time.sleep(1)
             open(logs + '/checkpoint', 'w').write('saved')
             sys.exit(130)
@@ -147,7 +120,8 @@ def test_a_signal_sent_twice_at_once_or_terms_repeated_leave_the_checkpoint_its_
     def send():
         while not (logs / "rank-0.pid").exists():
             time.sleep(0.05)
-        for pause in (0.01, 0.5, 0) if number == signal.SIGTERM else (0.01, 0):
+        time.sleep(0.2)
+        for pause in pauses:
             os.kill(os.getpid(), number)
             time.sleep(pause)
 
