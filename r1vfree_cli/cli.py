@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import R1VError, UsageError
+from .core.errors import R1VError, UsageError
 
 app = typer.Typer(
     name="r1v",
@@ -39,7 +39,8 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. Works at any place.")] = False,
 ) -> None:
     if version:
-        from . import __version__, console
+        from . import __version__
+        from .core import console
 
         console.emit(f"r1v {__version__}")
         raise typer.Exit()
@@ -70,7 +71,7 @@ def prepare_data(
 
     Images are checked, rotated and RGB; every drop has a reason.
     """
-    from . import console
+    from .core import console
     from .data.prepare import prepare
 
     summary = prepare(source, out, input=input, images=images, split=split, limit=limit, seed=seed, overwrite=overwrite)
@@ -123,7 +124,9 @@ def _train(
     dry_run: bool,
     json: bool,
 ) -> None:
-    from . import console, jobs, watch
+    from .core import console
+    from .launch import job as jobs
+    from .launch import watch
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
@@ -155,7 +158,8 @@ def merge(
 
     What was written is loaded again and compared with the unmerged model on an image.
     """
-    from . import console, jobs
+    from .core import console
+    from .launch import job as jobs
 
     result = jobs.merge(checkpoint, out, base=base, dtype=dtype, overwrite=overwrite)
     if json:
@@ -231,10 +235,10 @@ def eval_hallusion(
     Each stage resumes where it stopped.
     """
     given = dict(locals())  # the options by name, before anything else is
-    from . import console
-    from .hallusion.options import EvalOptions, check_gates
-    from .hallusion.run import evaluate
-    from .hallusion.show import print_scores
+    from .core import console
+    from .eval.options import EvalOptions, check_gates
+    from .eval.runner import evaluate
+    from .eval.show import print_scores
 
     del given["json"]
     gates = given.pop("fail_under") or []
@@ -258,8 +262,8 @@ def doctor(
 
     Exit 2 when something would stop the run.
     """
-    from . import console
-    from .doctor import diagnose, show
+    from .core import console
+    from .doctor.checks import diagnose, show
 
     result = diagnose(recipe, set or [], step=step)
     if json:
@@ -283,7 +287,7 @@ def report(
 
     Markdown, one self-contained HTML page, pictures.
     """
-    from . import console
+    from .core import console
     from .report import report as write_report
 
     result = write_report(dirs, out, overwrite=overwrite)
@@ -314,7 +318,7 @@ def serve_reward(
 
     It speaks the shape of vLLM's /classify.
     """
-    from . import jobs
+    from .launch import job as jobs
 
     jobs.serve_reward(model, revision=revision, host=host, port=port, devices=devices, api_key_env=api_key_env)
 
@@ -322,7 +326,8 @@ def serve_reward(
 @recipes_app.command("list")
 def recipes_list(json: Json = False) -> None:
     """All shipped recipes with their purpose."""
-    from . import console, recipes
+    from .config import recipes
+    from .core import console
 
     rows = [{"recipe": name, "purpose": recipes.purpose(path)} for name, path in recipes.shipped().items()]
     if json:
@@ -339,7 +344,8 @@ def recipes_show(
     json: Json = False,
 ) -> None:
     """A recipe, fully resolved."""
-    from . import console, recipes
+    from .config import recipes
+    from .core import console
 
     recipe = recipes.load(*recipes.stage_and_name(name, stage), set or [])
     if json:
@@ -356,7 +362,8 @@ def recipes_validate(
     json: Json = False,
 ) -> None:
     """Check a recipe; all errors at once."""
-    from . import console, recipes
+    from .config import recipes
+    from .core import console
 
     kind, name = recipes.stage_and_name(name, stage)
     recipes.load(kind, name, set or [])
@@ -376,7 +383,7 @@ def main() -> None:
     except R1VError as e:
         if debug:
             raise
-        from . import console
+        from .core import console
 
         console.error(e)
         sys.exit(e.exit_code)
@@ -389,8 +396,8 @@ def main() -> None:
     except Exception as e:
         if debug:
             raise
-        from . import console
-        from .run_dir import disk_full, no_space
+        from .core import console
+        from .run.run_dir import disk_full, no_space
 
         if no_space(e):
             full = disk_full(getattr(e, "filename", None) or "its results")

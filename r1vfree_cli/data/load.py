@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from ..errors import DataError, UsageError, nearest
-from ..run_dir import cache_dir, read_json, sha256_file, write_json
+from ..core.errors import DataError, UsageError, nearest
+from ..run.run_dir import cache_dir, read_json, sha256_file, write_json
 from . import sources
-from .local import parquet_table, split_of
 from .prepare import SUMMARY, Reader, digest, prepare
 from .rows import COLUMNS, REQUIRED_COLUMNS, SCHEMA_VERSION, Drops
+from .tables import parquet_table, split_of
 
 if TYPE_CHECKING:
     import datasets

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import console
-from ..errors import DataError, UsageError
-from ..run_dir import sha256_file, write_json
+from ..core import console
+from ..core.errors import DataError, UsageError
+from ..run.run_dir import sha256_file, write_json
 from .rows import SCHEMA_VERSION, Drops, RowProblem, make_row
 from .sources import Source, Table, find_source, open_source
 

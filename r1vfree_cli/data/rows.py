@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .. import prompts
+from ..core import prompts
 
 SCHEMA_VERSION = 1
 COLUMNS = ("id", "images", "problem", "solution", "thinking", "source")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, nearest
+from ..core.errors import UsageError, nearest
 from .rows import COLUMNS, RawRow, RowProblem
 
 
@@ -191,7 +191,7 @@ def open_source(
         UsageError: no such input, folder or split; the hub cannot be reached.
         DataError: unreadable files.
     """
-    from . import local
+    from . import tables as local
 
     if images is not None and not os.path.isdir(images):
         raise UsageError(f"no image folder {images}")
@@ -219,7 +219,7 @@ def _hub(source: Source) -> list[tuple[str, Table]]:
     """Download the source's splits, or find them in the cache of `datasets`."""
     import datasets
 
-    from . import local
+    from . import tables as local
 
     assert source.hub is not None
     try:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..hallusion.score import METRICS
+from ..eval.hallusion.score import METRICS
 from .changes import Changes, Comparison, changes, pair
-from .collect import Eval, number, table
-from .images import Album
+from .gallery import Album
+from .load import Eval, number, table
 from .plots import Figure, Series, dots
 from .replies import find_figures, read_replies, stage_commands
 from .view import NONE, Cell, Table, duration, flatten, p_value, percent, plain, signed

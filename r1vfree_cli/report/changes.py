@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import DataError
-from ..hallusion.score import Item
-from ..hallusion.stats import compare
-from ..prompts import parse
-from .collect import Eval, clean
-from .images import Album, Picture
+from ..core.errors import DataError
+from ..core.prompts import parse
+from ..eval.hallusion.score import Item
+from ..eval.stats import compare
+from .gallery import Album, Picture
+from .load import Eval, clean
 from .replies import Replies
 
 SHOWN = 8  # questions shown of those gained, and of those lost

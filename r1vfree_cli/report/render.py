@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import UsageError
-from ..run_dir import write_bytes
+from ..core.errors import UsageError
+from ..run.run_dir import write_bytes
 from . import benchmark, training
-from .collect import Eval, Run, collect, number
-from .images import Album
+from .gallery import Album
+from .load import Eval, Run, collect, number
 from .plots import MARK
 
 GALLERY_LEAD = (

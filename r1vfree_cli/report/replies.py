@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import R1VError
-from ..hallusion import questions
-from ..hallusion.score import Item
-from .collect import Eval, clean, first_line, table
+from ..core.errors import R1VError
+from ..eval.hallusion import questions
+from ..eval.hallusion.score import Item
+from .load import Eval, clean, first_line, table
 
 
 @dataclass

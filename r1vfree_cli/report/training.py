@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..prompts import INSTRUCTION
-from .collect import Run, clean, first_line, number, table
-from .images import Album, Picture, row_images
+from ..core.prompts import INSTRUCTION
+from .gallery import Album, Picture, row_images
+from .load import Run, clean, first_line, number, table
 from .plots import Figure, Series, curve
 from .view import NONE, Cell, Table, duration, flatten, percent, plain, signed
 

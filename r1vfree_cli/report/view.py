@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .collect import number
+from .load import number
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from ..config import Canaries
-from ..errors import GuardStop, R1VError, UsageError
-from ..prompts import INSTRUCTION
+from ..config.schema import Canaries
+from ..core.errors import GuardStop, R1VError, UsageError
+from ..core.prompts import INSTRUCTION
 from .feedback import Asked, Feedback
 from .text import reference_answer
 from .verify import normalised

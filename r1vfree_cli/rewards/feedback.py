@@ -15,12 +15,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import FeedbackReward
-from ..errors import GuardStop, R1VError, UsageError
-from ..prompts import parse
-from .cache import JudgementCache
-from .judge_prompt import prompt_hash
-from .judging import Backend, Failure, JudgeImage, Question, Verdict
+from ..config.schema import FeedbackReward
+from ..core.errors import GuardStop, R1VError, UsageError
+from ..core.judge_prompt import prompt_hash
+from ..core.prompts import parse
+from ..judges.cache import JudgementCache
+from ..judges.protocol import Backend, Failure, JudgeImage, Question, Verdict
 from .text import completion_text
 
 Asked = tuple[Sequence[Any], str, str | None]  # PIL images, question, answer

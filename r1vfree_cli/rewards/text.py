@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..prompts import parse
+from ..core.prompts import parse
 from .verify import equivalent
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

@@ -1,1 +1,1 @@
-"""Workers that `accelerate launch` starts, one process a rank. Nothing imports a worker."""
+"""The workers that accelerate starts, the trainers, checkpoints, resume, merge. Imports shared_prefix and below."""

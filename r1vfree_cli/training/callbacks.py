@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..run_dir import RUNNING, RunDir, append_jsonl, read_jsonl, write_text
-from .common import stop_requested
+from ..run.run_dir import RUNNING, RunDir, append_jsonl, read_jsonl, write_text
+from .worker import stop_requested
 
 STATUS_EVERY_S = 1.0  # status.json is for people who watch; metrics.jsonl has every step
 

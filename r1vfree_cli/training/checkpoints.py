@@ -16,10 +16,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .. import console, contract
-from ..errors import DataError, R1VError, UsageError
-from ..run_dir import RunDir, disk_full, no_space, read_object, write_json
-from .common import first_line
+from ..core import console
+from ..core.errors import DataError, R1VError, UsageError
+from ..run import contract
+from ..run.run_dir import RunDir, disk_full, no_space, read_object, write_json
+from .worker import first_line
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

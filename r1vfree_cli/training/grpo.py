@@ -13,16 +13,24 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
-from .. import console, contract
-from ..config import GrpoRecipe
+from ..config.embedded import with_seed
+from ..config.schema import GrpoRecipe
+from ..core import console
+from ..core.errors import Interrupted, R1VError, UsageError
 from ..data.load import data_sha256, load_rows
-from ..embedded import with_seed
-from ..errors import Interrupted, R1VError, UsageError
-from ..rewards import build_rewards, canaries
-from ..run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
+from ..models.lengths import drop_long_prompts
+from ..rewards import canaries
+from ..rewards.registry import build_rewards
+from ..run import contract
+from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
 from .callbacks import RunCallback, trim_metrics
 from .checkpoints import resume_point, save_final
-from .common import (
+from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
+from .guard import CollapseGuard
+from .heldout import heldout_rows, measure
+from .recorder import summarise_metrics, truncate_rollouts, update_summary
+from .trainer import R1VGRPOTrainer
+from .worker import (
     is_main,
     load_policy,
     load_processor,
@@ -35,12 +43,6 @@ from .common import (
     to_prompts,
     worker,
 )
-from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
-from .guard import CollapseGuard
-from .heldout import heldout_rows, measure
-from .lengths import drop_long_prompts
-from .rollouts import summarise_metrics, truncate_rollouts, update_summary
-from .trainer import R1VGRPOTrainer
 
 
 def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:

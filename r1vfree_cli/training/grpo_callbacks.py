@@ -8,12 +8,12 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .. import console
-from ..errors import GuardStop, R1VError
-from ..run_dir import RunDir, append_jsonl
+from ..core import console
+from ..core.errors import GuardStop, R1VError
+from ..run.run_dir import RunDir, append_jsonl
 from .callbacks import any_rank
 from .guard import CollapseGuard, Verdict, figures, offenders
-from .rollouts import Rollout, write_rollouts
+from .recorder import Rollout, write_rollouts
 from .trainer import R1VGRPOTrainer
 
 

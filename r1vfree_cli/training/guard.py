@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..config import Guard
-from .rollouts import Rollout
+from ..config.schema import Guard
+from .recorder import Rollout
 
 SPREAD_EPSILON = 1e-6  # below this, the rewards of a group are equal and give no gradient
 

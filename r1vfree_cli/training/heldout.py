@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
-from .. import config
+from ..config import schema as config
+from ..config.embedded import with_seed
+from ..core.errors import DataError
+from ..core.prompts import build_messages, parse
 from ..data.load import load_rows
-from ..embedded import with_seed
-from ..errors import DataError
-from ..prompts import build_messages, parse
-from .lengths import drop_long_prompts
-from .sampling import keyed_draws
+from ..models.lengths import drop_long_prompts
+from ..models.sampling import keyed_draws
 from .trainer import R1VGRPOTrainer
 
 

@@ -24,12 +24,12 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from .. import contract
-from ..errors import DataError, R1VError, UsageError
-from ..prompts import build_messages, target_text
-from ..run_dir import RunDir, read_json
+from ..core.errors import DataError, R1VError, UsageError
+from ..core.prompts import build_messages, target_text
+from ..run import contract
+from ..run.run_dir import RunDir, read_json
 from .checkpoints import checkpoints, is_whole, tensors_only
-from .common import check_size, check_template, die_with_parent, first_line
+from .worker import check_size, check_template, die_with_parent, first_line
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are

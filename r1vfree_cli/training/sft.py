@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from trl import SFTConfig, SFTTrainer
 
-from .. import console, contract
-from ..config import SftRecipe
+from ..config.embedded import with_seed
+from ..config.schema import SftRecipe
+from ..core import console
+from ..core.errors import DataError, Interrupted
+from ..core.prompts import build_messages, target_text
 from ..data.load import data_sha256, load_rows
-from ..embedded import with_seed
-from ..errors import DataError, Interrupted
-from ..prompts import build_messages, target_text
-from ..run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
+from ..models.lengths import prompt_lengths
+from ..run import contract
+from ..run.run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
 from .callbacks import RunCallback
 from .checkpoints import WholeCheckpoints, resume_point, save_final
-from .common import (
+from .worker import (
     is_main,
     load_policy,
     load_processor,
@@ -32,7 +34,6 @@ from .common import (
     seconds_until_now,
     worker,
 )
-from .lengths import prompt_lengths
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
 IGNORED = -100  # the label that cross-entropy skips

@@ -13,16 +13,16 @@ from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
-from ..config import Guard
-from ..errors import GuardStop, R1VError, from_dict
+from ..config.schema import Guard
+from ..core.errors import GuardStop, R1VError, from_dict
+from ..models.sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
 from ..rewards.text import completion_text
+from ..shared_prefix.mixin import SharedPrefixMixin
 from .callbacks import any_rank
 from .checkpoints import WholeCheckpoints, is_whole
-from .exact_resume import ExactResumeMixin
 from .guard import offenders
-from .rollouts import Rollout
-from .sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
-from .shared_prefix import SharedPrefixMixin
+from .recorder import Rollout
+from .resume import ExactResumeMixin
 
 
 class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPOTrainer):

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
 
-from r1vfree_cli.prompts import user_text
-from r1vfree_cli.training.shared_prefix import SharedPrefixMixin
+from r1vfree_cli.core.prompts import user_text
+from r1vfree_cli.shared_prefix.mixin import SharedPrefixMixin
 from tests.integration.tiny_models import draw, tiny_processor
 
 # (image side in pixels, new tokens, completions per prompt): least ratio of FLOPs, of CPU time, and what to reach for

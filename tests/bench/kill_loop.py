@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from r1vfree_cli.run_dir import FINISHED, RUNNING, RunDir
+from r1vfree_cli.run.run_dir import FINISHED, RUNNING, RunDir
 from tests.integration import kills
 from tests.integration.tiny_models import draw_rows, save_tiny, write_rows
 

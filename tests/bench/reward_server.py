@@ -28,9 +28,8 @@ CLIENTS, ANSWERS, GROUP = 6, 16, 8
 def client(number: int, url: str, rounds: int, barrier, results) -> None:
     """Ask `rounds` times about 2 images x 8 answers, all clients at once."""
     from PIL import Image
-
-    from r1vfree_cli.config import FeedbackReward
-    from r1vfree_cli.rewards import build_feedback
+    from r1vfree_cli.config.schema.schema import FeedbackReward
+    from r1vfree_cli.rewards.registry.registry import build_feedback
 
     reward = build_feedback(FeedbackReward(name="feedback", base_url=url, cache=False, timeout_s=600))
     for r in range(rounds + 1):
@@ -50,7 +49,7 @@ def measure(model: str, batch: int, rounds: int) -> float:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", model, "--port", str(port)]
+    command = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", model, "--port", str(port)]
     root = str(Path(__file__).parents[2])
     env = {**os.environ, "PYTHONPATH": root}
     server = subprocess.Popen(

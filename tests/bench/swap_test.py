@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from r1vfree_cli.hallusion import stats
+from r1vfree_cli.eval import stats
 
 
 def simulate(runs: int, draws: int, seed: int = 0) -> dict:

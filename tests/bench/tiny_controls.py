@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from r1vfree_cli import console, embedded, jobs
+from r1vfree_cli.config.schema import embedded
+from r1vfree_cli.core import console
 from r1vfree_cli.data import shapes
+from r1vfree_cli.launch.processes import job as jobs
 
 FORMAT = "{name: format, weight: 0.2}"
 CONTROLS = {
@@ -36,8 +38,8 @@ def measure(seed: int, names: list[str], out: Path) -> dict:
 
 def judge_areas(seed: int) -> dict[str, float]:
     """The recipe's judge of this seed, on held-out images: {kind: area}, 0.5 is chance."""
-    from r1vfree_cli.rewards.local import LocalJudge
-    from r1vfree_cli.training import tiny_judge
+    from r1vfree_cli.judges.local import LocalJudge
+    from r1vfree_cli.tiny import judge as tiny_judge
 
     judge = LocalJudge(embedded.resolve_model("embedded:tiny-judge", seed))
     return tiny_judge.areas(judge, list(shapes.iter_shapes("test", seed)), seed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import yaml
 from hypothesis import strategies as st
-
-from r1vfree_cli.recipes import recipes_root
+from r1vfree_cli.config.schema.recipes import recipes_root
 
 from . import values
 from .harness import Case, Link

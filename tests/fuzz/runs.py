@@ -58,8 +58,9 @@ PICKLE = pickle.dumps(_Payload())
 
 def _load() -> None:
     """The processor and the policy, as a training worker loads them."""
-    from r1vfree_cli.config import Model
-    from r1vfree_cli.training.common import load_policy, load_processor
+    from r1vfree_cli.config.schema.schema import Model
+
+    from r1vfree_cli.training.worker import load_policy, load_processor
 
     model = Model(name="ckpt", dtype="float32")
     load_processor(model)
@@ -67,7 +68,7 @@ def _load() -> None:
 
 
 def _resume_point() -> None:
-    from r1vfree_cli.run_dir import RunDir
+    from r1vfree_cli.run.run_dir import RunDir
     from r1vfree_cli.training.checkpoints import checkpoints, is_whole
 
     for _, path in checkpoints(RunDir("run").checkpoints):
@@ -112,13 +113,14 @@ def _reply(kind: str, body: bytes) -> Case:
     """A verdict is a finite number; whatever is no verdict is a failure of that call, and nothing else."""
 
     def call() -> None:
-        from r1vfree_cli.config import FeedbackReward
-        from r1vfree_cli.hallusion.client import CallFailed, read_reply
-        from r1vfree_cli.hallusion.judge import parse_label
-        from r1vfree_cli.hallusion.reading import judged_text, read_yes_no
-        from r1vfree_cli.rewards.chat import ChatJudge
-        from r1vfree_cli.rewards.classify import ClassifyJudge
-        from r1vfree_cli.rewards.judging import Failure, Question
+        from r1vfree_cli.config.schema.schema import FeedbackReward
+
+        from r1vfree_cli.eval.endpoint import CallFailed, read_reply
+        from r1vfree_cli.eval.hallusion.judge import parse_label
+        from r1vfree_cli.eval.reading import judged_text, read_yes_no
+        from r1vfree_cli.judges.chat import ChatJudge
+        from r1vfree_cli.judges.classify import ClassifyJudge
+        from r1vfree_cli.judges.protocol import Failure, Question
 
         if kind == "hallusion":
             try:

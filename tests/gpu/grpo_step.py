@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from r1vfree_cli.training import shared_prefix_decode
+from r1vfree_cli.shared_prefix import decode as shared_prefix_decode
 from tests.bench.grpo_step import PARTS, PROMPTS, Steps, total
 from tests.integration.tiny_models import tiny_processor
 

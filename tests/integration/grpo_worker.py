@@ -7,10 +7,10 @@
 import os
 import zlib
 
-from r1vfree_cli.errors import UsageError
+from r1vfree_cli.core.errors import UsageError
 from r1vfree_cli.rewards.text import completion_text
 from r1vfree_cli.training import grpo
-from r1vfree_cli.training.common import worker
+from r1vfree_cli.training.worker import worker
 
 
 class Letters:

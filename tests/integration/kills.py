@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import yaml
 from safetensors.torch import load_file
 
-from r1vfree_cli import recipes
-from r1vfree_cli.run_dir import RunDir, read_json, read_jsonl
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.run.run_dir import RunDir, read_json, read_jsonl
 
 HERE = Path(__file__).parent
 LIMIT_S = 240.0
@@ -88,7 +88,7 @@ def _worker(stage: str, recipe_file: str, where: str, env: dict[str, str]) -> No
     import grpo_worker
 
     from r1vfree_cli.training import grpo, sft
-    from r1vfree_cli.training.common import worker
+    from r1vfree_cli.training.worker import worker
 
     run = RunDir(where)
     recipe = recipes.load(stage, recipe_file)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageDraw
 
-from r1vfree_cli.hallusion.run import EvalOptions, evaluate
+from r1vfree_cli.eval.runner import EvalOptions, evaluate
 
 
 def drawing(seed: int, size: tuple[int, int] = (168, 112)) -> bytes:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.data import load, sources
 from r1vfree_cli.data.prepare import prepare
-from r1vfree_cli.errors import DataError, UsageError
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -246,7 +246,7 @@ def test_a_hub_name_loads_through_datasets(tmp_path, monkeypatch):
 
 def test_an_unreachable_hub_is_an_error_with_a_way_out(tmp_path):
     code = (
-        "from r1vfree_cli.data.prepare import prepare; from r1vfree_cli.errors import UsageError\n"
+        "from r1vfree_cli.data.prepare import prepare; from r1vfree_cli.core.errors import UsageError\n"
         f"try: prepare('geoqa', {str(tmp_path / 'out')!r})\nexcept UsageError as e: print(e.message, '|', e.hint)"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}

@@ -23,17 +23,20 @@ from tiny_models import draw, draw_rows, load_tiny, save_tiny, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig
 
-from r1vfree_cli import contract, launch, recipes
-from r1vfree_cli.errors import DataError, GuardStop, Interrupted, UsageError
-from r1vfree_cli.prompts import build_messages, template_hash
-from r1vfree_cli.run_dir import RunDir, read_json, read_jsonl, write_text
-from r1vfree_cli.training import common, grpo
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.core.errors import DataError, GuardStop, Interrupted, UsageError
+from r1vfree_cli.core.prompts import build_messages, template_hash
+from r1vfree_cli.launch.processes import processes as launch
+from r1vfree_cli.models.lengths import drop_long_prompts, prompt_lengths
+from r1vfree_cli.models.sampling import VISION_TOKENS, keyed_draws
+from r1vfree_cli.run import contract
+from r1vfree_cli.run.run_dir import RunDir, read_json, read_jsonl, write_text
+from r1vfree_cli.training import grpo
+from r1vfree_cli.training import worker as common
 from r1vfree_cli.training.checkpoints import checkpoints, is_whole
-from r1vfree_cli.training.common import to_prompts
-from r1vfree_cli.training.lengths import drop_long_prompts, prompt_lengths
-from r1vfree_cli.training.rollouts import rollout_file
-from r1vfree_cli.training.sampling import VISION_TOKENS, keyed_draws
+from r1vfree_cli.training.recorder import rollout_file
 from r1vfree_cli.training.trainer import R1VGRPOTrainer, comparable
+from r1vfree_cli.training.worker import to_prompts
 
 pytestmark = pytest.mark.xdist_group("grpo_worker")
 FEATURES = datasets.Features(

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import pytest
 
-from r1vfree_cli.errors import DataError, GateError, R1VError, UsageError
-from r1vfree_cli.hallusion import questions as questions_module
-from r1vfree_cli.hallusion import reading, score
-from r1vfree_cli.hallusion.run import EvalOptions, check_gates, evaluate, print_scores
-from r1vfree_cli.run_dir import write_json
+from r1vfree_cli.core.errors import DataError, GateError, R1VError, UsageError
+from r1vfree_cli.eval import reading
+from r1vfree_cli.eval.hallusion import questions as questions_module
+from r1vfree_cli.eval.hallusion import score
+from r1vfree_cli.eval.runner import EvalOptions, check_gates, evaluate, print_scores
+from r1vfree_cli.run.run_dir import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,7 +199,7 @@ def test_a_judged_file_is_scored_without_torch_network_or_files(tmp_path):
         "import sys, json\n"
         "sys.addaudithook(lambda event, args: sys.exit(event) if event.startswith('socket.') else None)\n"
         "from pathlib import Path\n"
-        "from r1vfree_cli.hallusion.run import EvalOptions, evaluate\n"
+        "from r1vfree_cli.eval.runner import EvalOptions, evaluate\n"
         f"doc = evaluate(EvalOptions(judged=Path({str(file)!r})))\n"
         "assert not {'torch', 'transformers', 'openai', 'PIL'} & set(sys.modules)\n"
         "print(json.dumps(doc, allow_nan=False))\n"
@@ -351,7 +352,7 @@ def test_batches_give_the_tokens_of_one_question_at_a_time(bench, tiny, tmp_path
     from tiny_models import load_tiny
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-    from r1vfree_cli.prompts import build_messages
+    from r1vfree_cli.core.prompts import build_messages
 
     calls = []
     original = Qwen2_5_VLModel.get_image_features
@@ -395,7 +396,7 @@ def test_features_are_reused_in_the_other_families_too(bench, tmp_path, kind):
     """Qwen3-VL adds features of several vision layers; they must go with their figure through the batches."""
     from tiny_models import save_tiny
 
-    from r1vfree_cli.hallusion.generate import Generator, Job
+    from r1vfree_cli.eval.generate import Generator, Job
 
     save_tiny(tmp_path / "m", kind)
     asked = questions_module.load(str(bench / "HallusionBench.json"), bench)
@@ -410,7 +411,7 @@ def test_features_are_reused_in_the_other_families_too(bench, tmp_path, kind):
 
 
 def test_evaluation_at_other_pixel_limits_than_training_is_a_trap_avoided(bench, tiny, tmp_path):
-    from r1vfree_cli.prompts import template_hash
+    from r1vfree_cli.core.prompts import template_hash
 
     run = tmp_path / "run"
     shutil.copytree(tiny, run / "final")
@@ -457,7 +458,7 @@ def test_an_endpoint_gets_figure_prompt_and_limits(bench, tmp_path, serve):
 
     from PIL import Image
 
-    from r1vfree_cli.prompts import user_text
+    from r1vfree_cli.core.prompts import user_text
 
     server = serve(lambda prompt, body: "<think>x</think><answer>Yes</answer>")
     options = EvalOptions(
@@ -645,7 +646,7 @@ def test_estimate_spends_nothing(bench, tmp_path, serve, capsys):
 
 
 def _lines(path: Path):
-    from r1vfree_cli.run_dir import read_jsonl
+    from r1vfree_cli.run.run_dir import read_jsonl
 
     return list(read_jsonl(path))
 
@@ -654,7 +655,7 @@ def start(options: dict, env: dict | None = None) -> subprocess.Popen:
     """evaluate() in a process of its own, in a group of its own."""
     code = (
         "import json, sys\nfrom pathlib import Path\n"
-        "from r1vfree_cli.hallusion.run import EvalOptions, evaluate\n"
+        "from r1vfree_cli.eval.runner import EvalOptions, evaluate\n"
         "o = json.loads(sys.argv[1])\n"
         "o = {k: Path(v) if k in ('out', 'images', 'predictions') else v for k, v in o.items()}\n"
         "evaluate(EvalOptions(**o))\n"
@@ -719,7 +720,7 @@ def test_sigkill_while_asking_an_endpoint_repeats_no_finished_answer(bench, tmp_
 
 
 def test_sigkill_while_generating_repeats_no_finished_question(bench, tiny, tmp_path):
-    from r1vfree_cli.hallusion import generate
+    from r1vfree_cli.eval import generate
 
     out = tmp_path / "e"
     options = local(bench, tiny, out, batch_size=2, max_new_tokens=32, limit=12)

@@ -13,10 +13,10 @@ import pytest
 from kills import either, final_writing, logged, rollouts_of, whole, writing
 from tiny_models import draw_rows, save_tiny, write_rows
 
-from r1vfree_cli import ranks
-from r1vfree_cli.run_dir import RunDir, read_json
+from r1vfree_cli.core import process as ranks
+from r1vfree_cli.run.run_dir import RunDir, read_json
 from r1vfree_cli.training.checkpoints import checkpoints
-from r1vfree_cli.training.rollouts import rollout_file
+from r1vfree_cli.training.recorder import rollout_file
 
 SEED = 7
 

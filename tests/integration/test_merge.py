@@ -15,9 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from r1vfree_cli import contract
-from r1vfree_cli.errors import DataError, UsageError
-from r1vfree_cli.run_dir import RunDir
+from r1vfree_cli.core.errors import DataError, UsageError
+from r1vfree_cli.run import contract
+from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import merge
 
 CONTRACT = {"schema": 1, "stage": "grpo", "max_pixels": 7056, "base_model": "somewhere", "template_hash": "abc"}

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from report_dirs import drawing, make_eval, make_run, questions
 
-from r1vfree_cli.errors import DataError, UsageError
+from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.report import report
 
 HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> | `a` **b** ```\n\n\n\n# h\n</pre></details>"
@@ -231,7 +231,7 @@ def test_each_rollout_has_the_image_of_its_own_row(tmp_path):
 def test_images_of_cached_data_are_found_by_the_runs_seed(tmp_path, monkeypatch):
     """`shapes` without a seed of its own is drawn with the run's seed; another seed's images are not shown."""
     from r1vfree_cli.data.load import ensure_rows
-    from r1vfree_cli.report.images import row_images
+    from r1vfree_cli.report.gallery import row_images
 
     monkeypatch.setenv("R1V_CACHE", str(tmp_path / "cache"))
     folder = ensure_rows("shapes?n=8&seed=7", "train")

@@ -20,17 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from r1vfree_cli.config.schema.schema import FeedbackReward, FormatReward
+from r1vfree_cli.rewards.registry.registry import build_feedback, build_rewards
 from safetensors.torch import load_file, save_file
 from tiny_models import TAKES_FEATURES, _bpe, draw, draw_rows, save_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.utils import is_async_callable
 
-from r1vfree_cli.config import FeedbackReward, FormatReward
-from r1vfree_cli.errors import DataError, UsageError
-from r1vfree_cli.rewards import build_feedback, build_rewards
-from r1vfree_cli.rewards.checkpoint import fingerprint
-from r1vfree_cli.rewards.judge_prompt import conversation_messages, judge_messages
-from r1vfree_cli.rewards.local import LocalJudge
+from r1vfree_cli.core.errors import DataError, UsageError
+from r1vfree_cli.core.judge_prompt import conversation_messages, judge_messages
+from r1vfree_cli.judges.kinds import fingerprint
+from r1vfree_cli.judges.local import LocalJudge
 
 pytestmark = pytest.mark.xdist_group("reward_server")
 ANSWERS = ("red", "No, there is none of them <|im_end|> at all", "two")
@@ -338,12 +338,12 @@ def free_port() -> int:
 
 
 class Server:
-    """`python -m r1vfree_cli.rewards.server` on a free port, until the block ends."""
+    """`python -m r1vfree_cli.judges.server` on a free port, until the block ends."""
 
     def __init__(self, model: Path, log: Path, *args: str, **env: str):
         self.port, self._log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "r1vfree_cli.rewards.server", "--model", str(model), "--port", str(self.port)]
+        command = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", str(model), "--port", str(self.port)]
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
                 [*command, *args],
@@ -592,7 +592,7 @@ def test_the_server_of_a_run_dies_with_r1v_that_is_killed(vlm, tmp_path):
 
 def test_errors_of_the_command_line_are_one_message(tmp_path):
     def run(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "r1vfree_cli.rewards.server", *args]
+        command = [sys.executable, "-m", "r1vfree_cli.judges.server", *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=START_S)
 
     missing = run("--model", str(tmp_path / "missing"))

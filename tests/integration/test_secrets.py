@@ -10,8 +10,8 @@ import pytest
 import yaml
 from tiny_models import draw_rows, save_tiny, write_rows
 
-from r1vfree_cli.errors import UsageError
-from r1vfree_cli.hallusion.client import CallFailed, Endpoint
+from r1vfree_cli.core.errors import UsageError
+from r1vfree_cli.eval.endpoint import CallFailed, Endpoint
 
 KEY = "sk-planted0123456789abcdefghij"
 

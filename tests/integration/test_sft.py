@@ -11,11 +11,14 @@ import tiny_models
 import torch
 from PIL import Image
 
-from r1vfree_cli import contract, launch, prompts, recipes
-from r1vfree_cli.errors import DataError, Interrupted, UsageError
-from r1vfree_cli.run_dir import RunDir, read_jsonl
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.core import prompts
+from r1vfree_cli.core.errors import DataError, Interrupted, UsageError
+from r1vfree_cli.launch.processes import processes as launch
+from r1vfree_cli.run import contract
+from r1vfree_cli.run.run_dir import RunDir, read_jsonl
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
-from r1vfree_cli.training.common import load_processor
+from r1vfree_cli.training.worker import load_processor
 
 
 @pytest.fixture(scope="module", autouse=True)

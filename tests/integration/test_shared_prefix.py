@@ -32,12 +32,12 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
-from r1vfree_cli.training import shared_prefix_decode
-from r1vfree_cli.training.shared_prefix import SharedPrefixMixin, chunks
-from r1vfree_cli.training.shared_prefix_attention import PREFIX, BranchCache, PackedLayout, Segment, install
-from r1vfree_cli.training.shared_prefix_decode import _GraphedStep, _Step
-from r1vfree_cli.training.shared_prefix_pack import Group, find_groups
-from r1vfree_cli.training.shared_prefix_prompts import RowsByReference, model_images
+from r1vfree_cli.shared_prefix import decode as shared_prefix_decode
+from r1vfree_cli.shared_prefix.attention import PREFIX, BranchCache, PackedLayout, Segment, install
+from r1vfree_cli.shared_prefix.decode import _GraphedStep, _Step
+from r1vfree_cli.shared_prefix.mixin import SharedPrefixMixin, chunks
+from r1vfree_cli.shared_prefix.pack import Group, find_groups
+from r1vfree_cli.shared_prefix.prompts import RowsByReference, model_images
 
 SMALL, WIDE, TALL = (56, 56), (84, 56), (56, 84)
 # (question, image sizes): several sizes and lengths; text alone; several images

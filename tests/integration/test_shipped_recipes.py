@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from trl import GRPOConfig
 
-from r1vfree_cli import recipes
-from r1vfree_cli.run_dir import RunDir
-from r1vfree_cli.training import common, grpo, sft
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.run.run_dir import RunDir
+from r1vfree_cli.training import grpo, sft
+from r1vfree_cli.training import worker as common
 
 # One process without GPUs: what TRL makes of `train` does not depend on it.
 HERE = ["launch.preset=ddp", "launch.device=cpu"]

@@ -15,11 +15,12 @@ from transformers import (
     Qwen2_5_VLProcessor,
 )
 
-from r1vfree_cli import prompts
+from r1vfree_cli.core import prompts
+from r1vfree_cli.core.judge_prompt import judge_messages
 from r1vfree_cli.data import shapes
-from r1vfree_cli.rewards.judge_prompt import judge_messages
-from r1vfree_cli.rewards.local import LocalJudge
-from r1vfree_cli.training import tiny, tiny_judge
+from r1vfree_cli.judges.local import LocalJudge
+from r1vfree_cli.tiny import judge as tiny_judge
+from r1vfree_cli.tiny import models as tiny
 
 
 @pytest.fixture(scope="module")

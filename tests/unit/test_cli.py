@@ -37,7 +37,7 @@ def test_import_law_no_torch(module):
 def test_import_law_cli_imports_only_typer_and_errors():
     code = "import sys; import r1vfree_cli.cli; print(*[m for m in sys.modules if m.startswith('r1vfree_cli.')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(found) == {"r1vfree_cli.cli", "r1vfree_cli.errors"}
+    assert set(found) == {"r1vfree_cli.cli", "r1vfree_cli.core.errors"}
 
 
 def test_dry_run_on_a_laptop_imports_no_torch_and_prints_the_command():
@@ -112,7 +112,7 @@ def test_offload_says_before_it_starts_that_it_needs_a_compiler(tmp_path):
 
 
 def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
-    from r1vfree_cli import console
+    from r1vfree_cli.core import console
 
     monkeypatch.setenv("COLUMNS", "40")
     names = [f"VD_illusion_{i}" for i in range(12)]
@@ -122,7 +122,7 @@ def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
 
 
 def test_the_final_table_says_what_was_dropped_what_was_judged_and_what_took_the_time():
-    from r1vfree_cli import watch
+    from r1vfree_cli.launch.processes import watch
 
     summary = {
         "heldout_accuracy": {"greedy": {"before": 0.4, "after": 0.7}},
@@ -152,7 +152,7 @@ def test_the_final_table_says_what_was_dropped_what_was_judged_and_what_took_the
 def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(monkeypatch):
     import io
 
-    from r1vfree_cli import console
+    from r1vfree_cli.core import console
 
     class Terminal(io.StringIO):
         def isatty(self):
@@ -175,7 +175,8 @@ def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(monkeypatch):
 def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
     from typer.testing import CliRunner
 
-    from r1vfree_cli import cli, launch
+    from r1vfree_cli import cli
+    from r1vfree_cli.launch.processes import processes as launch
 
     summary = {"out": "o", "kind": "shards", "source": "c", "base": None, "dtype": "float32", "files": ["config.json"]}
     summary |= {"max_logit_difference": 1.234e-5, "tolerance": 0.5, "contract": True}

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from r1vfree_cli import console, embedded, jobs, launch, recipes
-from r1vfree_cli.errors import DataError, UsageError
+from r1vfree_cli.config.schema import embedded, recipes
+from r1vfree_cli.core import console
+from r1vfree_cli.core.errors import DataError, UsageError
+from r1vfree_cli.launch.processes import job as jobs
+from r1vfree_cli.launch.processes import processes as launch
 
 
 @pytest.fixture(autouse=True)
@@ -133,5 +136,5 @@ def test_shapes_get_the_seed_of_the_run_unless_they_have_their_own():
 
 
 def test_no_torch_is_imported():
-    code = "import sys, r1vfree_cli.embedded; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
+    code = "import sys, r1vfree_cli.config.schema.embedded; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1vfree_cli.errors import UsageError
-from r1vfree_cli.hallusion import client, judge, reading
-from r1vfree_cli.hallusion.questions import Question
-from r1vfree_cli.hallusion.score import RIGHT, UNCLEAR, WRONG, Item
+from r1vfree_cli.core.errors import UsageError
+from r1vfree_cli.eval import endpoint as client
+from r1vfree_cli.eval import reading
+from r1vfree_cli.eval.hallusion import judge
+from r1vfree_cli.eval.hallusion.questions import Question
+from r1vfree_cli.eval.hallusion.score import RIGHT, UNCLEAR, WRONG, Item
 
 YES = [
     "Yes",
@@ -259,7 +261,7 @@ def test_a_half_written_last_line_is_cut(tmp_path):
 
 def test_a_judge_cache_keyed_by_position_is_a_trap_avoided():
     """The key is what the judge is shown: other text, other wording, other model, other key; never the position."""
-    from r1vfree_cli.hallusion.client import Endpoint
+    from r1vfree_cli.eval.endpoint import Endpoint
 
     one = judge.ChatJudge(Endpoint("http://a/v1", "m"))
     q = question(0)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1vfree_cli.errors import DataError
-from r1vfree_cli.hallusion import score
+from r1vfree_cli.core.errors import DataError
+from r1vfree_cli.eval.hallusion import score
 
 REAL = Path(__file__).parents[3] / "shared" / "hallusionbench" / "HallusionBench.json"
 
@@ -248,7 +248,7 @@ def test_duplicates_and_empty_files_are_errors():
 
 def test_scoring_imports_nothing_heavy():
     code = (
-        "import sys, r1vfree_cli.hallusion.score, r1vfree_cli.hallusion.stats, r1vfree_cli.hallusion.run\n"
+        "import sys, r1vfree_cli.eval.hallusion.score, r1vfree_cli.eval.stats, r1vfree_cli.eval.runner\n"
         "bad = {'torch', 'transformers', 'trl', 'datasets', 'openai', 'PIL', 'pyarrow'} & set(sys.modules)\n"
         "assert not bad, bad"
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1vfree_cli.hallusion import stats
-from r1vfree_cli.hallusion.score import METRICS, Item, counts, percent
+from r1vfree_cli.eval import stats
+from r1vfree_cli.eval.hallusion.score import METRICS, Item, counts, percent
 
 
 def questions(sets: int = 12, strata: int = 3) -> list[Item]:

@@ -4,9 +4,11 @@ import subprocess
 
 import pytest
 
-from r1vfree_cli import contract, jobs, recipes, run_dir
-from r1vfree_cli.errors import GuardStop, Interrupted, UsageError
-from r1vfree_cli.run_dir import RunDir
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.core.errors import GuardStop, Interrupted, UsageError
+from r1vfree_cli.launch.processes import job as jobs
+from r1vfree_cli.run import contract, run_dir
+from r1vfree_cli.run.run_dir import RunDir
 
 TINY = recipes.load("grpo", "tiny")
 

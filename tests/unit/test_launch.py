@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from r1vfree_cli import launch, recipes
-from r1vfree_cli.errors import DataError, Interrupted, R1VError, UsageError
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.core.errors import DataError, Interrupted, R1VError, UsageError
+from r1vfree_cli.launch.processes import processes as launch
 
 
 def value(plan, flag):

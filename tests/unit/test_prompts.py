@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1vfree_cli import prompts
+from r1vfree_cli.core import prompts
 
 
 def test_image_comes_before_the_question_and_the_question_before_the_instruction():

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from r1vfree_cli import ranks
-from r1vfree_cli.errors import UsageError
+from r1vfree_cli.core import process as ranks
+from r1vfree_cli.core.errors import UsageError
 
 HOLD = """
 import sys, time

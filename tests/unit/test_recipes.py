@@ -5,8 +5,8 @@ import math
 import pytest
 import yaml
 
-from r1vfree_cli import recipes
-from r1vfree_cli.errors import UsageError
+from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.core.errors import UsageError
 
 GOOD = {
     "model": {"name": "org/model"},

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from r1vfree_cli.errors import DataError, UsageError
-from r1vfree_cli.report.collect import clean, collect, labels, read_metrics
+from r1vfree_cli.core.errors import DataError, UsageError
+from r1vfree_cli.report.load import clean, collect, labels, read_metrics
 from r1vfree_cli.report.render import fence, markdown
 from r1vfree_cli.report.training import question
 from r1vfree_cli.report.view import duration, flatten, p_value, plain, signed

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from r1vfree_cli import run_dir
-from r1vfree_cli.errors import DataError, UsageError
-from r1vfree_cli.run_dir import RunDir
+from r1vfree_cli.core.errors import DataError, UsageError
+from r1vfree_cli.run import run_dir
+from r1vfree_cli.run.run_dir import RunDir
 
 
 def test_a_run_dir_that_holds_a_run_names_every_way_out(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r1vfree_cli import prompts
+from r1vfree_cli.core import prompts
 from r1vfree_cli.data import shapes
 
 

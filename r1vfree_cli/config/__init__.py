@@ -1,0 +1,1 @@
+"""Recipes: the typed schema, finding and overriding, TRL's keys. No torch. Imports core."""

@@ -1,0 +1,189 @@
+"""The models that r1v makes itself: names like `embedded:tiny-policy`, the cached folders they stand for, and how
+each is built. No torch here: the launcher builds what is missing before it starts a worker."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl, urlencode
+
+from ..core.errors import DataError, UsageError, nearest
+from ..run.run_dir import cache_dir
+from . import recipes
+
+PREFIX = "embedded:"
+NAMES = ("tiny-init", "tiny-policy", "tiny-judge")
+SFT_RECIPE = "sft/tiny"
+
+_TITLES = {
+    "tiny-init": "make the tiny model and its processor",
+    "tiny-policy": "warm-start the policy (SFT)",
+    "tiny-judge": "train the judge",
+}
+# What decides the content of each piece, beside its seed and the libraries: a change of these builds it anew.
+_TEXTS = ("core/prompts.py", "core/judge_prompt.py", "data/shapes.py", "tiny/models.py")
+_SOURCES = {
+    "tiny-init": _TEXTS,
+    "tiny-policy": (*_TEXTS, "training/sft.py"),
+    "tiny-judge": (*_TEXTS, "tiny/judge.py"),
+}
+_LIBRARIES = ("torch", "transformers", "trl", "tokenizers", "pillow")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece that may have to be built.
+
+    name: `embedded:...` as in a recipe. title: what to show. folder: the cache folder; the model is in `path`.
+    kind `module`: run `python -m MODULE *args OUT` with OUT = `final` in the folder that `building` yields;
+    kind `recipe`: run the recipe `args[0]` (`stage/name`) with the overrides `args[1:]`, that folder as its run dir.
+    after: names of the pieces that must be there first.
+    """
+
+    name: str
+    title: str
+    kind: Literal["module", "recipe"]
+    args: tuple[str, ...]
+    folder: Path
+    after: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "final"
+
+    @property
+    def ready(self) -> bool:
+        # The folder appears whole, by a rename.
+        return self.folder.is_dir()
+
+
+def is_embedded(name: str | None) -> bool:
+    """True for `embedded:...` names."""
+    return bool(name) and str(name).startswith(PREFIX)
+
+
+def with_seed(path: str, seed: int) -> str:
+    """A data path as it is, but `shapes` without a seed of its own gets the run's: other seeds draw other data."""
+    source, _, query = path.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if source != "shapes" or "seed" in options:
+        return path
+    return f"shapes?{urlencode(options | {'seed': str(seed)})}"
+
+
+def embedded_path(name: str, seed: int) -> Path:
+    """Where the model `name` of this seed is, or will be once it is built.
+
+    Raises:
+        UsageError: there is no such embedded model.
+    """
+    return _stage(name, seed).path
+
+
+def resolve_model(name: str, seed: int) -> str:
+    """A hub name or folder as it is; an embedded name as its folder.
+
+    Raises:
+        UsageError: there is no such embedded model.
+        DataError: it was not built yet.
+    """
+    if not is_embedded(name):
+        return name
+    stage = _stage(name, seed)
+    if not stage.ready:
+        raise DataError(
+            f"{name} with seed {seed} is not built yet ({stage.path})",
+            hint="r1v grpo --recipe tiny builds it",
+        )
+    return str(stage.path)
+
+
+def stages(names: list[str] | tuple[str, ...], seed: int) -> list[Stage]:
+    """What stands behind the embedded ones of `names`, in an order in which it can be built; each piece once.
+
+    Raises:
+        UsageError: there is no such embedded model.
+    """
+    found: dict[str, Stage] = {}
+    for name in names:
+        if is_embedded(name):
+            stage = _stage(name, seed)
+            for needed in [*(_stage(n, seed) for n in stage.after), stage]:
+                found.setdefault(needed.name, needed)
+    return list(found.values())
+
+
+@contextmanager
+def building(stage: Stage) -> Iterator[Path | None]:
+    """Hold the piece's lock and yield an empty folder to build in, which becomes `stage.folder` by a rename.
+
+    Yields None when it is there already (another process may have built it while this one waited). After an error
+    the unfinished folder stays beside it, for its logs, until the next try.
+
+    Raises:
+        DataError: the body left no model in `final/`.
+    """
+    stage.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(stage.folder.with_name(f".{stage.folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if stage.ready:
+            yield None
+            return
+        unfinished = stage.folder.with_name(f"{stage.folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        if not (unfinished / "final" / "config.json").is_file():
+            raise DataError(f"{stage.name}: the build left no model in {unfinished / 'final'}")
+        unfinished.rename(stage.folder)
+
+
+def _stage(name: str, seed: int) -> Stage:
+    piece, options = _parse(name)
+    folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, options, seed)}")
+    title = _TITLES[piece]
+    if piece == "tiny-policy":
+        recipe = (SFT_RECIPE, f"train.seed={seed}")
+        return Stage(name, title, "recipe", recipe, folder, after=(f"{PREFIX}tiny-init",))
+    module = ["r1vfree_cli.tiny.models", piece.removeprefix("tiny-"), "--seed", str(seed)]
+    module += [part for key, value in options.items() for part in (f"--{key}", value)]
+    return Stage(name, title, "module", tuple(module), folder)
+
+
+def _parse(name: str) -> tuple[str, dict[str, str]]:
+    piece, _, query = name.removeprefix(PREFIX).partition("?")
+    if piece not in NAMES:
+        near = nearest(piece, NAMES)
+        raise UsageError(
+            f"no embedded model {name!r}",
+            details=["there are: " + ", ".join(PREFIX + n for n in NAMES)],
+            hint=f"did you mean {PREFIX}{near}?" if near else None,
+        )
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key, value in options.items():
+        if piece != "tiny-judge" or key != "steps" or not value.isdigit():
+            raise UsageError(
+                f"{name}: unknown option {key}={value}", hint="embedded:tiny-judge?steps=N trains N steps, 0 none"
+            )
+    return piece, options
+
+
+def _key(piece: str, options: dict[str, str], seed: int) -> str:
+    """Hex digest of all that decides the piece's content."""
+    digest = hashlib.sha256(repr((piece, sorted(options.items()), seed)).encode())
+    package = Path(__file__).parents[1]
+    files = [package / source for source in _SOURCES[piece]]
+    if piece == "tiny-policy":
+        files.append(recipes.recipes_root() / f"{SFT_RECIPE}.yaml")
+    for file in files:
+        digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+    for library in _LIBRARIES:
+        digest.update(f"{library}={version(library)}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,362 @@
+"""Find, load, override and validate recipes; say everything that is wrong with one at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..core.errors import UsageError, nearest
+from ..core.redact import secrets_in
+from .schema import STAGES, GrpoRecipe, SftRecipe
+from .trl_keys import trl_key_errors, trl_keys
+
+Recipe = GrpoRecipe | SftRecipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: `1e-6` is a number, only true/false are booleans, a key may stand once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} is not text")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def fetch_flow_collection_start(self, TokenClass):
+        # The scanner's time grows with the square of the depth.
+        if self.flow_level > 100:
+            raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool", ":timestamp", ":int"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # YAML 1.1's own would read 010 as eight
+
+
+# What JSON has, and nothing else: no dates, bytes or sets, which could not be written into a run dir again.
+_Loader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.endswith((":map", ":seq", ":str", ":float", ":bool", ":null"))
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_SHOWN = 100  # errors of one recipe
+_MAX_NODES = 100_000  # with every alias written out
+
+
+def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many nodes a document has when each alias is replaced by what it stands for.
+
+    Raises:
+        YAMLError: too many (a few lines of aliases can stand for more than any memory), or one holds itself.
+    """
+    if id(node) in known:
+        count = known[id(node)]
+        if count is None:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias stands for something that holds it")
+        return count
+    known[id(node)] = None
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        count += sum(_written_out(child, known) for pair in node.value for child in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_written_out(child, known) for child in node.value)
+    if count > _MAX_NODES:
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {_MAX_NODES} values, aliases written out")
+    known[id(node)] = count
+    return count
+
+
+def recipes_root() -> Path:
+    """The folder of shipped recipes: inside an installed wheel, else beside the package in a checkout."""
+    here = Path(__file__).parents[1]
+    inside = here / "_recipes"
+    return inside if inside.is_dir() else here.parent / "recipes"
+
+
+def shipped(stage: str | None = None) -> dict[str, Path]:
+    """`stage/name` -> path of the shipped recipes of one stage, or of all."""
+    stages = [stage] if stage else [*STAGES, "eval"]
+    return {f"{s}/{p.stem}": p for s in stages for p in sorted((recipes_root() / s).glob("*.yaml"))}
+
+
+def find(stage: str, name: str) -> Path:
+    """The file of a recipe: a path as it is, else a shipped name with or without `stage/`.
+
+    Raises:
+        UsageError: no such recipe; names the nearest.
+    """
+    if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
+        if not os.path.isfile(name):
+            raise UsageError(f"no recipe file {name}", hint="r1v recipes list")
+        return Path(name)
+    have = shipped(stage)
+    key = name if "/" in name else f"{stage}/{name}"
+    if key in have:
+        return have[key]
+    other = next((k for k in shipped() if k.split("/")[1] == name or k == name), None)
+    if other:
+        raise UsageError(f"recipe {other} is for `r1v {other.split('/')[0]}`, not for `r1v {stage}`")
+    near = nearest(key, have)
+    raise UsageError(
+        f"no recipe named {name!r} for {stage}",
+        details=["shipped: " + ", ".join(k.split("/")[1] for k in have)],
+        hint=f"did you mean {near.split('/')[1]}?" if near else "r1v recipes list, or give the path of a YAML file",
+    )
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML with the strict loader.
+
+    Raises:
+        UsageError: not YAML, a key stands twice, or aliases that stand for too much.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _written_out(node, {})
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
+
+
+def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict:
+    """The recipe file as a dict, with `a.b=value` overrides applied; not validated.
+
+    Raises:
+        UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"cannot read recipe {path}: {e}") from None
+    document = read_yaml(text, f"recipe {path}")
+    if not isinstance(document, dict):
+        raise UsageError(
+            f"recipe {path} must be a mapping with the keys model, data, train, ..., found {type(document).__name__}"
+        )
+    for item in overrides:
+        _override(document, item)
+    return document
+
+
+def _override(document: dict, item: str) -> None:
+    key, sign, text = item.partition("=")
+    key = key.strip()
+    if not sign or not key or any(not part for part in key.split(".")):
+        raise UsageError(f"--set {item!r} is not KEY=VALUE", hint="for example --set train.learning_rate=2e-6")
+    value = read_yaml(text, f"--set {key}: value {text!r}")
+    node: Any = document
+    parts = key.split(".")
+    for i, name in enumerate(parts):
+        place: Any = _list_place(node, name, key) if isinstance(node, list) else name
+        if not isinstance(node, (dict, list)):
+            raise UsageError(f"--set {key}: {'.'.join(parts[:i])} is {node!r}, it has no key {name!r}")
+        if i == len(parts) - 1:
+            node[place] = value
+        elif isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+            node = node[place]
+        else:
+            node = node[place]
+
+
+def _list_place(items: list, part: str, key: str) -> int:
+    """A list item is named by its index or, for rewards, by its `name`."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(items):
+        return int(part)
+    raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
+
+
+def validate(stage: str, document: dict, where: str) -> Recipe:
+    """The typed recipe.
+
+    Raises:
+        UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
+    """
+    model = STAGES[stage]
+    secrets = secrets_in(document)
+    if secrets:  # other errors would show what they found
+        raise UsageError(
+            f"recipe {where} holds what looks like a key or password",
+            details=[f"{ascii(place)[1:-1]}: not shown" for place in secrets[:_SHOWN]],
+            hint="keys come from the environment: $OPENAI_API_KEY or the variable that api_key_env names, $HF_TOKEN",
+        )
+    recipe, lines = None, _unfit(document)
+    try:
+        recipe = None if lines else model.model_validate(document)
+    except ValidationError as e:
+        lines = [_explain(stage, error) for error in e.errors()[: _SHOWN + 1]]
+    train = document.get("train")
+    if isinstance(train, dict):
+        own = model.model_fields["train"].annotation.model_fields  # type: ignore[union-attr]
+        lines += trl_key_errors(stage, {k: v for k, v in train.items() if k not in own})
+    if recipe is None or lines:
+        many = f"{len(lines)} errors" if len(lines) > 1 else "an error"
+        lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else lines
+        raise UsageError(
+            f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints a whole recipe"
+        )
+    return recipe  # type: ignore[return-value]
+
+
+def _unfit(value: Any, key: str = "") -> list[str]:
+    """A line for each value that no key can take, because files, numbers of the machine or JSON do not hold it."""
+    if isinstance(value, dict):
+        return [
+            line for k, v in value.items() for line in [*_unfit(k, "a key"), *_unfit(v, f"{key}.{k}" if key else k)]
+        ]
+    if isinstance(value, list):
+        return [line for i, v in enumerate(value) for line in _unfit(v, f"{key}.{i}")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key}: must be finite; found {value}"]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return [f"{key}: is too large a number; found {_short(value)}"]
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        return [f"{ascii(key)[1:-1]}: holds characters that no file name or text can; found {ascii(value)[:80]}"]
+    return []
+
+
+def _explain(stage: str, error: Any) -> str:
+    loc = [p for p in error["loc"]]
+    # A discriminated union adds the tag to the location: rewards.0.feedback.timeout_s
+    if loc[:1] == ["rewards"] and len(loc) > 2 and loc[2] in ("format", "accuracy", "feedback"):
+        del loc[2]
+    key = ".".join(str(p) for p in loc) or "recipe"
+    found = _short(error.get("input"))
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed(stage, loc[:-1])
+        near = nearest(str(loc[-1]), allowed)
+        tail = f"; nearest is {'.'.join(str(p) for p in [*loc[:-1], near])}" if near else ""
+        return f"{key}: unknown key, found {found}{tail}; allowed: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{key}: is missing"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        name = error["input"].get("name") if isinstance(error.get("input"), dict) else None
+        near = nearest(name, ("format", "accuracy", "feedback")) if name else None
+        tail = f"; nearest is {near}" if near else ""
+        return f"{key}.name: unknown reward {name!r}; allowed: format, accuracy, feedback{tail}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}"
+    if error["type"] == "literal_error" and isinstance(error.get("input"), str):
+        near = nearest(error["input"], re.findall(r"'([^']*)'", message))
+        message += f"; nearest is {near}" if near else ""
+    return f"{key}: {message[:1].lower()}{message[1:]}; found {found}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _allowed(stage: str, loc: list) -> list[str]:
+    """Names allowed at a place in a recipe."""
+    model: Any = STAGES[stage]
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        model = _model_of(field.annotation)
+        if model is None:
+            return []
+    names = list(model.model_fields)
+    return names + list(trl_keys(stage)) if model.__name__.endswith("Train") else names
+
+
+def _model_of(annotation: Any) -> Any:
+    from typing import get_args
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [m for a in get_args(annotation) if (m := _model_of(a)) is not None]
+    # Of the rewards, feedback has all keys.
+    return found[-1] if found else None
+
+
+def load(stage: str, name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Find, read, override, validate: what every command calls."""
+    path = find(stage, name)
+    return validate(stage, load_document(path, overrides), str(path) if path.is_file() and name == str(path) else name)
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    """The fully resolved recipe; `load` reads it back to an equal one."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+def dump(document: dict) -> str:
+    """YAML of a plain document, in its own order."""
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """`a.b: old -> new` for each value that differs between two documents."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = {**before, **after}
+        found = (differences(before.get(k), after.get(k), f"{key}.{k}" if key else str(k)) for k in keys)
+        return [line for lines in found for line in lines]
+    return [] if before == after else [f"{key}: {_short(before)} -> {_short(after)}"]
+
+
+def purpose(path: Path) -> str:
+    """The first line of a recipe's header."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
+    """Which stage a recipe is for: as told, as its folder or shipped name says, as the file's keys say.
+
+    Raises:
+        UsageError: a path whose stage cannot be told, or an ambiguous name.
+    """
+    if stage is not None:
+        if stage not in STAGES:
+            raise UsageError(f"no stage {stage!r}", details=["allowed: " + ", ".join(STAGES)])
+        return stage, name
+    parts = Path(name).parts
+    if len(parts) > 1 and parts[-2] in STAGES:
+        return parts[-2], name
+    if os.path.isfile(name):
+        return ("grpo" if "rewards" in load_document(Path(name)) else "sft"), name
+    stages = [key.split("/")[0] for key in shipped() if key.split("/")[1] == name and key.split("/")[0] in STAGES]
+    if len(stages) == 1:
+        return stages[0], name
+    if stages:
+        raise UsageError(f"recipe {name!r} is in {' and '.join(stages)}", hint=f"write {stages[0]}/{name}")
+    raise UsageError(f"cannot tell the stage of recipe {name!r}", hint="--stage grpo or --stage sft")

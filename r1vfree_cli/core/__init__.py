@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, console, prompts, files, processes. Imports nothing of r1v."""

@@ -1,0 +1,1 @@
+"""Is this machine, and this recipe, ready? Imports launch, training and below."""

@@ -1,0 +1,220 @@
+"""`r1v doctor`: is this machine, and this recipe, ready? Each check is ok, a warning or an error with a hint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..config import recipes
+from ..config.schema import GrpoRecipe, SftRecipe
+from ..core import console
+from ..core.errors import R1VError, UsageError
+from ..launch import job as jobs
+from ..launch import preflight
+from ..launch import processes as launch
+from ..launch.processes import module_plan
+from ..run import run_dir
+
+OK, WARNING, ERROR = "ok", "warning", "error"
+# (distribution, lowest version that is known to work, needed by every run)
+_PACKAGES = (
+    ("torch", "2.11", True),
+    ("transformers", "5.17", True),
+    ("trl", "1.16", True),
+    ("accelerate", "1.15", True),
+    ("datasets", "5", True),
+    ("deepspeed", "0.19", True),
+    ("peft", "0.19", True),
+    ("flash-attn", "2.8", False),
+    ("vllm", "0.32", False),
+    ("wandb", "0.20", False),
+)
+
+
+@dataclass
+class Check:
+    """What was looked at, its state, what was found (with evidence in further lines), how to mend it."""
+
+    name: str
+    state: str
+    found: str
+    hint: str | None = None
+
+
+def diagnose(name: str | None = None, overrides: list[str] | None = None, *, step: bool = False) -> dict:
+    """All checks; with a recipe's name (`grpo/NAME`, `sft/NAME` or a path), those of the recipe too.
+
+    With `step`, one training step on the longest rows is run in a temporary folder.
+
+    Returns:
+        `{"ready": bool, "checks": [{"name", "state", "found", "hint"}]}`; ready means no error.
+    """
+    stage, recipe = None, None
+    if name is not None:
+        stage, name = recipes.stage_and_name(name, None) if "/" in name else _stage_of(name)
+        recipe = recipes.load(stage, name, overrides or [])
+    elif step or overrides:
+        raise UsageError("--step and --set are of a recipe", hint="name it with --recipe")
+    checks = [*_machine(), *_disk()]
+
+    def well() -> bool:
+        return not any(c.state == ERROR for c in checks)
+
+    if well():  # what follows writes files
+        if stage and recipe:
+            checks += _recipe(stage, recipe)
+        checks += _torch(stage, recipe, judge=well())
+        if step and stage and recipe and well():
+            checks.append(_step(stage, recipe))
+    return {"ready": well(), "checks": [asdict(c) for c in checks]}
+
+
+def _stage_of(name: str) -> tuple[str, str]:
+    """`--recipe NAME` without a stage means GRPO's where both exist: it is the main job."""
+    return ("grpo", name) if f"grpo/{name}" in recipes.shipped("grpo") else recipes.stage_and_name(name, None)
+
+
+def _machine() -> list[Check]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    fits = sys.version_info >= (3, 11)
+    checks = [Check("python", OK if fits else ERROR, python, None if fits else "r1v needs Python 3.11 or newer")]
+    for package, lowest, needed in _PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            extra = {"flash-attn": "[flash]", "vllm": "[vllm]", "wandb": "[wandb]"}.get(package, "")
+            hint = f"pip install -e '.{extra}'" if extra else "pip install -e ."
+            checks.append(Check(package, ERROR if needed else OK, "not installed", hint))
+            continue
+        old = _numbers(found) < _numbers(lowest)
+        checks.append(Check(package, WARNING if old else OK, found, f"tested from {lowest} on" if old else None))
+    gpus = preflight.gpu_count()
+    checks.append(Check("gpus", OK, str(gpus) if gpus else "none: only recipes with launch.device cpu run here"))
+    checks.append(_hub())
+    if find_spec("wandb") is not None:
+        known = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
+        checks.append(Check("wandb login", OK if known else WARNING, "found" if known else "none", "wandb login"))
+    return checks
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def _netrc() -> str:
+    try:
+        return Path("~/.netrc").expanduser().read_text()
+    except OSError:
+        return ""
+
+
+def _hub() -> Check:
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return Check("hub", OK, "HF_HUB_OFFLINE=1: only what is cached is used")
+    where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        with urllib.request.urlopen(urllib.request.Request(where, method="HEAD"), timeout=5):
+            return Check("hub", OK, "reached")
+    except urllib.error.HTTPError as e:
+        return Check("hub", OK, f"reached ({e.code})")
+    except (OSError, ValueError) as e:
+        hint = "local folders and cached models still work; HF_HUB_OFFLINE=1 avoids waiting for the network"
+        return Check("hub", WARNING, f"not reached: {getattr(e, 'reason', e)}", hint)
+
+
+def _disk() -> list[Check]:
+    checks = []
+    places = (
+        ("here", Path.cwd()),
+        ("cache", run_dir.cache_dir()),
+        ("temporary", Path(os.environ.get("TMPDIR", "/tmp"))),
+    )
+    for title, path in places:
+        while not path.exists():
+            path = path.parent
+        free = shutil.disk_usage(path).free / 1e9
+        state = ERROR if free < 1 else WARNING if free < 50 and title != "temporary" else OK
+        hint = None
+        if state != OK:
+            hint = "a 3B run with optimizer states writes about 40 GB a checkpoint"
+            hint = "TMPDIR can name another place" if title == "temporary" else hint
+        checks.append(Check(f"disk, {title}", state, f"{free:.3g} GB free on {path}", hint))
+    return checks
+
+
+def _recipe(stage: str, recipe: GrpoRecipe | SftRecipe) -> list[Check]:
+    found = preflight.check(recipe)
+    checks = [Check("recipe", OK, f"a valid {stage} recipe")]
+    checks += [Check("preflight", ERROR, line) for line in found.errors]
+    checks += [Check("preflight", WARNING, line) for line in found.warnings]
+    if not found.errors:
+        try:
+            jobs.prepare(recipe)
+            checks.append(Check("model and data", OK, "reachable"))
+        except R1VError as e:
+            checks.append(Check("model and data", ERROR, e.message, e.hint))
+    return checks
+
+
+def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: bool) -> list[Check]:
+    """What needs torch: asked of a process of its own, so that a crash in CUDA is one line here.
+
+    Where something is known to be wrong already, lengths and memory are still told, but no judge is started.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "probe.json"
+        args = [str(out)]
+        if recipe is not None and stage is not None:
+            run_dir.write_text(Path(folder) / "recipe.yaml", recipes.to_yaml(recipe))
+            args += ["--stage", stage, "--recipe", str(Path(folder) / "recipe.yaml")]
+            args += [] if judge else ["--without-judge"]
+        try:
+            plan = module_plan("r1vfree_cli.doctor.checks.probe", *args)
+            logs = Path(folder) / "logs"
+            with ExitStack() as stack:
+                env = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else {}
+                launch.execute(launch.Plan(plan.argv, {**plan.env, **env}), logs)
+            return [Check(**line) for line in run_dir.read_json(out)]
+        except R1VError as e:
+            lines = [Check(**line) for line in run_dir.read_json(out)] if out.is_file() else []
+            return [*lines, Check("probe", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)]
+
+
+def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
+    """One step on the rows with the longest prompts: what fits here fits later."""
+    with tempfile.TemporaryDirectory() as folder:
+        sets: dict[str, object] = {"max_steps": 1, "save_strategy": "no", "report_to": "none"}
+        if stage == "grpo":
+            sets["shuffle_dataset"] = False
+        trial = recipe.model_copy(deep=True)
+        trial.data.heldout = None
+        for key, value in sets.items():
+            setattr(trial.train, key, value)
+        os.environ["R1V_LONGEST_FIRST"] = "1"
+        try:
+            summary = jobs.run(stage, trial, run_dir.RunDir(Path(folder) / "run"))
+        except R1VError as e:
+            return Check("one step", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)
+        finally:
+            del os.environ["R1V_LONGEST_FIRST"]
+        return Check("one step", OK, f"{summary.get('seconds', {}).get(stage, 0):.0f} s, start included")
+
+
+def show(result: dict) -> None:
+    """Print the checks for people."""
+    for check in result["checks"]:
+        first, *more = check["found"].splitlines() or [""]
+        console.emit(f"{check['state']:<8} {check['name']:<16} {first}")
+        for line in more:
+            console.emit(f"{'':<27} {line}")
+        if check["hint"] and check["state"] != OK:
+            console.emit(f"{'':<25} hint: {check['hint']}")

@@ -1,0 +1,218 @@
+"""The part of `r1v doctor` that needs torch: CUDA, the rows' lengths, memory, and the judge's own test.
+
+`python -m r1vfree_cli.doctor.checks.probe OUT.json [--stage grpo --recipe FILE]` writes a list of checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from ..config import recipes
+from ..config.embedded import resolve_model, with_seed
+from ..config.schema import GrpoRecipe, SftRecipe
+from ..core.errors import DataError, R1VError
+from ..data.load import ensure_rows, load_rows
+from ..models.lengths import prompt_lengths
+from ..run.run_dir import write_json
+from ..training.worker import attention, load_processor
+
+GB = 1e9
+
+
+def cuda_checks() -> list[dict]:
+    """What torch sees of the GPUs."""
+    if not torch.cuda.is_available():
+        return [_check("cuda", "ok", f"not available to torch {torch.__version__}: CPU only")]
+    checks = [_check("cuda", "ok", f"{torch.version.cuda}, torch {torch.__version__}")]
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        state = "ok" if free > 0.9 * total else "warning"
+        found = f"{torch.cuda.get_device_name(i)}, {free / GB:.0f} of {total / GB:.0f} GB free"
+        checks.append(_check(f"gpu {i}", state, found, "another process is using it" if state != "ok" else None))
+    return checks
+
+
+def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
+    """Prompt lengths (tokens) through the real processor as a histogram, and the longest that is kept."""
+    path = with_seed(recipe.data.path, recipe.seed)
+    rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
+    lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, recipe.seed)))
+    limit = recipe.data.max_prompt_tokens
+    kept = [n for n in lengths if limit is None or n <= limit]
+    found = (
+        f"{len(lengths)} rows: {histogram(lengths)}; {len(lengths) - len(kept)} above data.max_prompt_tokens {limit}"
+    )
+    if not kept:
+        return _check("prompt tokens", "error", found, "raise data.max_prompt_tokens or lower model.max_pixels"), 0
+    many = len(kept) < 0.9 * len(lengths)
+    hint = "more than a tenth of the rows would be dropped" if many else None
+    return _check("prompt tokens", "warning" if many else "ok", found, hint), kept[-1]
+
+
+def histogram(lengths: list[int], bins: int = 8) -> str:
+    """`low-high: count` over equal bins between the shortest and the longest of sorted `lengths`."""
+    low, high = lengths[0], lengths[-1]
+    width = max(1, -(-(high + 1 - low) // bins))
+    counts: dict[int, int] = {}
+    for n in lengths:
+        counts[(n - low) // width] = counts.get((n - low) // width, 0) + 1
+    return ", ".join(f"{low + b * width}-{low + (b + 1) * width - 1}: {c}" for b, c in sorted(counts.items()))
+
+
+def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[str, float]:
+    """GB a process holds at the peak of a step, by part; from the model's config alone, no weights are read.
+
+    `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it:
+    weights and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al.,
+    2020, section 3.1); without DeepSpeed all of these are float32, and DDP's buckets hold the gradients once more.
+    Not counted: CUDA's context, fragmentation, vLLM.
+
+    Raises:
+        DataError: the model's config cannot be read.
+    """
+    try:
+        where = resolve_model(recipe.model.name, recipe.seed)
+        config = AutoConfig.from_pretrained(where, revision=recipe.model.revision)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except R1VError:
+        raise
+    except Exception as e:  # damaged files raise anything
+        reason = str(e).strip().splitlines()[0]
+        raise DataError(f"cannot read the config of model {recipe.model.name}: {reason}") from None
+    total = trained = sum(p.numel() for p in model.parameters())
+    lora, launch, train = recipe.model.lora, recipe.launch, recipe.train.model_extra or {}
+    if recipe.model.freeze_vision:
+        trained -= sum(p.numel() for p in model.model.visual.parameters())
+    size = 4 if recipe.model.dtype == "float32" else 2
+    held = 4 if recipe.weights_dtype == "float32" else 2
+    stored: float = held
+    if lora:
+        trained = int(total * 0.01 * lora.r / 16)
+        stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", held)
+    zero = int(launch.preset[4]) if launch.preset.startswith("zero") else 0
+    world = launch.processes
+    copies = 1 if zero or world == 1 else 2
+    parts = {
+        "weights": stored * total / (world if zero == 3 else 1),
+        "gradients": copies * held * trained / (world if zero >= 2 else 1),
+        "optimizer": (12 if zero else 8) * trained / (world if zero >= 1 else 1),
+    }
+    if isinstance(recipe, GrpoRecipe) and train.get("beta", 0) and not lora:
+        parts["reference"] = held * total / (world if zero == 3 else 1)
+    if launch.preset == "zero3-offload":
+        parts = {"host": sum(parts.values())}
+    if isinstance(recipe, GrpoRecipe):
+        new = train.get("max_completion_length", 256)
+        branches = recipe.train.prompts_per_device * recipe.train.num_generations
+        prompts = recipe.train.prompts_per_device if recipe.train.shared_prefix else branches
+        tokens, scored = prompts * prompt_tokens + branches * new, branches * new
+    else:
+        prompts = train.get("per_device_train_batch_size", 8)
+        tokens = scored = prompts * prompt_tokens
+    kept = train.get("gradient_checkpointing", True)
+    text, vision = config.get_text_config(), config.vision_config
+    parts["activations"] = tokens * _per_token(text, text.num_hidden_layers, 21, kept) * size / 2
+    if not recipe.model.freeze_vision:
+        patches = prompts * recipe.model.max_pixels / vision.patch_size**2
+        parts["activations"] += patches * _per_token(vision, vision.depth, 31, kept) * size / 2
+    # TRL's fused head works in chunks; one chunk of float32 logits and its gradient.
+    parts["logits"] = min(scored, 1024) * text.vocab_size * 8
+    return {k: v / GB for k, v in parts.items()}
+
+
+def _per_token(config, layers: int, norms: int, checkpointing: bool) -> float:
+    """Bytes a token (or patch) leaves for the backward pass of a tower in 16-bit numbers.
+
+    A layer keeps four tensors as wide as its MLP and `norms` bytes a hidden unit for the rest, float32 copies of the
+    norms' inputs among them: measured on Qwen2.5-VL's layers under saved-tensor hooks. With checkpointing it keeps
+    its input, and one layer at a time all.
+    """
+    width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL's vision tower says embed_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    whole = 8 * inner + norms * width
+    return 2 * width * layers + whole if checkpointing else whole * layers
+
+
+def memory_check(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict:
+    """The estimate against what the smallest visible GPU has."""
+    parts = memory_estimate(recipe, prompt_tokens)
+    need = sum(v for k, v in parts.items() if k != "host")
+    found = f"about {need:.2g} GB a process: " + ", ".join(f"{k} {v:.2g}" for k, v in parts.items())
+    if recipe.launch.on_cpu or not torch.cuda.is_available():
+        return _check("memory", "ok", found)
+    have = min(torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count())) / GB
+    if need > have:
+        hint = "launch.preset zero3 or zero3-offload, model.lora, a lower model.max_pixels or gradient_checkpointing"
+        return _check("memory", "error", f"{found}; a GPU has {have:.0f}", hint)
+    return _check("memory", "warning" if need > 0.85 * have else "ok", f"{found}; a GPU has {have:.0f}")
+
+
+def judge_check(recipe: GrpoRecipe) -> list[dict]:
+    """The judge answers, and passes the recipe's canaries."""
+    from ..rewards import canaries
+    from ..rewards.registry import build_feedback
+
+    if recipe.feedback is None:
+        return []
+    settings = recipe.feedback.canaries
+    judge = build_feedback(recipe.feedback, seed=recipe.seed)
+    try:
+        judge.probe()
+        checks = [_check("judge", "ok", ", ".join(f"{k} {v}" for k, v in judge.identity().items() if v is not None))]
+        if settings is None:
+            return [*checks, _check("canaries", "warning", "turned off in the recipe: canaries: null")]
+        path = with_seed(recipe.data.path, recipe.seed)
+        rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
+        report = canaries.check(judge, rows, settings, recipe.seed)
+        return [*checks, _check("canaries", "ok", "passed") if report.ok else _failed("canaries", report.error())]
+    finally:
+        judge.close()
+
+
+def _check(name: str, state: str, found: str, hint: str | None = None) -> dict:
+    return {"name": name, "state": state, "found": found, "hint": hint}
+
+
+def _failed(name: str, error: R1VError) -> dict:
+    return _check(name, "error", "\n".join([error.message, *error.details]), error.hint)
+
+
+def main() -> None:
+    """Write the checks that could be made; an `R1VError` of one becomes its line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--stage", choices=["grpo", "sft"])
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--without-judge", action="store_true")
+    args = parser.parse_args()
+    checks = cuda_checks()
+    if args.recipe:
+        recipe = recipes.validate(args.stage, recipes.load_document(args.recipe), str(args.recipe))
+        longest = recipe.data.max_prompt_tokens or 512
+
+        def lengths() -> list[dict]:
+            nonlocal longest
+            check, longest = length_check(recipe)
+            return [check]
+
+        parts = {
+            "attention": lambda: [_check("attention", "ok", attention(recipe.model))],
+            "prompt tokens": lengths,
+            "memory": lambda: [memory_check(recipe, longest)],
+            "judge": lambda: judge_check(recipe) if isinstance(recipe, GrpoRecipe) and not args.without_judge else [],
+        }
+        for name, part in parts.items():
+            try:
+                checks += part()
+            except R1VError as e:
+                checks.append(_failed(name, e))
+    write_json(args.out, checks)
+
+
+if __name__ == "__main__":
+    main()

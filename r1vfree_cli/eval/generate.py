@@ -1,0 +1,296 @@
+"""Generation with a local model: batches by length, each figure encoded once, the same tokens as one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from ..config import schema as config
+from ..core import console
+from ..core.errors import DataError, UsageError
+from ..core.prompts import build_messages
+from ..training.worker import load_policy, load_processor
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One question for the model: its text and, where it has one, its figure (PNG or JPEG bytes)."""
+
+    id: str
+    text: str
+    image: bytes | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply. `finish`: `stop`, or `length` when it was cut at `max_new_tokens`. Token counts are without padding."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass
+class _Prompt:
+    job: Job
+    input_ids: list[int]
+    types: list[int] | None  # mm_token_type_ids
+    grid: torch.Tensor | None  # (1, 3)
+    figure: str  # content key of the figure, "" without one
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+class Generator:
+    """A loaded model. `name` is a hub name, a folder, a LoRA folder (with its base), or an embedded name."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        base: str | None = None,
+        revision: str | None = None,
+        min_pixels: int = 3136,
+        max_pixels: int = 401408,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        device: str = "auto",
+        seed: int = 0,
+    ):
+        """Load model and processor.
+
+        Raises:
+            DataError: no vision-language model there, or an adapter that does not fit its base.
+            UsageError: the device cannot be used.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"device {device} cannot be used: no CUDA device", hint="--device cpu")
+        self.device = torch.device(device)
+        self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        self.seed = seed
+        local = Path(name).is_dir()
+        adapter = name if (Path(name) / ADAPTER).is_file() or (base and not local) else None
+        if adapter and not base:
+            base = adapter_base(Path(name))
+        wanted = config.Model(
+            name=base if adapter and base else name,
+            revision=revision,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+        own = adapter and any((Path(name) / f).is_file() for f in ("preprocessor_config.json", "processor_config.json"))
+        self.processor = load_processor(wanted.model_copy(update={"name": name}) if own else wanted, seed)
+        self.model = load_policy(wanted, seed)
+        if adapter:
+            self.model = _with_adapter(self.model, adapter)
+        self.model.eval().to(self.device)
+        self.reuse = bool(self.model._supports_mm_encoder_outputs())
+        self.settings = generation_config(self.model, self.processor, max_new_tokens, temperature)
+        # generate() fills what a given config leaves open from the model's: the checkpoint's sampling must not return.
+        self.model.generation_config = self.settings
+
+    @torch.inference_mode()
+    def run(self, jobs: list[Job], batch_size: int, done: Callable[[Job, Answer], None]) -> None:
+        """Answer all jobs; `done` is called for each as its batch finishes.
+
+        Raises:
+            DataError: a figure that the processor cannot take, or a prompt longer than the model's context.
+        """
+        features: dict[str, Any] = {}
+        prompts: list[_Prompt] = []
+        with console.progress("prepare questions", len(jobs)) as bar:
+            for job in jobs:
+                prompts.append(self._prompt(job, features))
+                bar.advance()
+        # Text-only prompts apart; the longest first, so that a lack of memory shows at once.
+        prompts.sort(key=lambda p: (p.grid is None, -p.length, p.job.id))
+        left = Counter(p.figure for p in prompts)
+        with console.progress("generate", len(prompts)) as bar:
+            start = 0
+            while start < len(prompts):
+                batch = [
+                    p for p in prompts[start : start + batch_size] if bool(p.figure) == bool(prompts[start].figure)
+                ]
+                try:
+                    answers = self._generate(batch, features)
+                except torch.cuda.OutOfMemoryError:
+                    torch.cuda.empty_cache()
+                    if batch_size == 1:
+                        raise UsageError("not enough GPU memory for one question") from None
+                    batch_size = max(1, len(batch) // 2)
+                    console.warn(f"not enough GPU memory: going on with --batch-size {batch_size}")
+                    continue
+                start += len(batch)
+                for prompt, answer in zip(batch, answers):
+                    done(prompt.job, answer)
+                    left[prompt.figure] -= 1
+                    if not left[prompt.figure]:
+                        features.pop(prompt.figure, None)
+                bar.advance(len(batch))
+
+    # --- one prompt, one batch ---------------------------------------------------------------------------------
+
+    def _prompt(self, job: Job, features: dict[str, Any]) -> _Prompt:
+        """Tokens of a question. Its figure's features are computed the first time the figure is seen."""
+        inputs = self._inputs([job])
+        figure = hashlib.sha256(job.image).hexdigest() if job.image else ""
+        grid = inputs.get("image_grid_thw")
+        if grid is not None and self.reuse and figure not in features:
+            pixels = inputs["pixel_values"].to(self.device, self.model.dtype)
+            found = self.model.base_model.get_image_features(pixels, grid.to(self.device), return_dict=True)
+            # Kept outside the accelerator: hundreds of figures wait for their batch.
+            features[figure] = _Figure(
+                [t.cpu() for t in found.pooler_output],
+                [[t.cpu() for t in layer] for layer in getattr(found, "deepstack_features", None) or []],
+                found,
+            )
+        types = inputs.get("mm_token_type_ids")
+        prompt = _Prompt(
+            job, inputs["input_ids"][0].tolist(), types[0].tolist() if types is not None else None, grid, figure
+        )
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and prompt.length + self.settings.max_new_tokens > context:
+            raise DataError(
+                f"{job.id}: {prompt.length} prompt tokens and {self.settings.max_new_tokens} new ones exceed the "
+                f"model's context of {context}",
+                hint="nothing is ever cut; lower --max-pixels or --max-new-tokens",
+            )
+        return prompt
+
+    def _inputs(self, jobs: list[Job]) -> dict[str, Any]:
+        texts = [
+            self.processor.apply_chat_template(
+                build_messages(job.text, int(job.image is not None)), tokenize=False, add_generation_prompt=True
+            )
+            for job in jobs
+        ]
+        images = [Image.open(io.BytesIO(job.image)).convert("RGB") for job in jobs if job.image]
+        try:
+            return dict(self.processor(text=texts, images=images or None, padding=True, return_tensors="pt"))
+        except ValueError as e:
+            raise DataError(f"the processor refuses {', '.join(j.id for j in jobs[:3])}: {e}") from None
+
+    def _generate(self, batch: list[_Prompt], features: dict[str, Any]) -> list[Answer]:
+        if self.settings.do_sample:
+            # Seeded by content: the same batch samples the same replies, whatever ran before it.
+            key = hashlib.sha256("\n".join([str(self.seed), *(p.job.id for p in batch)]).encode()).digest()
+            torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        if batch[0].figure and not self.reuse:
+            inputs = {k: v.to(self.device) for k, v in self._inputs([p.job for p in batch]).items()}
+        else:
+            inputs = self._padded(batch)
+            if batch[0].figure:
+                inputs["mm_encoder_outputs"] = {"image": self._features([features[p.figure] for p in batch])}
+        out = self.model.generate(**inputs, generation_config=self.settings)
+        width = inputs["input_ids"].shape[1]
+        return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
+
+    def _padded(self, batch: list[_Prompt]) -> dict[str, Any]:
+        """input_ids, attention_mask, mm_token_type_ids: (batch, longest), padded on the left."""
+        width = max(p.length for p in batch)
+        pad = self.settings.pad_token_id
+        ids = [[pad] * (width - p.length) + p.input_ids for p in batch]
+        mask = [[0] * (width - p.length) + [1] * p.length for p in batch]
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        if all(p.types is not None for p in batch):
+            types = [[0] * (width - p.length) + (p.types or []) for p in batch]
+            inputs["mm_token_type_ids"] = torch.tensor(types, dtype=torch.int32)
+        grids = [p.grid for p in batch if p.grid is not None]
+        if grids:
+            inputs["image_grid_thw"] = torch.cat(grids)
+        return {k: v.to(self.device) for k, v in inputs.items()}
+
+    def _features(self, figures: list[_Figure]) -> Any:
+        """One encoder output for the batch, figures in the order of its rows."""
+        whole = copy(figures[0].output)
+        whole.pooler_output = tuple(t.to(self.device) for figure in figures for t in figure.pooled)
+        if figures[0].deepstack:
+            whole.deepstack_features = [
+                tuple(t.to(self.device) for figure in figures for t in figure.deepstack[layer])
+                for layer in range(len(figures[0].deepstack))
+            ]
+        return whole
+
+    def _answer(self, prompt: _Prompt, tokens: list[int]) -> Answer:
+        ends = self.settings.eos_token_id
+        ends = set(ends) if isinstance(ends, list) else {ends}
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        kept = tokens if end is None else tokens[:end]
+        text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)
+        return Answer(text, "length" if end is None else "stop", prompt.length, len(kept))
+
+
+@dataclass
+class _Figure:
+    """Features of one figure on the CPU: (tokens, width) each; `output` is the form the model wants them in."""
+
+    pooled: list[torch.Tensor]
+    deepstack: list[list[torch.Tensor]]
+    output: Any
+
+    def __post_init__(self) -> None:
+        self.output = type(self.output)()  # the form only: the vision tower's states are not kept
+
+
+def generation_config(model, processor, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    """Every sampling field set; only the end and padding tokens are the checkpoint's."""
+    tokenizer = processor.tokenizer
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        **(sampling or {"do_sample": False}),
+    )
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that a LoRA folder names.
+
+    Raises:
+        DataError: it names none.
+    """
+    from ..run.run_dir import read_object
+
+    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
+    if not base:
+        raise DataError(f"{folder / ADAPTER} names no base model", hint="give it with --base")
+    return str(base)
+
+
+def _with_adapter(model, folder: str):
+    from peft import PeftModel
+
+    if not Path(folder, "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
+        raise DataError(f"the adapter {folder} has no adapter_model.safetensors")
+
+    try:
+        # LoRA layers are put into the base model's modules: its own generate() runs with them.
+        return PeftModel.from_pretrained(model, folder).get_base_model()
+    except Exception as e:  # damaged files raise anything
+        line = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise DataError(
+            f"the adapter {folder} does not fit its base model: {line}", hint="name the base with --base"
+        ) from None

@@ -1,0 +1,1 @@
+"""HallusionBench: questions, judging, scores."""

@@ -1,0 +1,301 @@
+"""HallusionBench's scores, to the count of the official script (tianyi-lab/HallusionBench, utils.py). Pure Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...core.errors import DataError
+
+METRICS = ("aAcc", "qAcc", "fAcc", "easy_aAcc", "hard_aAcc")
+WRONG, RIGHT, UNCLEAR = 0, 1, 2
+OFFICIAL_COUNTS = {"aAcc": 1129, "qAcc": 455, "fAcc": 346, "easy_aAcc": 455, "hard_aAcc": 430}
+IMAGE_QUESTIONS = 951
+
+# Names in the official result format.
+CODE, SAME = "gpt4v_output_gpt_check", "same"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One judged question.
+
+    gt: 1 yes, 0 no. visual_input: 0 text only, 1 original figure, 2 modified figure.
+    code: 1 right, 0 wrong, 2 unclear, None unjudged.
+    same: 1 when the response agrees with the response to figure 0 of its pair, 0 when not, None unknown.
+    """
+
+    category: str
+    subcategory: str
+    set_id: str
+    figure_id: str
+    question_id: str
+    visual_input: int
+    gt: int
+    code: int | None = None
+    same: int | None = None
+
+    @property
+    def id(self) -> str:
+        return "_".join((self.category, self.subcategory, self.set_id, self.figure_id, self.question_id))
+
+    @property
+    def set_key(self) -> tuple[str, str, str]:
+        return (self.category, self.subcategory, self.set_id)
+
+    @property
+    def pair_key(self) -> tuple[str, str, str, str]:
+        return (*self.set_key, self.question_id)
+
+    @property
+    def original(self) -> bool:
+        """Figure 0: the original figure of a VD set, no figure at all for a VS set."""
+        return self.figure_id == "0"
+
+    @property
+    def ok(self) -> bool:
+        """Counted as right. Without a figure, a VS question may also be left open."""
+        return self.code == RIGHT or (self.code == UNCLEAR and self.category == "VS" and self.original)
+
+
+# --- reading records -------------------------------------------------------------------------------------------
+
+
+def whole(value: Any) -> int | None:
+    """An integer given as int, float or string; None for null, NaN and the empty string.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str):
+        value = float(value) if value.strip().replace(".", "", 1).isdigit() else value
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    raise ValueError(f"{value!r} is no whole number")
+
+
+def from_record(record: Any, where: str, *, judged: bool = True) -> Item:
+    """One question of the official JSON or result format; fields may be strings or integers.
+
+    Args:
+        judged: also read `gpt4v_output_gpt_check` and `same`; absent or null means None.
+
+    Raises:
+        DataError: a field is missing or has an impossible value; `where` says which record it is.
+    """
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object, found {type(record).__name__}")
+
+    def text(key: str) -> str:
+        value = record.get(key)
+        if value is None or str(value).strip() == "":
+            raise DataError(f"{where}: no {key}", details=[f"found: {', '.join(map(str, record)) or 'nothing'}"])
+        try:
+            return str(whole(value))
+        except ValueError:
+            return str(value).strip()
+
+    def number(key: str, allowed: tuple[int, ...], required: bool) -> int | None:
+        try:
+            value = whole(record.get(key))
+        except (ValueError, OverflowError):
+            value = -1
+        if value is None and not required:
+            return None
+        if value not in allowed:
+            raise DataError(f"{where}: {key} is {record.get(key)!r}, allowed: {', '.join(map(str, allowed))}")
+        return value
+
+    category = text("category")
+    if category not in ("VD", "VS"):
+        raise DataError(f"{where}: category is {category!r}, allowed: VD, VS")
+    return Item(
+        category=category,
+        subcategory=text("subcategory"),
+        set_id=text("set_id"),
+        figure_id=text("figure_id"),
+        question_id=text("question_id"),
+        visual_input=number("visual_input", (0, 1, 2), True) or 0,
+        gt=number("gt_answer", (0, 1), True) or 0,
+        code=number(CODE, (WRONG, RIGHT, UNCLEAR), False) if judged else None,
+        same=number(SAME, (0, 1), False) if judged else None,
+    )
+
+
+def unique(items: Iterable[Item], where: str) -> dict[str, Item]:
+    """Items by id, in order.
+
+    Raises:
+        DataError: none at all, or a question twice.
+    """
+    found: dict[str, Item] = {}
+    twice = []
+    for item in items:
+        if item.id in found:
+            twice.append(item.id)
+        found[item.id] = item
+    if twice:
+        raise DataError(f"{where}: {len(twice)} duplicate questions", details=twice[:5])
+    if not found:
+        raise DataError(f"{where}: no questions in it")
+    return found
+
+
+# --- groups ----------------------------------------------------------------------------------------------------
+
+
+def group_key(metric: str, item: Item) -> tuple | None:
+    """What `metric` counts: the group this question belongs to, None when it belongs to none.
+
+    A group is right when all its questions are. Groups never cross a set.
+    """
+    if metric == "aAcc":
+        return (*item.set_key, item.figure_id, item.question_id)
+    if metric == "qAcc":
+        return item.pair_key
+    if metric == "fAcc":
+        return None if item.category == "VS" and item.original else (*item.set_key, item.figure_id)
+    if metric == "easy_aAcc":
+        return None if item.visual_input == 2 else item.pair_key
+    if metric == "hard_aAcc":
+        return item.pair_key if item.visual_input == 2 else None
+    raise KeyError(metric)
+
+
+def groups(metric: str, items: Iterable[Item]) -> dict[tuple, list[bool]]:
+    """Group -> ok of each of its questions."""
+    found: dict[tuple, list[bool]] = {}
+    for item in items:
+        key = group_key(metric, item)
+        if key is not None:
+            found.setdefault(key, []).append(item.ok)
+    return found
+
+
+def counts(items: list[Item]) -> dict[str, list[int]]:
+    """Metric -> [right, total]."""
+    result = {}
+    for metric in METRICS:
+        found = groups(metric, items)
+        result[metric] = [sum(all(oks) for oks in found.values()), len(found)]
+    return result
+
+
+def percent(right_total: dict[str, list[int]]) -> dict[str, float | None]:
+    """Metric -> percent, not rounded; None where there is nothing to count."""
+    return {metric: 100 * right / total if total else None for metric, (right, total) in right_total.items()}
+
+
+# --- diagnostics -----------------------------------------------------------------------------------------------
+
+
+def reads_same(item: Item, original: int | None) -> bool:
+    """Whether the label of this question depends on `same`. `original` is the code of figure 0 of its pair."""
+    if item.original or item.code != WRONG:
+        return False
+    if item.category == "VD":
+        return original == RIGHT
+    return original == WRONG or (original == RIGHT and item.visual_input == 2)
+
+
+def label(item: Item, original: int | None) -> str | None:
+    """`language`, `illusion` or `mixed` for a question that is judged and not ok.
+
+    None when it cannot be told: figure 0 of the pair is not there or unjudged, or `same` is needed and unknown.
+    The table is that of get_eval_pair_all in the official script.
+    """
+    if item.original:
+        return "illusion" if item.category == "VD" else "language"
+    if original is None:
+        return None
+    if reads_same(item, original):
+        if item.same is None:
+            return None
+        if item.category == "VD":
+            return "mixed" if item.same else "illusion"
+        if original == WRONG:
+            return "language" if item.same else "mixed"
+        return "language" if item.same else "illusion"
+    if item.category == "VS" and original == WRONG:
+        return "mixed"
+    return "illusion"
+
+
+def originals(items: Iterable[Item]) -> dict[tuple, int | None]:
+    """Pair -> code of its figure 0."""
+    return {item.pair_key: item.code for item in items if item.original}
+
+
+def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
+    """Yes/no bias, hallucination labels (counts of questions) and consistency (counts of figures).
+
+    `yes_pct_diff` = mean[ok == gt] - mean[gt] and `fp_ratio` = share of not-ok questions with gt 0, as in
+    yes_ratio_stats of the official script. The three labels are None when some wrong question cannot be labelled;
+    `unlabelled` says how many.
+    """
+    wrong = [item for item in items if not item.ok]
+    labels = [label(item, codes.get(item.pair_key)) for item in wrong if item.code is not None]
+    unlabelled = labels.count(None)
+    n = len(items)
+    figures = groups("fAcc", items).values()
+    result = {
+        "yes_pct_diff": (sum(int(i.ok) == i.gt for i in items) - sum(i.gt for i in items)) / n if n else None,
+        "fp_ratio": sum(i.gt == 0 for i in wrong) / len(wrong) if wrong else None,
+        "language_hallucination": None if unlabelled else labels.count("language"),
+        "visual_illusion": None if unlabelled else labels.count("illusion"),
+        "mixed": None if unlabelled else labels.count("mixed"),
+        "unlabelled": unlabelled,
+        "consistency": {
+            "correct": sum(all(oks) for oks in figures),
+            "inconsistent": sum(any(oks) and not all(oks) for oks in figures),
+            "wrong": sum(not any(oks) for oks in figures),
+        },
+    }
+    return result
+
+
+# --- the whole -------------------------------------------------------------------------------------------------
+
+
+def score(items: list[Item], protocol: str = "official") -> dict:
+    """All scores of one judged file, in the shape that `--json` prints.
+
+    Args:
+        items: unique questions in any order. Unjudged ones count as not ok and are counted in `unjudged`.
+
+    Returns:
+        `protocol, n_questions, metrics` (percent), `counts` ([right, total]), `diagnostics`, `by_category`,
+        `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`.
+    """
+    codes = originals(items)
+
+    def part(chosen: Callable[[Item], bool]) -> dict:
+        some = [item for item in items if chosen(item)]
+        found = counts(some)
+        return {"metrics": percent(found), "counts": found, "diagnostics": diagnostics(some, codes)}
+
+    def baseline(answer: int) -> dict:
+        found = counts([replace(item, code=int(item.gt == answer)) for item in items])
+        return {"metrics": percent(found), "counts": found}
+
+    strata = sorted({(item.category, item.subcategory) for item in items})
+    return {
+        "protocol": protocol,
+        "n_questions": len(items),
+        **part(lambda _: True),
+        "by_category": {c: part(lambda item, c=c: item.category == c) for c in ("VD", "VS")},  # type: ignore[misc]
+        "by_subcategory": {
+            f"{c}_{s}": part(lambda item, c=c, s=s: (item.category, item.subcategory) == (c, s))  # type: ignore[misc]
+            for c, s in strata
+        },
+        "baselines": {"always_yes": baseline(1), "always_no": baseline(0)},
+        "unjudged": sum(item.code is None for item in items),
+    }

@@ -1,1 +1,0 @@
-"""HallusionBench: questions, generation, judging, scores and their statistics."""

@@ -1,0 +1,295 @@
+"""`r1v sft` and `r1v grpo`, from a recipe's name to a finished run dir: what the CLI calls for both."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import embedded, recipes
+from ..config.schema import GrpoRecipe, SftRecipe
+from ..core import console
+from ..core import process as ranks
+from ..core.errors import GuardStop, Interrupted, R1VError, UsageError
+from ..run import contract, run_dir
+from ..run.run_dir import RunDir
+from . import preflight, watch
+from . import processes as launch
+
+
+def train(
+    stage: str,
+    name: str,
+    overrides: list[str],
+    *,
+    path: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict:
+    """Run a recipe to its end and return its summary; with `dry_run`, what would be run.
+
+    Raises:
+        UsageError: recipe, machine or run dir.
+        DataError: data or checkpoint.
+        GuardStop: training stopped itself.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    recipe = recipes.load(stage, name, overrides)
+    findings = preflight.check(recipe, dry_run=dry_run)
+    where = RunDir(path or Path("runs") / Path(name).stem)
+    plan = launch.plan(stage, recipe, where.path)
+    if dry_run:
+        return _dry_run(recipe, findings, plan)
+    findings.raise_errors(f"recipe {name}")
+    for line in findings.warnings:
+        console.warn(line)
+    resume = resume or _unfinished(where, recipe, overwrite)
+    commit = contract.git_commit(recipes.find(stage, name).parent)
+    return run(stage, recipe, where, resume=resume, overwrite=overwrite, commit=commit)
+
+
+def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
+    port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
+    server = launch.server_plan(recipe, port) if recipe.served else None
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "command": shlex.join(plan.argv),
+        "env": plan.env | ({"R1V_REWARD_URL": f"http://127.0.0.1:{port}"} if server else {}),
+        "processes_here": plan.processes,
+        "server": {"command": shlex.join(server.argv), "env": server.env} if server else None,
+        "errors": findings.errors,
+        "warnings": findings.warnings,
+        "unchecked": findings.unchecked,
+    }
+
+
+def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) -> bool:
+    """True when the folder holds a run of this very recipe that did not finish; says so."""
+    if overwrite or not where.holds_run or not where.recipe.is_file() or recipe.launch.node_rank:
+        return False
+    state = where.status.get("state")
+    same = where.recipe.read_bytes() == recipes.to_yaml(recipe).encode("utf-8")
+    if not same or state == run_dir.FINISHED:
+        return False
+    console.log(f"{where.path} holds an unfinished run of this recipe ({state or 'not started'}): resuming it")
+    return True
+
+
+def run(
+    stage: str,
+    recipe: GrpoRecipe | SftRecipe,
+    where: RunDir,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    commit: str | None = None,
+) -> dict:
+    """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary.
+
+    `commit`: of the repository that holds the recipe, for the run contract.
+    """
+    node = recipe.launch.node_rank
+    with _locked(where.path) if node == 0 else nullcontext():
+        if node == 0:
+            if where.holds_run:
+                ranks.end_orphans(where.logs)
+            if resume:
+                _tell_changes(where, stage, recipe)
+            where.begin(recipes.to_yaml(recipe), resume=resume, overwrite=overwrite)
+            logs, recipe_file = where.logs, where.recipe
+        else:
+            # Node 0 owns the run dir; the others keep their recipe and logs apart.
+            logs = where.path / "nodes" / str(node)
+            ranks.end_orphans(logs)
+            for old in logs.glob("rank-*.error.json"):  # of an earlier attempt: its cause is not this one's
+                old.unlink()
+            recipe_file = logs / "recipe.yaml"
+            run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
+        try:
+            env = {"R1V_RECIPE": str(recipe_file), "R1V_GIT_COMMIT": commit or ""}
+            _launch(stage, recipe, where, logs, env | ({"R1V_RESUME": "1"} if resume else {}))
+        except BaseException as e:
+            error = Interrupted("interrupted") if isinstance(e, KeyboardInterrupt) else e
+            if node == 0:
+                _failed(where, error)
+            if error is e:
+                raise
+            raise error from None
+        if node:
+            return {"run_dir": str(where.path), "node": node}
+        return {"run_dir": str(where.path), **run_dir.read_json(where.summary)}
+
+
+def _tell_changes(where: RunDir, stage: str, recipe: GrpoRecipe | SftRecipe) -> None:
+    """Say what of the recipe a resume changes; a run of another kind is not resumed.
+
+    Raises:
+        UsageError: it is an SFT run, and this is GRPO; or the other way.
+    """
+    if not where.recipe.is_file():
+        return
+    before = recipes.load_document(where.recipe)
+    if ("rewards" in before) != (stage == "grpo"):
+        raise UsageError(
+            f"{where.path} holds a run of r1v {'sft' if stage == 'grpo' else 'grpo'}, which r1v {stage} cannot resume",
+            hint="choose another --run-dir",
+        )
+    for line in recipes.differences(before, recipe.model_dump(mode="json")):
+        console.warn(f"the resumed run has another recipe: {line}")
+
+
+def _failed(where: RunDir, error: BaseException) -> None:
+    state = run_dir.FAILED
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        state = run_dir.INTERRUPTED
+    elif isinstance(error, GuardStop):
+        state = run_dir.STOPPED
+    try:
+        where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
+    except R1VError as e:  # a full disk, most likely: the error itself is what matters
+        console.warn(e.message)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two processes never write one run dir, whatever they call it. The lock lies beside the folder, which may be
+    deleted and made anew."""
+    path = path.resolve()
+    lock = path.with_name(f".{path.name}.lock")
+    busy = UsageError(f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115
+    except OSError as e:
+        raise UsageError(f"cannot write {lock}: {e.strerror}", hint="choose another --run-dir") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        # Its last holder may have deleted it meanwhile, and a third process have made another one.
+        if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise busy
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
+    console.log(f"{title} ...")
+    start = time.monotonic()
+    yield
+    seconds[title] = round(time.monotonic() - start, 1)
+    console.log(f"{title}: {seconds[title]:.0f} s")
+
+
+def prepare(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float] | None = None) -> None:
+    """Make what the recipe needs and this machine lacks: embedded models, prepared rows; all of it cached.
+
+    `seconds` receives the time of each stage.
+    """
+    seconds = {} if seconds is None else seconds
+    _pieces(recipe, seconds)
+    _rows(recipe, seconds)
+
+
+def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
+    """Build the embedded models that the recipe names, unless they are cached."""
+    names = [recipe.model.name]
+    if isinstance(recipe, GrpoRecipe) and recipe.feedback:
+        names += [n for n in (recipe.feedback.model, recipe.served.model if recipe.served else None) if n]
+    for stage in embedded.stages(names, recipe.seed):
+        if stage.ready:
+            continue
+        with _timed(stage.title, seconds), embedded.building(stage) as folder:
+            if folder is None:
+                continue
+            if stage.kind == "recipe":
+                kind, _, name = stage.args[0].partition("/")
+                commit = contract.git_commit(recipes.find(kind, name).parent)
+                run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder), commit=commit)
+            else:
+                plan = launch.module_plan(*stage.args, str(folder / "final"))
+                with watch.LogView(folder / "logs" / "launcher.log") as view:
+                    launch.execute(plan, folder / "logs", watch=view.update)
+
+
+def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
+    """Prepare the data of known sources once, before any rank asks for them."""
+    from ..data.load import ensure_rows
+
+    wanted = [(recipe.data.path, recipe.data.split)]
+    if recipe.data.heldout:
+        wanted.append((recipe.data.heldout.path, recipe.data.heldout.split))
+    start = time.monotonic()
+    for path, split in wanted:
+        ensure_rows(embedded.with_seed(path, recipe.seed), split)
+    if time.monotonic() - start > 1:
+        seconds["prepare data"] = round(time.monotonic() - start, 1)
+
+
+def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, logs: Path, env: dict[str, str]) -> None:
+    seconds: dict[str, float] = {}
+    prepare(recipe, seconds)
+    with launch.serving(recipe, logs) as served:
+        base = launch.plan(stage, recipe, where.path)
+        told = {"R1V_SECONDS": json.dumps({"before": seconds, "launched": time.monotonic()})}
+        plan = replace(base, env={**base.env, **env, **told, **served})
+        if recipe.launch.node_rank == 0:
+            run_dir.write_json(where.launch, _launch_document(plan))
+        console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
+        with _timed(stage, seconds), watch.RunView(stage, where) as view:
+            launch.execute(plan, logs, watch=view.update)
+
+
+def _launch_document(plan: launch.Plan) -> dict:
+    """launch.json: how this attempt was started. The environment holds only what r1v itself set: no keys."""
+    return {
+        "command": shlex.join(["r1v", *sys.argv[1:]]),
+        "argv": plan.argv,
+        "env": plan.env,
+        "versions": contract.versions(),
+        "git_commit": plan.env["R1V_GIT_COMMIT"] or None,
+        "started": round(time.time(), 3),
+    }
+
+
+def serve_reward(
+    model: str, *, revision: str | None, host: str, port: int, devices: str | None, api_key_env: str | None
+) -> None:
+    """Become the reward server; does not return.
+
+    Raises:
+        UsageError: `devices` is not a list of indices, or the key's variable is not set.
+    """
+    if devices is not None:
+        if not all(part.strip().isdigit() for part in devices.split(",")):
+            raise UsageError(f"--devices {devices!r} is not a list of GPU indices", hint="for example --devices 6,7")
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    if api_key_env is not None and not os.environ.get(api_key_env):
+        raise UsageError(f"--api-key-env: the environment variable {api_key_env} is not set")
+    argv = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", model, "--host", host, "--port", str(port)]
+    argv += ["--revision", revision] if revision else []
+    argv += ["--api-key-env", api_key_env] if api_key_env else []
+    os.execv(sys.executable, argv)
+
+
+def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
+    """Merge in a process of its own (it loads the model three times); returns its summary."""
+    args = [str(checkpoint), str(out)]
+    args += ["--base", base] if base else []
+    args += ["--dtype", dtype] if dtype else []
+    args += ["--overwrite"] if overwrite else []
+    plan = launch.module_plan("r1vfree_cli.training.merge", *args)
+    # Its stderr is the user's: no warnings between libraries, no search for an accelerator.
+    return launch.run_json(replace(plan, env=plan.env | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}))

@@ -1,0 +1,353 @@
+"""From a recipe to running processes: `plan` is pure, `execute` is the only place that starts any.
+
+Ranks write their own logs, pid and error files into `logs/attempt-N/`; the launcher's exit code is 1 whatever
+happened, so the cause is read from those files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config.recipes import recipes_root
+from ..config.schema import GrpoRecipe, SftRecipe
+from ..core import process as ranks
+from ..core.errors import Interrupted, R1VError, UsageError, from_dict
+from ..core.process import POLL_S
+from ..run.run_dir import disk_full
+
+SAME_MOMENT_S = 0.3
+SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One command to run: its argv and what it adds to the environment. Never holds a secret."""
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+
+
+def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
+    """The `accelerate launch` command of a recipe, for this node."""
+    launch = recipe.launch
+    argv = [sys.executable, "-m", "accelerate.commands.launch"]
+    argv += ["--config_file", str(recipes_root() / "launch" / f"{launch.preset}.yaml")]
+    argv += ["--num_processes", str(launch.processes), "--num_machines", str(launch.nodes)]
+    argv += ["--machine_rank", str(launch.node_rank)]
+    argv += ["--mixed_precision", {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[recipe.model.dtype]]
+    if launch.nodes > 1:
+        argv += ["--main_process_ip", str(launch.main_address)]
+    # Port 0: accelerate looks for a free one, so that two runs on a machine do not meet.
+    argv += ["--main_process_port", str(launch.main_port or (29500 if launch.nodes > 1 else 0))]
+    argv += ["-m", f"r1vfree_cli.training.{stage}", str(run_dir)]
+    return Plan(argv, _env(recipe), launch.processes // launch.nodes)
+
+
+def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
+    launch = recipe.launch
+    env = _common()
+    # A scheduler may send SIGTERM to every process: torchrun would then kill the ranks after 30 s, in their checkpoint.
+    env["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    local = launch.processes // launch.nodes
+    if launch.on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        if launch.preset.startswith("zero"):
+            # Not ACCELERATE_USE_CPU: accelerate would ignore DeepSpeed without a word and wrap the model in DDP.
+            env["DS_ACCELERATOR"] = "cpu"
+            env["ACCELERATE_USE_CPU"] = "false"  # also where the user's environment sets it
+        else:
+            env["ACCELERATE_USE_CPU"] = "true"
+    else:
+        devices = training_devices(recipe)
+        if devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    if launch.preset == "zero3-offload":
+        # DeepSpeed compiles its CPU Adam by calling ninja, which lies beside this Python, activated or not.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # accelerate would set 1 thread a process, torchrun too.
+    return env | _threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _common() -> dict[str, str]:
+    # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
+    do_not_track = os.environ.get("DO_NOT_TRACK") or "1"
+    return {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": do_not_track}
+
+
+def _threads(n: int) -> dict[str, str]:
+    # Waiting threads sleep: spinning ones make a run twenty times slower where another process wants the core.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(n), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
+    """GPU indices of the training processes on this node: as given, else those that no judge uses; None: all."""
+    launch = recipe.launch
+    if launch.devices is not None:
+        return launch.devices
+    serve = recipe.served
+    if serve is None or not serve.devices:
+        return None
+    free = (i for i in range(launch.processes // launch.nodes + len(serve.devices)) if i not in serve.devices)
+    return [i for i, _ in zip(free, range(launch.processes // launch.nodes))]
+
+
+def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
+    """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks."""
+    serve, launch = recipe.served, recipe.launch
+    assert serve is not None
+    argv = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", serve.model]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
+    if serve.revision:
+        argv += ["--revision", serve.revision]
+    env = _common()
+    if launch.on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    elif serve.devices:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, serve.devices))
+    return Plan(argv, env)
+
+
+def module_plan(module: str, *args: str) -> Plan:
+    """A plain `python -m module args` in this environment, with all cores."""
+    return Plan([sys.executable, "-m", module, *args], _common() | _threads(os.cpu_count() or 1))
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_json(plan: Plan) -> dict:
+    """Run a command that prints one JSON document, its logs passing through to stderr; returns the document.
+
+    Raises:
+        R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document.
+        Interrupted: stopped by a signal.
+    """
+    with _Signals() as signals:
+        process = subprocess.Popen(
+            plan.argv,
+            env={**os.environ, **plan.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=functools.partial(_die_with_parent, signal.SIGTERM),
+        )
+        try:
+            while True:
+                try:
+                    out, _ = process.communicate(timeout=POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    if signals.count:
+                        raise Interrupted("interrupted") from None
+        finally:
+            _kill(process)
+    try:
+        document = json.loads(out)
+    except ValueError:
+        raise R1VError(
+            f"{shlex.join(plan.argv[1:4])} ended with exit code {process.returncode} and no result"
+        ) from None
+    if "error" in document:
+        raise from_dict(document["error"])
+    return document
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+class _Signals:
+    """While active, SIGINT and SIGTERM are noted instead of raised.
+
+    `count` of them; `again`: a person pressed Ctrl-C once more. What comes at the same moment does not count as that:
+    `timeout` sends its signal twice, and a scheduler that repeats SIGTERM still wants the checkpoint.
+    """
+
+    def __enter__(self):
+        self.count, self.again, self._first = 0, False, 0.0
+        self._old = {n: signal.signal(n, self._on) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on(self, number, frame):
+        now = time.monotonic()
+        self._first = self._first or now
+        self.count += 1
+        self.again = self.again or (number == signal.SIGINT and now - self._first > SAME_MOMENT_S)
+
+
+def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) -> None:
+    """Run a plan to its end; logs and errors of its processes are in `logs`. Blocks.
+
+    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or the end
+    of their time for it (`ranks.grace_s`), kills them. `watch` is called a few times a second.
+
+    Raises:
+        R1VError: of the class and exit code that the first failed rank left, else with the log's tail.
+        Interrupted: stopped by a signal.
+    """
+    grace_s = 1.25 * ranks.grace_s()
+    logs.mkdir(parents=True, exist_ok=True)
+    with _Signals() as signals:
+        main = _start(plan, logs / "launcher.log", launcher=True)
+        try:
+            stopping: float | None = None
+            while main.poll() is None:
+                time.sleep(POLL_S)
+                if watch:
+                    watch()
+                if signals.count and stopping is None:
+                    stopping = time.monotonic()
+                    if not ranks.signal_all(logs, signal.SIGTERM):
+                        _kill(main, signal.SIGKILL)
+                elif stopping is not None and (signals.again or time.monotonic() - stopping > grace_s):
+                    ranks.signal_all(logs, signal.SIGKILL)
+                    _kill(main, signal.SIGKILL)
+            if watch:
+                watch()
+            if signals.count and main.returncode:
+                raise Interrupted("interrupted", hint="--resume continues from the last checkpoint")
+            if main.returncode:
+                raise _cause(logs, main.returncode)
+        finally:
+            _kill(main, signal.SIGKILL)
+            ranks.signal_all(logs, signal.SIGKILL)
+
+
+@contextmanager
+def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[dict[str, str]]:
+    """Run the recipe's reward server, if it has one, while the body runs; yields what tells workers where it is.
+
+    Raises:
+        UsageError: it ended, or was not healthy in time; with its log's tail.
+        Interrupted: a signal came while it was starting.
+    """
+    if recipe.served is None:
+        yield {}
+        return
+    logs.mkdir(parents=True, exist_ok=True)
+    port = recipe.served.port or free_port()
+    log = logs / "reward-server.log"
+    process = _start(server_plan(recipe, port), log)
+    try:
+        with _Signals() as signals:
+            _wait_healthy(process, port, log, signals)
+        yield {"R1V_REWARD_URL": f"http://127.0.0.1:{port}"}
+    finally:
+        _kill(process)
+
+
+def _start(plan: Plan, log: Path, *, launcher: bool = False) -> subprocess.Popen:
+    with open(log, "ab") as out:
+        return subprocess.Popen(
+            plan.argv,
+            env={**os.environ, **plan.env, "R1V_LOGS": str(log.parent), "R1V_PID": str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
+            preexec_fn=_outlive_signals if launcher else functools.partial(_die_with_parent, signal.SIGTERM),
+        )
+
+
+def _outlive_signals() -> None:
+    """The launcher waits for its ranks, which stop at a signal by themselves; it ends with r1v, however that ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent(signal.SIGKILL)
+
+
+def _die_with_parent(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
+    """End a process group: politely unless `first` says otherwise, then not."""
+    for number, wait in ((first, 10), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            continue
+    # What the leader left behind in its group.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals) -> None:
+    deadline = time.monotonic() + SERVER_START_S
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
+    while time.monotonic() < deadline:
+        if signals.count:
+            raise Interrupted("interrupted while the reward server was starting")
+        if process.poll() is not None:
+            raise _not_ready("the reward server ended before it was ready", log)
+        try:
+            with direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+                if reply.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(POLL_S)
+    raise _not_ready(f"the reward server was not ready after {SERVER_START_S} s", log)
+
+
+def _not_ready(message: str, log: Path) -> UsageError:
+    return UsageError(message, details=tail(log), hint=f"the whole log: {log}")
+
+
+def _cause(logs: Path, code: int) -> R1VError:
+    """The first failure among the ranks; where none left a cause (killed, out of memory), the logs' tails."""
+    files = sorted(logs.glob("rank-*.error.json"), key=lambda f: f.stat().st_mtime)
+    for file in files:
+        try:
+            error = from_dict(json.loads(file.read_text()))
+        except ValueError:
+            continue
+        rank = file.name.split(".")[0]
+        if error.exit_code == 1:
+            error.details = error.details + tail(logs / f"{rank}.log")
+            error.hint = error.hint or f"this looks like a bug; the whole log: {logs / f'{rank}.log'}"
+        return error
+    if shutil.disk_usage(logs).free < 1e6:  # too little for a rank to say so itself
+        return disk_full(logs)
+    if code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit code {code} and left no cause; it may have been killed (out of memory?)"
+    log = max(logs.glob("rank-*.log"), key=lambda f: f.stat().st_mtime, default=logs / "launcher.log")
+    return R1VError(f"a training process {how}", details=tail(log) + tail(logs / "launcher.log"), hint=f"logs: {logs}")
+
+
+def tail(log: Path, lines: int = 15) -> list[str]:
+    """The last lines of a log, [] when there is none."""
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""Models: families, loading, checkpoints, sampling, prompt lengths. Imports config, run and below."""

@@ -1,0 +1,104 @@
+"""How many tokens, text and image, the prompt of each row takes, and the filter that drops long ones: never a cut."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from typing import Any
+
+from PIL import Image
+
+from ..core import prompts
+from ..core.errors import DataError
+from ..run.run_dir import cache_dir, read_json, write_json
+
+_BATCH = 512
+
+
+def prompt_lengths(rows, processor) -> list[int]:
+    """Tokens of each row's whole prompt: chat template, question, instruction and images after the processor's resize.
+
+    Only image headers are read. Cached by the rows' fingerprint and everything of the processor that matters.
+
+    Args:
+        rows: a `datasets.Dataset` with `images` and `problem`.
+    """
+    import datasets
+
+    cache = cache_dir("lengths", f"{_key(rows, processor)}.json")
+    if cache.is_file():
+        lengths = read_json(cache)
+        if isinstance(lengths, list) and len(lengths) == len(rows):
+            return lengths
+    plain = rows.with_format(None).select_columns(["images", "problem"])
+    plain = plain.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    lengths = []
+    for start in range(0, len(plain), _BATCH):
+        batch = plain[start : start + _BATCH]
+        lengths += _batch_lengths(batch["problem"], batch["images"], processor)
+    write_json(cache, lengths)
+    return lengths
+
+
+def _batch_lengths(problems: list[str], images: list, processor) -> list[int]:
+    texts = [
+        processor.apply_chat_template(
+            prompts.build_messages(problem, len(found or [])), tokenize=False, add_generation_prompt=True
+        )
+        for problem, found in zip(problems, images, strict=True)
+    ]
+    # The template writes one placeholder an image; the processor repeats it for each of the image's tokens.
+    lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
+    for row, found in enumerate(images):
+        if found:
+            sizes = [_size(image) for image in found]
+            tokens = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+            lengths[row] += sum(tokens) - len(found)
+    return lengths
+
+
+def _size(image: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) from the header."""
+    with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
+        return opened.height, opened.width
+
+
+def _key(rows, processor) -> str:
+    parts = [
+        rows._fingerprint,
+        processor.tokenizer.backend_tokenizer.to_str(),
+        str(getattr(processor, "chat_template", None)),
+        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
+        prompts.template_hash(),
+    ]
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+
+def drop_long_prompts(rows, processor, limit: int | None):
+    """Keep rows whose prompt has at most `limit` tokens (all for None).
+
+    Returns:
+        (rows that fit, number dropped).
+
+    Raises:
+        DataError: nothing is left.
+    """
+    longest_first = os.environ.get("R1V_LONGEST_FIRST") == "1"  # r1v doctor --step: what fits first fits later
+    if limit is None and not longest_first:
+        return rows, 0
+    lengths = prompt_lengths(rows, processor)
+    keep = [i for i, n in enumerate(lengths) if limit is None or n <= limit]
+    if not keep:
+        shortest = min(lengths) if lengths else 0
+        raise DataError(
+            f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped"
+            + (f", the shortest prompt has {shortest} tokens" if lengths else ""),
+            hint="raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens",
+        )
+    if longest_first:
+        keep.sort(key=lambda i: -lengths[i])
+    elif len(keep) == len(rows):
+        return rows, 0
+    return rows.select(keep), len(rows) - len(keep)

@@ -1,0 +1,127 @@
+"""Pictures of a report's rollouts and questions: found where the run's or eval's data lies, shrunk, stored once."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config.embedded import with_seed
+from ..core.errors import R1VError
+from ..data.load import find_rows
+from .plots import MARK
+
+MAX_SIDE = 440  # px; twice the width that the page gives a picture
+_PNG_BYTES = 24_000  # drawings are smaller as PNG and stay sharp; photographs become JPEG
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A shrunk image. `file` is its name in the report's folder, width and height are in px."""
+
+    file: str
+    data: bytes
+    width: int
+    height: int
+    alt: str
+
+    @property
+    def uri(self) -> str:
+        kind = "png" if self.file.endswith(".png") else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+@dataclass
+class Album:
+    """The pictures of one report; the same image is stored once."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def add(self, data: bytes | None, alt: str) -> Picture | None:
+        """Shrink an encoded image and keep it; None when there is none or it cannot be decoded."""
+        shrunk = _shrink(data) if data else None
+        if shrunk is None:
+            return None
+        small, extension, (width, height) = shrunk
+        name = f"report-image-{hashlib.sha256(small).hexdigest()[:10]}.{extension}"
+        self.files[name] = small
+        return Picture(name, small, width, height, alt)
+
+
+def _shrink(data: bytes) -> tuple[bytes, str, tuple[int, int]] | None:
+    from PIL import Image, ImageOps, PngImagePlugin
+
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or 0):
+                return None
+            image = ImageOps.exif_transpose(opened).convert("RGBA")
+    # Whatever a broken file makes Pillow raise, the report goes on without the picture and says so.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError):
+        return None
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    out = io.BytesIO()
+    image.save(out, "PNG", pnginfo=info, optimize=True)
+    if out.tell() <= _PNG_BYTES:
+        return out.getvalue(), "png", image.size
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=82, comment=MARK.encode())
+    return out.getvalue(), "jpg", image.size
+
+
+def row_images(data: dict, ids: set[str], *, seed: int = 42) -> tuple[dict[str, bytes], str | None]:
+    """First image (encoded) of the rows with these ids, and a note where some are not found.
+
+    `data` is a recipe's `data` part: path and split; `seed` is the run's. Nothing is downloaded or prepared: of a hub
+    dataset only what is in the cache is read.
+    """
+    path, split = str(data.get("path") or ""), str(data.get("split") or "train")
+    if not ids:
+        return {}, None
+    if not path:
+        return {}, "the recipe names no data, so its rollouts have no images"
+    try:
+        folder = find_rows(with_seed(path, seed), split)
+    except R1VError as e:
+        return {}, f"the data {path} cannot be read, so its rollouts have no images: {e.message}"
+    if folder is None:
+        return {}, f"the data {path} is not on this machine, so its rollouts have no images"
+    found = _scan(folder, split, ids)
+    missing = len(ids - set(found))
+    return found, f"{missing} of {len(ids)} images are not in the data {path}" if missing else None
+
+
+def _scan(place: Path, split: str, ids: set[str]) -> dict[str, bytes]:
+    """Read ids first and images only of the row groups that hold one of them: data can be many GB."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = [place] if place.is_file() else sorted(place.glob(f"{split}-*.parquet")) or sorted(place.glob("*.parquet"))
+    found: dict[str, bytes] = {}
+    for file in files:
+        try:
+            shard = pq.ParquetFile(file)
+            names = set(shard.schema_arrow.names)
+            column = "images" if "images" in names else "image"
+            if not {"id", column} <= names:
+                continue
+            for group in range(shard.num_row_groups):
+                have = shard.read_row_group(group, columns=["id"])["id"].to_pylist()
+                wanted = [i for i, row_id in enumerate(have) if str(row_id) in ids and str(row_id) not in found]
+                if not wanted:
+                    continue
+                values = shard.read_row_group(group, columns=[column])[column].take(wanted).to_pylist()
+                for i, value in zip(wanted, values):
+                    first = (value or [None])[0] if isinstance(value, list) else value
+                    image = first.get("bytes") if isinstance(first, dict) else first
+                    if isinstance(image, bytes):
+                        found[str(have[i])] = image
+        except (pa.ArrowException, OSError):
+            continue  # a damaged shard: its images are counted as not found
+    return found

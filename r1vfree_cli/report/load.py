@@ -1,0 +1,308 @@
+"""Read run dirs and eval dirs as they are: killed, partial or damaged ones too. What is not there is noted, never made up."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config.recipes import read_yaml
+from ..core.errors import DataError, UsageError
+from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
+from ..run.run_dir import RunDir, read_json
+
+REDACTED = "[redacted]"
+_DEPTH = 40  # of nesting; nothing that r1v writes comes near it
+# Values under these keys are never shown.
+_HIDDEN = re.compile(r"(?i)^(env|environ|environment)$")
+_SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|passwd|credential)s?$")  # of environment variables
+_SECRET_FLAG = re.compile(
+    r"(?i)((?:api[-_]?key|password|passwd|secret|authorization|(?:access|auth|hf|hub)[-_]?token)['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass
+class Run:
+    """A run dir, as far as it can be read. `notes` says what is missing from it."""
+
+    path: Path
+    label: str
+    stage: str = "unknown"
+    recipe: dict = field(default_factory=dict)
+    status: dict = field(default_factory=dict)
+    launch: dict = field(default_factory=dict)
+    metrics: list[dict] = field(default_factory=list)
+    summary: dict = field(default_factory=dict)
+    contract: dict = field(default_factory=dict)
+    rollouts: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Eval:
+    """An eval dir: `scores.json` (what `eval-hallusion --json` prints) and `eval.json` (how it was made)."""
+
+    path: Path
+    label: str
+    scores: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def protocol(self) -> str:
+        return str(self.scores.get("protocol"))
+
+
+# --- values ----------------------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> float | None:
+    """A finite number, else None; true and false are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def table(value: Any) -> dict:
+    """`value` when it is a dict, else {}: the files are read from disk and may hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def clean(value: Any) -> Any:
+    """The same document, fit to be shown: secrets replaced, control characters and lone surrogates too."""
+    return _clean(value, _planted())
+
+
+def _clean(value: Any, secrets: list[str], depth: int = 0) -> Any:
+    if depth > _DEPTH:
+        return "..."
+    if isinstance(value, dict):
+        return {
+            _clean_text(str(k), secrets): REDACTED if v and _secret_key(str(k)) else _clean(v, secrets, depth + 1)
+            for k, v in value.items()
+        }
+    if isinstance(value, list | tuple):
+        # In an argv the value follows its flag: --api-key VALUE.
+        flags = [isinstance(v, str) and v.startswith("--") and _secret_key(v[2:]) for v in value]
+        return [REDACTED if i and flags[i - 1] else _clean(v, secrets, depth + 1) for i, v in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return _clean_text(str(value), secrets)
+
+
+def _secret_key(name: str) -> bool:
+    return bool(_HIDDEN.match(name) or SECRET_KEY.match(name))
+
+
+def _clean_text(text: str, secrets: list[str]) -> str:
+    text = _CONTROL.sub("\ufffd", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
+    for secret in secrets:
+        text = text.replace(secret, REDACTED)
+    text = URL_LOGIN.sub(f"{REDACTED}@", text)
+    text = BEARER.sub(REDACTED, SECRET_TEXT.sub(REDACTED, text))
+    return _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
+
+
+def _planted() -> list[str]:
+    """Values of this process's environment that are secrets by their variable's name."""
+    return [v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8 and v[0] != "/"]
+
+
+# --- dirs ------------------------------------------------------------------------------------------------------
+
+
+def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
+    """Read the given dirs, each once, in the order given.
+
+    Raises:
+        UsageError: none given; or evals of different protocols.
+        DataError: one is neither a run dir nor an eval dir, or its main files are damaged; or evals of different
+            numbers of questions.
+    """
+    if not dirs:
+        raise UsageError("no folder given", hint="r1v report RUN_OR_EVAL_DIR...")
+    unique = list({Path(d).resolve(): Path(d) for d in dirs}.values())
+    runs, evals = [], []
+    for path, label in zip(unique, labels(unique)):
+        known = False
+        if (path / "recipe.yaml").is_file() or (path / "status.json").is_file():
+            runs.append(read_run(path, label))
+            known = True
+        if (path / "scores.json").is_file():
+            evals.append(read_eval(path, label))
+            known = True
+        if not known:
+            raise _neither(path)
+    check_comparable(evals)
+    return runs, evals
+
+
+def _neither(path: Path) -> DataError:
+    if not path.exists():
+        return DataError(f"{path} does not exist", hint="give run dirs and eval dirs")
+    if not path.is_dir():
+        return DataError(f"{path} is a file, not a run dir or eval dir", hint="give the folder that holds it")
+    if (path / "eval.json").is_file():
+        return DataError(
+            f"{path} is an eval dir without scores.json: it is not scored yet",
+            hint="run the same r1v eval-hallusion again; it asks only for what is missing",
+        )
+    try:
+        names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
+    except OSError as e:
+        return DataError(f"cannot read {path}: {e.strerror}")
+    found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+    hint = "a run dir holds recipe.yaml and status.json, an eval dir scores.json and eval.json"
+    return DataError(
+        f"{path} is neither a run dir nor an eval dir", details=[f"found in it: {clean(found)}"], hint=hint
+    )
+
+
+def labels(paths: list[Path]) -> list[str]:
+    """A short name for each path: its last part, with as many parents as make all names different."""
+    parts = [p.resolve().parts for p in paths]
+    names = []
+    for own in parts:
+        n = 1
+        while n < len(own) and sum(other[-n:] == own[-n:] for other in parts) > 1:
+            n += 1
+        if own[-n:] in (("eval",), ("final",)) and len(own) > n + 1:
+            n += 1
+        names.append(clean("/".join(own[-n:])))
+    return names
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Read a run dir.
+
+    Raises:
+        DataError: `status.json` is damaged.
+    """
+    files = RunDir(path)
+    run = Run(path, label)
+    run.status = table(clean(files.status))
+    run.recipe = _recipe(files.recipe, run.notes)
+    run.stage = "grpo" if "rewards" in run.recipe else "sft" if run.recipe else "unknown"
+    run.launch = _optional(files.launch, run.notes)
+    run.summary = _optional(files.summary, run.notes)
+    run.contract = _optional(files.final / "r1v.json", run.notes)
+    run.metrics = read_metrics(files.metrics, run.notes)
+    run.rollouts = sorted(files.rollouts.glob("*.parquet"))
+    if run.stage == "grpo" and not run.rollouts:
+        run.notes.append("no rollouts were kept (rollouts/ is empty or not there)")
+    state = run.status.get("state")
+    if state != "finished":
+        reason = run.status.get("reason")
+        run.notes.append(f"the run is not finished: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
+    return run
+
+
+def read_metrics(path: Path, notes: list[str]) -> list[dict]:
+    """Lines of metrics.jsonl by step, numbers only; a step that is there twice (a resume) counts once, the last wins."""
+    lines: dict[float, dict] = {}
+    names: dict[str, str] = {}
+    for line in json_lines(path, notes):
+        step = number(line.get("step"))
+        if step is not None:
+            numbers = {names.setdefault(k, clean(k)): number(v) for k, v in line.items()}
+            lines[step] = lines.get(step, {}) | {k: v for k, v in numbers.items() if v is not None}
+    return [lines[step] for step in sorted(lines)]
+
+
+def read_eval(path: Path, label: str) -> Eval:
+    """Read an eval dir.
+
+    Raises:
+        DataError: `scores.json` is damaged or no result of eval-hallusion.
+    """
+    result = Eval(path, label)
+    scores = clean(read_json(path / "scores.json"))
+    if not isinstance(scores, dict) or not isinstance(scores.get("metrics"), dict) or not scores.get("protocol"):
+        raise DataError(
+            f"{path / 'scores.json'} is no result of r1v eval-hallusion: `protocol` and `metrics` are needed",
+            details=["found: " + (", ".join(list(scores)[:12]) if isinstance(scores, dict) else type(scores).__name__)],
+        )
+    result.scores = scores
+    result.settings = _optional(path / "eval.json", result.notes)
+    return result
+
+
+def check_comparable(evals: list[Eval]) -> None:
+    """One report compares only evals of one protocol over one set of questions.
+
+    Raises:
+        UsageError: naming the protocols, and who has which.
+        DataError: the same for the numbers of questions.
+    """
+    for key, what, error in (("protocol", "protocols", UsageError), ("n_questions", "numbers of questions", DataError)):
+        found: dict[str, list[str]] = {}
+        for e in evals:
+            found.setdefault(str(e.scores.get(key)), []).append(str(e.path))
+        if len(found) > 1:
+            raise error(
+                f"the evals have different {what}, and their scores cannot stand in one table",
+                details=[f"{value}: {', '.join(who)}" for value, who in found.items()],
+                hint="make one report for each",
+            )
+
+
+def _recipe(path: Path, notes: list[str]) -> dict:
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"), "it")
+    except (OSError, ValueError, UsageError) as e:
+        notes.append(f"recipe.yaml cannot be read: {clean(first_line(e))}")
+        return {}
+    if not isinstance(document, dict):
+        notes.append("recipe.yaml holds no recipe")
+    return table(clean(document))
+
+
+def _optional(path: Path, notes: list[str]) -> dict:
+    where = f"{path.parent.name}/{path.name}" if path.parent.name == "final" else path.name
+    if not path.is_file():
+        notes.append(f"{where} is not there")
+        return {}
+    try:
+        document = clean(read_json(path))
+    except DataError as e:
+        notes.append(f"{where} is damaged: {clean(e.message)}")
+        return {}
+    if not isinstance(document, dict):
+        notes.append(f"{where} is damaged: it holds no JSON object")
+    return table(document)
+
+
+def json_lines(path: Path, notes: list[str]) -> Iterator[dict]:
+    """Objects of a JSONL file, not cleaned. Damaged lines and a cut last line (killed writer) are left out and noted."""
+    if not path.is_file():
+        notes.append(f"{path.name} is not there")
+        return
+    damaged = 0
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                document = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                if line.endswith(b"\n"):
+                    damaged += 1
+                else:
+                    notes.append(f"{path.name}: the last line is cut (its writer was killed) and left out")
+                continue
+            if isinstance(document, dict):
+                yield document
+    if damaged:
+        notes.append(f"{path.name}: {damaged} damaged line{'s' * (damaged > 1)} left out")

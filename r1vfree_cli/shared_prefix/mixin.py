@@ -1,0 +1,342 @@
+"""GRPO that does the work on a group's shared prompt once: a mixin over TRL's GRPOTrainer that changes no number.
+
+    class Trainer(SharedPrefixMixin, GRPOTrainer): ...
+
+- Generation: images preprocessed and encoded once, the prompt prefilled once, all branches decoded together.
+- Reference and policy passes: one packed row per micro-batch, each prompt once and a branch per completion.
+
+With `shared_prefix = False`, and for models it does not know, every method is TRL's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch.utils.data import IterableDataset
+from trl.extras.profiling import profiling_context
+from trl.models import unwrap_model_for_generation
+
+from ..core import console
+from .attention import assert_installed, install
+from .decode import Prompts, decode_groups
+from .pack import Group, find_groups, pack, split_by_groups
+from .prompts import (
+    DistinctPrompts,
+    PreparedProcessor,
+    RowsByReference,
+    blank_image,
+    encode_images,
+    equal_prompts,
+    left_pad,
+    model_images,
+    same_frozen_vision,
+)
+
+_Trainer: Any = object  # for type checkers: the attributes are GRPOTrainer's
+
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+class SharedPrefixMixin(_Trainer):
+    """Put before `GRPOTrainer` in the bases.
+
+    Attributes:
+        shared_prefix: the switch; set it before `__init__`. False is plain TRL.
+        shared_prefix_off: why nothing is shared, None when it is.
+    """
+
+    shared_prefix: bool = True
+    shared_prefix_off: str | None = None
+
+    train_dataset: Any
+    processing_class: Any
+    _buffered_inputs: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prompts: DistinctPrompts  # of the batch in work
+        self._advantages: torch.Tensor | None = None  # of the micro-batch in work
+        self._encodes_once = False
+        self.shared_prefix_off = unsupported(self) if self.shared_prefix else "switched off"
+        if self.shared_prefix_off:
+            if self.shared_prefix and self.accelerator.is_main_process:
+                console.warn(f"shared_prefix: {self.shared_prefix_off}; groups are processed as plain TRL does it")
+            return
+        policy = self._whole(self.model)
+        reference = None if self.ref_model is None else self._whole(self.ref_model)
+        install(policy)
+        if reference is not None:
+            install(reference)
+        # Sharded weights are gathered in step on all ranks, but not all ranks have images at the same time.
+        sharded = self._zero3 and (self.use_vllm or not self.args.ds3_gather_for_generation)
+        once = same_frozen_vision(policy, reference) and not sharded
+        same = torch.tensor(float(once), device=self.accelerator.device)
+        self._encodes_once = self.accelerator.reduce(same).item() == self.accelerator.num_processes
+
+    @property
+    def _shares(self) -> bool:
+        return self.shared_prefix_off is None
+
+    def _whole(self, model):
+        """The transformers model for conditional generation inside the wrappers of accelerate and PEFT."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    # --- data: each distinct row is loaded once ------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        rows = self.train_dataset
+        if not self._shares or isinstance(rows, IterableDataset):
+            return super().get_train_dataloader()
+        self.train_dataset = RowsByReference(rows)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = rows
+
+    # --- generation: each distinct prompt is processed, encoded and prefilled once --------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        if not self._shares:
+            return super()._generate_and_score_completions(inputs)
+        processor = self.processing_class
+        # TRL processes all images a second time for the passes; the stand-in answers with what is already there.
+        self.processing_class = PreparedProcessor(processor, self._prepared_inputs)
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self.processing_class = processor
+            self.__dict__.pop("_prompts", None)
+
+    def _prepared_inputs(self) -> dict[str, torch.Tensor]:
+        prompts = self._prompts
+        self._encode(self.model)
+        out = {k: v for k, v in prompts.fields.items() if k in ("pixel_values", "image_grid_thw")}
+        if "mm_token_type_ids" in prompts.fields:
+            out["mm_token_type_ids"] = left_pad(prompts.repeat(prompts.fields["mm_token_type_ids"]), 0)[0]
+        return out
+
+    def _encode(self, model) -> None:
+        """Run a frozen vision tower once for generation and all passes; `pixel_values` then holds its output."""
+        prompts = self._prompts
+        if not self._encodes_once or prompts.encoded or "pixel_values" not in prompts.fields:
+            return
+        device = self.accelerator.device
+        with torch.no_grad(), self.accelerator.autocast():
+            pixels, grid = prompts.fields["pixel_values"].to(device), prompts.fields["image_grid_thw"].to(device)
+            prompts.fields["pixel_values"] = encode_images(self._whole(model), pixels, grid)
+        prompts.encoded = True
+
+    def _tokenize_prompts(self, prompts: list):
+        if not self._shares:
+            return super()._tokenize_prompts(prompts)
+        starts = [i for i in range(len(prompts)) if i == 0 or not equal_prompts(prompts[i], prompts[i - 1])]
+        sizes = [b - a for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
+        ids, images, fields = super()._tokenize_prompts([prompts[i] for i in starts])
+        fields = {k: [list(map(int, x)) for x in v] if k.endswith("token_type_ids") else v for k, v in fields.items()}
+        known = self._prompts = DistinctPrompts([list(x) for x in ids], images, fields, sizes)
+        return known.repeat(known.ids), None if images is None else known.repeat(images), fields
+
+    def _generate(self, prompts: list):
+        out = super()._generate(prompts)
+        if not self._shares:
+            return out
+        *head, images, tool_images = out
+        return *head, self._prompts.lead_images() if images is not None else None, tool_images
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        if not self._shares:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        prompts = self._prompts
+        if self.use_vllm or not own_loop_can(self.generation_config):
+            fields = prompts.repeated_fields()
+            return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
+        device = self.accelerator.device
+        padded, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+        config = copy.copy(self.generation_config)
+        config.cache_implementation = None  # the loop keeps its own cache
+        with (
+            profiling_context(self, "transformers.generate"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self.accelerator.autocast(),  # around all steps: it casts float32 weights once and not once a token
+        ):
+            self._encode(model)
+            fields = {k: v.to(device) for k, v in prompts.fields.items() if isinstance(v, torch.Tensor)}
+            images = model_images(
+                self._whole(model), fields.get("pixel_values"), fields.get("image_grid_thw"), encoded=prompts.encoded
+            )
+            together = self._zero3 and not self.args.ds3_gather_for_generation
+            blank = together and not images
+            if blank:
+                images = blank_image(self._whole(model), device)
+            sequences = model.generate(
+                input_ids=padded.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                custom_generate=decode_groups,
+                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images, blank),
+                all_ranks=together,
+            )
+        completions = sequences[:, padded.shape[1] :]
+        ends = torch.isin(completions, torch.tensor(self.eos_token_ids, device=device)).int()
+        lengths = ((ends.cumsum(dim=1) - ends) == 0).sum(dim=1)  # up to the first end token, and that one
+        return [row[:n] for row, n in zip(completions.tolist(), lengths.tolist(), strict=True)], None
+
+    @property
+    def _zero3(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3
+
+    # --- passes: groups stay together and are packed --------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        if not self._shares or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        parts = self.args.steps_per_generation
+        if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            groups = self._groups(
+                batch["prompt_ids"], batch["prompt_mask"], batch.get("num_images"), batch.get("image_grid_thw")
+            )
+            # TRL permutes samples here; groups are permuted instead, so that their samples meet in a micro-batch.
+            order = torch.randperm(len(groups)).tolist()
+            self._buffered_inputs = split_by_groups(batch, [groups[i] for i in order], parts)
+        return self._buffered_inputs[self._step % parts]
+
+    def _groups(self, prompt_ids, prompt_mask, num_images, image_grid_thw) -> list[Group]:
+        merged = self._whole(self.model).config.vision_config.spatial_merge_size ** 2 if self._encodes_once else 1
+        return find_groups(prompt_ids, prompt_mask, num_images, image_grid_thw, merged)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **kwargs,
+    ):
+        if not self._shares:
+            return super()._get_per_token_logps_and_entropies(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size=batch_size,
+                compute_entropy=compute_entropy,
+                compute_aux_loss=compute_aux_loss,
+                **kwargs,
+            )
+        pixels, grid, num_images = (kwargs.get(k) for k in ("pixel_values", "image_grid_thw", "num_images"))
+        whole = self._whole(model)
+        assert_installed(whole)
+        width = input_ids.shape[1] - logits_to_keep
+        groups = self._groups(input_ids[:, :width], attention_mask[:, :width], num_images, grid)
+        live, idle = self._split_idle(groups) if torch.is_grad_enabled() else (groups, [])
+
+        def run(part: list[Group], model) -> list[torch.Tensor]:
+            """Log-probabilities (rows, C) of the part and, if wanted, entropies."""
+            blank = self._zero3 and not self._encodes_once and not any(g.grids.stop > g.grids.start for g in part)
+            packed = pack(whole.base_model, part, input_ids, attention_mask, logits_to_keep, grid, blank_image=blank)
+            images = blank_image(whole, input_ids.device) if blank else {}
+            if pixels is not None and grid is not None and not blank:
+                shown = torch.cat([pixels[g.pixels] for g in part])
+                grids = torch.cat([grid[g.grids] for g in part])
+                images = model_images(whole, shown, grids, encoded=self._encodes_once)
+            with self.accelerator.autocast():
+                outputs = model(**packed.inputs, **images, shared_prefix=packed.layout, fused_lm_head=True)
+            packed.layout.assert_used(whole.config.get_text_config().num_hidden_layers)
+            wanted = (outputs.log_probs, outputs.entropy) if compute_entropy else (outputs.log_probs,)
+            return [packed.unpack(x, logits_to_keep) for x in wanted]
+
+        passes = chunks(live, batch_size, self.num_generations) if batch_size else [live]
+        parts = [run(part, model) for part in passes]
+        if idle:
+            with torch.no_grad():  # local, as other ranks may have no such group
+                parts.append(run(idle, whole))
+        order = torch.tensor([row for g in live + idle for row in range(g.start, g.stop)], device=input_ids.device)
+        logps, *entropies = (torch.cat(x)[order.argsort()] for x in zip(*parts, strict=True))
+        return logps, entropies[0] if entropies else None, None
+
+    def _compute_loss(self, model, inputs):
+        self._advantages = inputs["advantages"]
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._advantages = None
+
+    def _split_idle(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
+        """Groups that have a gradient, and those that have none because all their advantages are zero.
+
+        With a KL term or an entropy bonus every group has one. Under ZeRO-3 every rank must make the same number of
+        forward passes. One group is always kept, so that there is something to run backward through.
+        """
+        if self._advantages is None or self.beta != 0.0 or self._entropy_bonus_enabled or self._zero3:
+            return groups, []
+        moving = (self._advantages != 0).view(len(self._advantages), -1).any(dim=1).tolist()
+        live = [g for g in groups if any(moving[g.start : g.stop])] or groups[:1]
+        kept = {g.start for g in live}
+        return live, [g for g in groups if g.start not in kept]
+
+
+def chunks(groups: list[Group], rows: int, generations: int) -> list[list[Group]]:
+    """Groups in parts of about `rows` rows: whole groups of `generations`, at least one.
+
+    The boundaries depend on numbers of rows only, which all ranks have in common, and not on where their groups
+    begin: under ZeRO-3 every rank must make the same number of forward passes.
+    """
+    size = max(rows // generations, 1) * generations
+    out: list[list[Group]] = []
+    taken = 0
+    for group in groups:
+        start = group.start
+        while start < group.stop:
+            if taken % size == 0:
+                out.append([])
+            stop = min(group.stop, start + size - taken % size)
+            out[-1].append(group.part(start, stop))
+            taken += stop - start
+            start = stop
+    return out
+
+
+def own_loop_can(config) -> bool:
+    """Whether `decode_groups` does all that the generation config asks for."""
+    return (
+        str(getattr(config.get_generation_mode(), "value", "")) in ("greedy_search", "sample")
+        and config.cache_implementation in (None, "dynamic", "static")
+        and config.use_cache is not False
+        and (config.num_return_sequences or 1) == 1
+        and config.guidance_scale in (None, 1)
+    )
+
+
+def unsupported(trainer) -> str | None:
+    """Why the work of a trainer's groups cannot be shared, in words; None when it can."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if is_peft_model(model):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):
+            return "prompt-learning adapters are not supported"
+        model = model.get_base_model()
+    text = model.config.get_text_config()
+    if model.config.model_type not in MODEL_TYPES:
+        return f"model type {model.config.model_type} is not one of {', '.join(MODEL_TYPES)}"
+    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
+        return "sliding-window attention is not supported"
+    if trainer.tools or trainer.environment_factories is not None or trainer.rollout_func is not None:
+        return "tools, environments and rollout functions are not supported"
+    if trainer.is_fsdp_enabled:
+        return "FSDP is not supported"
+    return None

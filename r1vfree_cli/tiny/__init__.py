@@ -1,0 +1,1 @@
+"""The embedded models, and the judge that is trained for them. Imports judges, training and below."""

@@ -1,0 +1,144 @@
+"""What a resumed GRPO run needs beside Trainer's own state, so that it goes on as if it had never ended.
+
+Trainer keeps weights, optimizer, schedule, random numbers and the step. Lost were: the order of the rows after the
+first epoch, the generated batch between two steps that share it (`num_iterations`, `steps_per_generation`), figures
+since the last logged step, what the guard and the judge count, and a reference policy that moves (`sync_ref_model`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from trl.trainer.utils import RepeatSampler
+
+from ..core import console
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as _Trainer
+else:
+    _Trainer = object
+
+
+class Carried(Protocol):
+    """Something whose state goes into every checkpoint: plain numbers, strings, lists and dicts, no objects."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, but the order of an epoch depends on the seed and the epoch's number alone.
+
+    TRL's goes on from what it drew before, so that a resume in the second epoch walked through the first one again.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed or 0)
+            for _ in range(self.epoch):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
+
+
+class ExactResumeMixin(_Trainer):
+    """Mixin before a `trl.GRPOTrainer`: each rank writes what Trainer leaves out beside its random state.
+
+    `carried`: name -> what else has a state to keep on this rank; filled before `train()`.
+    """
+
+    args: Any
+    carried: dict[str, Carried]
+    _at_step_begin: dict[str, Any] | None = None
+    ref_model: Any
+    _step: int
+    _buffered_inputs: Any
+    _tr_loss: torch.Tensor
+    _globalstep_last_logged: int
+
+    def _get_train_sampler(self, dataset=None):
+        trl: Any = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            trl.data_source, trl.mini_repeat_count, trl.batch_size, trl.repeat_count, trl.shuffle, trl.seed
+        )
+
+    def training_step(self, *args, **kwargs):
+        if self._at_step_begin is None or self._at_step_begin["global_step"] != self.state.global_step:
+            self._at_step_begin = self._position()
+        return super().training_step(*args, **kwargs)
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "global_step": self.state.global_step,
+            "world_size": self.args.world_size,
+            "micro_step": self._step,
+            "batch": self._buffered_inputs if self._step % self._cycle else None,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "loss_sum": self._tr_loss.clone(),
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    @property
+    def _cycle(self) -> int:
+        """Micro-steps that share one generated batch."""
+        return (self.args.steps_per_generation or 1) * self.num_iterations
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # A step that was stopped half-way is done again from its beginning.
+        begun = self._at_step_begin
+        half_way = begun is not None and begun["global_step"] == self.state.global_step
+        position = begun if half_way else self._position()
+        carried = {name: each.state_dict() for name, each in self.carried.items()}
+        torch.save({"position": position, "carried": carried}, self._state_file(Path(output_dir)))
+        if self.args.sync_ref_model and (self._reference_sharded or self.args.process_index == 0):
+            parts = [part.detach().cpu().clone() for part in self._reference_parts()]
+            torch.save(parts, self._reference_file(Path(output_dir)))
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        file = self._state_file(Path(checkpoint))
+        own = self.args.device
+        device = "cpu" if own.type == "cpu" else own  # torch.load refuses cpu:0, as it is with several processes
+        saved = torch.load(file, map_location=device, weights_only=True) if file.is_file() else {}
+        position = saved.get("position", {})
+        if position.get("world_size") != self.args.world_size:
+            console.warn("the checkpoint was written by another number of processes: the resume is not exact")
+            return
+        self._step = position["micro_step"]
+        self._buffered_inputs = position["batch"]
+        self._metrics["train"] = defaultdict(list, position["metrics"])
+        self._tr_loss = position["loss_sum"]
+        self._globalstep_last_logged = position["last_logged"]
+        for name, state in saved["carried"].items():
+            if name in self.carried:
+                self.carried[name].load_state_dict(state)
+        if self.args.sync_ref_model:
+            parts = torch.load(self._reference_file(Path(checkpoint)), map_location="cpu", weights_only=True)
+            with torch.no_grad():
+                for own, part in zip(self._reference_parts(), parts, strict=True):
+                    own.copy_(part)
+
+    def _reference_parts(self) -> list[torch.Tensor]:
+        """What this rank holds of a reference policy that moves with the trained one: under ZeRO-3 its shards."""
+        return [getattr(p, "ds_tensor", p.data) for p in self.ref_model.parameters()]
+
+    @property
+    def _reference_sharded(self) -> bool:
+        return any(hasattr(p, "ds_tensor") for p in self.ref_model.parameters())
+
+    def _reference_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"r1v_reference_{self.args.process_index if self._reference_sharded else 0}.pt"
+
+    def _state_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"r1v_state_{self.args.process_index}.pt"
