@@ -397,7 +397,7 @@ def main() -> None:
         if debug:
             raise
         from .core import console
-        from .run.run_dir import disk_full, no_space
+        from .core.files import disk_full, no_space
 
         if no_space(e):
             full = disk_full(getattr(e, "filename", None) or "its results")

@@ -15,7 +15,7 @@ from typing import Literal
 from urllib.parse import parse_qsl, urlencode
 
 from ..core.errors import DataError, UsageError, nearest
-from ..run.run_dir import cache_dir
+from ..core.files import cache_dir
 from . import recipes
 
 PREFIX = "embedded:"
@@ -28,7 +28,7 @@ _TITLES = {
     "tiny-judge": "train the judge",
 }
 # What decides the content of each piece, beside its seed and the libraries: a change of these builds it anew.
-_TEXTS = ("core/prompts.py", "core/judge_prompt.py", "data/shapes.py", "tiny/models.py")
+_TEXTS = ("core/prompts.py", "data/shapes.py", "tiny/models.py")
 _SOURCES = {
     "tiny-init": _TEXTS,
     "tiny-policy": (*_TEXTS, "training/sft.py"),

@@ -75,3 +75,8 @@ def nearest(name: str, allowed) -> str | None:
 
     found = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message, its class's name where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -6,10 +6,12 @@ A rank locks its pid file as long as it lives; a process id alone may have been 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TextIO
@@ -88,3 +90,18 @@ def end_orphans(logs: Path) -> None:
     while running(logs) and time.monotonic() < deadline:
         time.sleep(POLL_S)
     signal_all(logs, signal.SIGKILL)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Ask Linux to send `number` to this process when its parent dies; does nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def gpu_count() -> int:
+    """GPUs that this process may use, without asking torch: device files, less what CUDA_VISIBLE_DEVICES hides."""
+    present = sum(1 for f in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", f.name))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    return min(present, len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"]))

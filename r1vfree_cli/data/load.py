@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from ..core.errors import DataError, UsageError, nearest
-from ..run.run_dir import cache_dir, read_json, sha256_file, write_json
+from ..core.files import cache_dir, read_json, sha256_file, write_json
 from . import sources
 from .prepare import SUMMARY, Reader, digest, prepare
 from .rows import COLUMNS, REQUIRED_COLUMNS, SCHEMA_VERSION, Drops

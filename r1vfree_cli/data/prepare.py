@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..run.run_dir import sha256_file, write_json
+from ..core.files import sha256_file, write_json
 from .rows import SCHEMA_VERSION, Drops, RowProblem, make_row
 from .sources import Source, Table, find_source, open_source
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from ..config import recipes
 from ..config.schema import GrpoRecipe, SftRecipe
-from ..core import console
+from ..core import console, files
 from ..core.errors import R1VError, UsageError
 from ..launch import job as jobs
+from ..launch import plan as plans
 from ..launch import preflight
 from ..launch import processes as launch
-from ..launch.processes import module_plan
+from ..launch.plan import module_plan
 from ..run import run_dir
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -135,7 +136,7 @@ def _disk() -> list[Check]:
     checks = []
     places = (
         ("here", Path.cwd()),
-        ("cache", run_dir.cache_dir()),
+        ("cache", files.cache_dir()),
         ("temporary", Path(os.environ.get("TMPDIR", "/tmp"))),
     )
     for title, path in places:
@@ -174,7 +175,7 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
         out = Path(folder) / "probe.json"
         args = [str(out)]
         if recipe is not None and stage is not None:
-            run_dir.write_text(Path(folder) / "recipe.yaml", recipes.to_yaml(recipe))
+            files.write_text(Path(folder) / "recipe.yaml", recipes.to_yaml(recipe))
             args += ["--stage", stage, "--recipe", str(Path(folder) / "recipe.yaml")]
             args += [] if judge else ["--without-judge"]
         try:
@@ -182,10 +183,10 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
             logs = Path(folder) / "logs"
             with ExitStack() as stack:
                 env = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else {}
-                launch.execute(launch.Plan(plan.argv, {**plan.env, **env}), logs)
-            return [Check(**line) for line in run_dir.read_json(out)]
+                launch.execute(plans.Plan(plan.argv, {**plan.env, **env}), logs)
+            return [Check(**line) for line in files.read_json(out)]
         except R1VError as e:
-            lines = [Check(**line) for line in run_dir.read_json(out)] if out.is_file() else []
+            lines = [Check(**line) for line in files.read_json(out)] if out.is_file() else []
             return [*lines, Check("probe", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)]
 
 

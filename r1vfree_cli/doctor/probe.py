@@ -15,10 +15,10 @@ from ..config import recipes
 from ..config.embedded import resolve_model, with_seed
 from ..config.schema import GrpoRecipe, SftRecipe
 from ..core.errors import DataError, R1VError
+from ..core.files import write_json
 from ..data.load import ensure_rows, load_rows
 from ..models.lengths import prompt_lengths
-from ..run.run_dir import write_json
-from ..training.worker import attention, load_processor
+from ..models.load import attention, load_processor
 
 GB = 1e9
 

@@ -19,7 +19,7 @@ from ..config import schema as config
 from ..core import console
 from ..core.errors import DataError, UsageError
 from ..core.prompts import build_messages
-from ..training.worker import load_policy, load_processor
+from ..models.load import load_policy, load_processor
 
 ADAPTER = "adapter_config.json"
 
@@ -272,7 +272,7 @@ def adapter_base(folder: Path) -> str:
     Raises:
         DataError: it names none.
     """
-    from ..run.run_dir import read_object
+    from ..core.files import read_object
 
     base = read_object(folder / ADAPTER).get("base_model_name_or_path")
     if not base:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..core import console, prompts
 from ..core.errors import DataError, UsageError
+from ..core.files import append_jsonl, read_json, read_jsonl, write_text
 from ..models import checkpoint
-from ..run.run_dir import append_jsonl, read_json, read_jsonl, write_text
 from .endpoint import Endpoint, Reply
 from .hallusion.judge import content_key, repair_tail
 from .hallusion.questions import Question, QuestionSet

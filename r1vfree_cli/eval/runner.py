@@ -15,9 +15,9 @@ from typing import Any
 
 from ..core import console
 from ..core.errors import DataError
+from ..core.files import read_json, write_json, write_text
 from ..core.prompts import template_hash
 from ..run import contract
-from ..run.run_dir import read_json, write_json, write_text
 from . import predict, reading
 from .endpoint import Endpoint
 from .hallusion import judge, questions, score

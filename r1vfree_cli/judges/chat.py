@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ..core.judge_prompt import ASK_JSON, judge_text
+from ..core.prompts import ASK_JSON, judge_text
 from .client import HttpJudge, Reply
 from .protocol import Failure, Question, checked
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ..core.judge_prompt import messages_for
+from ..core.prompts import messages_for
 from .client import HttpJudge, Reply
 from .protocol import Failure, Question, checked
 

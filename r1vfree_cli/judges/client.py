@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config.schema import FeedbackReward
 from ..core.errors import UsageError
-from ..core.judge_prompt import PromptKind
+from ..core.prompts import PromptKind
 from ..core.redact import without_key
 from .protocol import Failure, Question, Verdict
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Any
 
-from ..core.judge_prompt import PromptKind
+from ..core.prompts import PromptKind
 from .protocol import Failure, Question, Verdict, checked
 
 

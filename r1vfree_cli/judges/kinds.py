@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.errors import DataError
-from ..core.judge_prompt import PromptKind
+from ..core.prompts import PromptKind
 
 Kind = Literal["yes_no", "value_head", "classification"]
 

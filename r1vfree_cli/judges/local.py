@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..core.errors import DataError
-from ..core.judge_prompt import as_data, messages_for
+from ..core.prompts import as_data, messages_for
 from .kinds import VALUE_HEAD, checkpoint_file, detect_kind, prompt_of, unloadable
 
 Item = tuple[Sequence[Image.Image], str, str]  # images, question, answer

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from ..core.judge_prompt import PromptKind
+from ..core.prompts import PromptKind
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..config.embedded import is_embedded, resolve_model
 from ..core import console
 from ..core.errors import R1VError, UsageError
-from ..launch.preflight import gpu_count
+from ..core.process import gpu_count
 from .kinds import detect_kind, fingerprint, prompt_of
 
 MAX_BATCH = 64

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from ..config import embedded, recipes
 from ..config.schema import GrpoRecipe, SftRecipe
-from ..core import console
+from ..core import console, files
 from ..core import process as ranks
 from ..core.errors import GuardStop, Interrupted, R1VError, UsageError
 from ..run import contract, run_dir
 from ..run.run_dir import RunDir
+from . import plan as plans
 from . import preflight, watch
 from . import processes as launch
 
@@ -45,7 +46,7 @@ def train(
     recipe = recipes.load(stage, name, overrides)
     findings = preflight.check(recipe, dry_run=dry_run)
     where = RunDir(path or Path("runs") / Path(name).stem)
-    plan = launch.plan(stage, recipe, where.path)
+    plan = plans.plan(stage, recipe, where.path)
     if dry_run:
         return _dry_run(recipe, findings, plan)
     findings.raise_errors(f"recipe {name}")
@@ -56,9 +57,9 @@ def train(
     return run(stage, recipe, where, resume=resume, overwrite=overwrite, commit=commit)
 
 
-def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: launch.Plan) -> dict:
+def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: plans.Plan) -> dict:
     port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
-    server = launch.server_plan(recipe, port) if recipe.served else None
+    server = plans.server_plan(recipe, port) if recipe.served else None
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": shlex.join(plan.argv),
@@ -112,7 +113,7 @@ def run(
             for old in logs.glob("rank-*.error.json"):  # of an earlier attempt: its cause is not this one's
                 old.unlink()
             recipe_file = logs / "recipe.yaml"
-            run_dir.write_text(recipe_file, recipes.to_yaml(recipe))
+            files.write_text(recipe_file, recipes.to_yaml(recipe))
         try:
             env = {"R1V_RECIPE": str(recipe_file), "R1V_GIT_COMMIT": commit or ""}
             _launch(stage, recipe, where, logs, env | ({"R1V_RESUME": "1"} if resume else {}))
@@ -125,7 +126,7 @@ def run(
             raise error from None
         if node:
             return {"run_dir": str(where.path), "node": node}
-        return {"run_dir": str(where.path), **run_dir.read_json(where.summary)}
+        return {"run_dir": str(where.path), **files.read_json(where.summary)}
 
 
 def _tell_changes(where: RunDir, stage: str, recipe: GrpoRecipe | SftRecipe) -> None:
@@ -219,7 +220,7 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
                 commit = contract.git_commit(recipes.find(kind, name).parent)
                 run(kind, recipes.load(kind, name, stage.args[1:]), RunDir(folder), commit=commit)
             else:
-                plan = launch.module_plan(*stage.args, str(folder / "final"))
+                plan = plans.module_plan(*stage.args, str(folder / "final"))
                 with watch.LogView(folder / "logs" / "launcher.log") as view:
                     launch.execute(plan, folder / "logs", watch=view.update)
 
@@ -242,17 +243,17 @@ def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, logs: Pat
     seconds: dict[str, float] = {}
     prepare(recipe, seconds)
     with launch.serving(recipe, logs) as served:
-        base = launch.plan(stage, recipe, where.path)
+        base = plans.plan(stage, recipe, where.path)
         told = {"R1V_SECONDS": json.dumps({"before": seconds, "launched": time.monotonic()})}
         plan = replace(base, env={**base.env, **env, **told, **served})
         if recipe.launch.node_rank == 0:
-            run_dir.write_json(where.launch, _launch_document(plan))
+            files.write_json(where.launch, _launch_document(plan))
         console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
         with _timed(stage, seconds), watch.RunView(stage, where) as view:
             launch.execute(plan, logs, watch=view.update)
 
 
-def _launch_document(plan: launch.Plan) -> dict:
+def _launch_document(plan: plans.Plan) -> dict:
     """launch.json: how this attempt was started. The environment holds only what r1v itself set: no keys."""
     return {
         "command": shlex.join(["r1v", *sys.argv[1:]]),
@@ -290,6 +291,6 @@ def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, o
     args += ["--base", base] if base else []
     args += ["--dtype", dtype] if dtype else []
     args += ["--overwrite"] if overwrite else []
-    plan = launch.module_plan("r1vfree_cli.training.merge", *args)
+    plan = plans.module_plan("r1vfree_cli.training.merge", *args)
     # Its stderr is the user's: no warnings between libraries, no search for an accelerator.
     return launch.run_json(replace(plan, env=plan.env | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}))

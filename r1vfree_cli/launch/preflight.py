@@ -10,12 +10,12 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 from ..config.embedded import is_embedded, stages
 from ..config.schema import GrpoRecipe, SftRecipe
 from ..core.errors import R1VError, UsageError
-from .processes import training_devices
+from ..core.process import gpu_count
+from .plan import training_devices
 
 _TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
 
@@ -54,15 +54,6 @@ def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False) -> Findings:
         if feedback.backend == "chat" and not os.environ.get(feedback.api_key_env):
             found.warnings.append(f"{feedback.api_key_env} is not set; the judge is asked without a key")
     return found
-
-
-def gpu_count() -> int:
-    """GPUs that this process may use, without asking torch: device files, less what CUDA_VISIBLE_DEVICES hides."""
-    present = sum(1 for f in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", f.name))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return present
-    return min(present, len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"]))
 
 
 def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..core import prompts
 from ..core.errors import DataError
-from ..run.run_dir import cache_dir, read_json, write_json
+from ..core.files import cache_dir, read_json, write_json
 
 _BATCH = 512
 

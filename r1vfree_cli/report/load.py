@@ -13,8 +13,9 @@ from typing import Any
 
 from ..config.recipes import read_yaml
 from ..core.errors import DataError, UsageError
+from ..core.files import read_json
 from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
-from ..run.run_dir import RunDir, read_json
+from ..run.run_dir import RunDir
 
 REDACTED = "[redacted]"
 _DEPTH = 40  # of nesting; nothing that r1v writes comes near it

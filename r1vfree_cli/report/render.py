@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import UsageError
-from ..run.run_dir import write_bytes
+from ..core.files import write_bytes
 from . import benchmark, training
 from .gallery import Album
 from .load import Eval, Run, collect, number

@@ -17,8 +17,7 @@ from typing import Any
 
 from ..config.schema import FeedbackReward
 from ..core.errors import GuardStop, R1VError, UsageError
-from ..core.judge_prompt import prompt_hash
-from ..core.prompts import parse
+from ..core.prompts import parse, prompt_hash
 from ..judges.cache import JudgementCache
 from ..judges.protocol import Backend, Failure, JudgeImage, Question, Verdict
 from .text import completion_text

@@ -12,7 +12,7 @@ from typing import Any
 from .. import __version__
 from ..config.schema import GrpoRecipe, SftRecipe
 from ..core import console, prompts
-from .run_dir import read_object, write_json
+from ..core.files import read_object, write_json
 
 FILE = "r1v.json"
 # TRL's sampling keys; what a recipe leaves out is TRL's default and is filled in by the worker.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..core import console
-from ..core.judge_prompt import judge_messages
+from ..core.prompts import judge_messages
 from ..data import shapes
 
 STEPS = 250

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from ..core import prompts
-from ..core.judge_prompt import ASK_YES_NO, RULE, judge_text
+from ..core.prompts import ASK_YES_NO, RULE, judge_text
 from ..data import shapes
 
 PIXELS = 56 * 56  # of every image: 2 x 2 visual tokens

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..run.run_dir import RUNNING, RunDir, append_jsonl, read_jsonl, write_text
+from ..core.files import append_jsonl, read_jsonl, write_text
+from ..run.run_dir import RUNNING, RunDir
 from .worker import stop_requested
 
 STATUS_EVERY_S = 1.0  # status.json is for people who watch; metrics.jsonl has every step

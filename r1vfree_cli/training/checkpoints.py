@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..core import console
-from ..core.errors import DataError, R1VError, UsageError
+from ..core.errors import DataError, R1VError, UsageError, first_line
+from ..core.files import disk_full, no_space, read_object, write_json
 from ..run import contract
-from ..run.run_dir import RunDir, disk_full, no_space, read_object, write_json
-from .worker import first_line
+from ..run.run_dir import RunDir
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

@@ -17,12 +17,14 @@ from ..config.embedded import with_seed
 from ..config.schema import GrpoRecipe
 from ..core import console
 from ..core.errors import Interrupted, R1VError, UsageError
+from ..core.files import append_jsonl
 from ..data.load import data_sha256, load_rows
 from ..models.lengths import drop_long_prompts
+from ..models.load import load_policy, load_processor, peft_config, round_weights
 from ..rewards import canaries
 from ..rewards.registry import build_rewards
 from ..run import contract
-from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir, append_jsonl
+from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
 from .callbacks import RunCallback, trim_metrics
 from .checkpoints import resume_point, save_final
 from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
@@ -30,19 +32,7 @@ from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
 from .recorder import summarise_metrics, truncate_rollouts, update_summary
 from .trainer import R1VGRPOTrainer
-from .worker import (
-    is_main,
-    load_policy,
-    load_processor,
-    on_main,
-    peft_config,
-    refusals,
-    round_weights,
-    seconds_until_now,
-    stop_requested,
-    to_prompts,
-    worker,
-)
+from .worker import is_main, on_main, refusals, seconds_until_now, stop_requested, to_prompts, worker
 
 
 def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from ..core import console
 from ..core.errors import GuardStop, R1VError
-from ..run.run_dir import RunDir, append_jsonl
+from ..core.files import append_jsonl
+from ..run.run_dir import RunDir
 from .callbacks import any_rank
 from .guard import CollapseGuard, Verdict, figures, offenders
 from .recorder import Rollout, write_rollouts

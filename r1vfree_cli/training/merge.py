@@ -24,12 +24,14 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from ..core.errors import DataError, R1VError, UsageError
+from ..core.errors import DataError, R1VError, UsageError, first_line
+from ..core.files import read_json
+from ..core.process import die_with_parent
 from ..core.prompts import build_messages, target_text
+from ..models.load import check_size, check_template
 from ..run import contract
-from ..run.run_dir import RunDir, read_json
+from ..run.run_dir import RunDir
 from .checkpoints import checkpoints, is_whole, tensors_only
-from .worker import check_size, check_template, die_with_parent, first_line
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are

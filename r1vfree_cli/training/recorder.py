@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.files import read_json, read_jsonl, write_bytes, write_json
 from ..core.prompts import parse
-from ..run.run_dir import RunDir, read_json, read_jsonl, write_bytes, write_json
+from ..run.run_dir import RunDir
 
 
 @dataclass

@@ -16,24 +16,16 @@ from ..config.embedded import with_seed
 from ..config.schema import SftRecipe
 from ..core import console
 from ..core.errors import DataError, Interrupted
+from ..core.files import read_jsonl, write_json
 from ..core.prompts import build_messages, target_text
 from ..data.load import data_sha256, load_rows
 from ..models.lengths import prompt_lengths
+from ..models.load import load_policy, load_processor, peft_config, round_weights
 from ..run import contract
-from ..run.run_dir import FINISHED, INTERRUPTED, RunDir, read_jsonl, write_json
+from ..run.run_dir import FINISHED, INTERRUPTED, RunDir
 from .callbacks import RunCallback
 from .checkpoints import WholeCheckpoints, resume_point, save_final
-from .worker import (
-    is_main,
-    load_policy,
-    load_processor,
-    on_main,
-    peft_config,
-    refusals,
-    round_weights,
-    seconds_until_now,
-    worker,
-)
+from .worker import is_main, on_main, refusals, seconds_until_now, worker
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
 IGNORED = -100  # the label that cross-entropy skips

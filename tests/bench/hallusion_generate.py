@@ -27,7 +27,7 @@ from tiny_models import draw, load_tiny, save_tiny
 
 from r1vfree_cli.core.prompts import build_messages
 from r1vfree_cli.eval.generate import Answer, Generator, Job
-from r1vfree_cli.training.worker import set_pixel_limits
+from r1vfree_cli.models.load import set_pixel_limits
 
 
 def jobs(figures: int) -> list[Job]:

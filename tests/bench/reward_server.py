@@ -28,8 +28,9 @@ CLIENTS, ANSWERS, GROUP = 6, 16, 8
 def client(number: int, url: str, rounds: int, barrier, results) -> None:
     """Ask `rounds` times about 2 images x 8 answers, all clients at once."""
     from PIL import Image
-    from r1vfree_cli.config.schema.schema import FeedbackReward
-    from r1vfree_cli.rewards.registry.registry import build_feedback
+
+    from r1vfree_cli.config.schema import FeedbackReward
+    from r1vfree_cli.rewards.registry import build_feedback
 
     reward = build_feedback(FeedbackReward(name="feedback", base_url=url, cache=False, timeout_s=600))
     for r in range(rounds + 1):

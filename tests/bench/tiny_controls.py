@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from r1vfree_cli.config.schema import embedded
+from r1vfree_cli.config import embedded
 from r1vfree_cli.core import console
 from r1vfree_cli.data import shapes
-from r1vfree_cli.launch.processes import job as jobs
+from r1vfree_cli.launch import job as jobs
 
 FORMAT = "{name: format, weight: 0.2}"
 CONTROLS = {

@@ -33,7 +33,7 @@ from hypothesis.strategies import SearchStrategy
 
 from r1vfree_cli import cli
 from r1vfree_cli.core.errors import UsageError
-from r1vfree_cli.launch.processes import job as jobs
+from r1vfree_cli.launch import job as jobs
 
 LIMIT_S = 20.0  # a case takes milliseconds, or about a second where a model is loaded
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 from hypothesis import strategies as st
-from r1vfree_cli.config.schema.recipes import recipes_root
+
+from r1vfree_cli.config.recipes import recipes_root
 
 from . import values
 from .harness import Case, Link

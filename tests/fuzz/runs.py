@@ -58,9 +58,8 @@ PICKLE = pickle.dumps(_Payload())
 
 def _load() -> None:
     """The processor and the policy, as a training worker loads them."""
-    from r1vfree_cli.config.schema.schema import Model
-
-    from r1vfree_cli.training.worker import load_policy, load_processor
+    from r1vfree_cli.config.schema import Model
+    from r1vfree_cli.models.load import load_policy, load_processor
 
     model = Model(name="ckpt", dtype="float32")
     load_processor(model)
@@ -113,8 +112,7 @@ def _reply(kind: str, body: bytes) -> Case:
     """A verdict is a finite number; whatever is no verdict is a failure of that call, and nothing else."""
 
     def call() -> None:
-        from r1vfree_cli.config.schema.schema import FeedbackReward
-
+        from r1vfree_cli.config.schema import FeedbackReward
         from r1vfree_cli.eval.endpoint import CallFailed, read_reply
         from r1vfree_cli.eval.hallusion.judge import parse_label
         from r1vfree_cli.eval.reading import judged_text, read_yes_no

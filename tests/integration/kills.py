@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 import yaml
 from safetensors.torch import load_file
 
-from r1vfree_cli.config.schema import recipes
-from r1vfree_cli.run.run_dir import RunDir, read_json, read_jsonl
+from r1vfree_cli.config import recipes
+from r1vfree_cli.core.files import read_json, read_jsonl
+from r1vfree_cli.run.run_dir import RunDir
 
 HERE = Path(__file__).parent
 LIMIT_S = 240.0
@@ -108,12 +109,13 @@ _CLI = f"""
 import sys
 from dataclasses import replace
 sys.path.insert(0, {str(HERE)!r})
-from r1vfree_cli import cli, launch
-plan = launch.plan
+from r1vfree_cli import cli
+from r1vfree_cli.launch import plan as plans
+plan = plans.plan
 def with_rewards(stage, recipe, where):
     found = plan(stage, recipe, where)
     return replace(found, argv=[*found.argv[:-3], {str(HERE / "grpo_worker.py")!r}, str(where)])
-launch.plan = with_rewards
+plans.plan = with_rewards
 cli.main()
 """
 

@@ -10,11 +10,11 @@ import re
 import judge_servers as js
 import pytest
 from PIL import Image
-from r1vfree_cli.config.schema.schema import Canaries, FeedbackReward
-from r1vfree_cli.rewards.registry.registry import build_feedback
 
+from r1vfree_cli.config.schema import Canaries, FeedbackReward
 from r1vfree_cli.core.errors import GuardStop, UsageError
 from r1vfree_cli.rewards.canaries import HEADER, TEMPLATES, check
+from r1vfree_cli.rewards.registry import build_feedback
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 200)}
 

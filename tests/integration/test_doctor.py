@@ -5,14 +5,13 @@ from collections import namedtuple
 
 import pytest
 import yaml
-from r1vfree_cli.doctor.checks.checks import diagnose
 from r1vfree_cli.doctor.checks.probe import memory_estimate
 from tiny_models import draw_rows, save_tiny, write_rows
 from transformers import Qwen2_5_VLConfig
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
 from r1vfree_cli.doctor.checks import checks as doctor
-from r1vfree_cli.doctor.checks import probe
+from r1vfree_cli.doctor.checks import diagnose, probe
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -12,11 +12,11 @@ import time
 import judge_servers as js
 import pytest
 from PIL import Image
-from r1vfree_cli.config.schema.schema import FeedbackReward
-from r1vfree_cli.rewards.registry.registry import build_feedback
 
+from r1vfree_cli.config.schema import FeedbackReward
 from r1vfree_cli.core.errors import GuardStop, UsageError
 from r1vfree_cli.core.prompts import INSTRUCTION
+from r1vfree_cli.rewards.registry import build_feedback
 
 RED, BLUE = (Image.new("RGB", (40, 30), c) for c in ((200, 0, 0), (0, 0, 200)))
 

@@ -23,14 +23,16 @@ from tiny_models import draw, draw_rows, load_tiny, save_tiny, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
 from r1vfree_cli.core.errors import DataError, GuardStop, Interrupted, UsageError
+from r1vfree_cli.core.files import read_json, read_jsonl, write_text
 from r1vfree_cli.core.prompts import build_messages, template_hash
-from r1vfree_cli.launch.processes import processes as launch
+from r1vfree_cli.launch import plan as plans
+from r1vfree_cli.launch import processes as launch
 from r1vfree_cli.models.lengths import drop_long_prompts, prompt_lengths
 from r1vfree_cli.models.sampling import VISION_TOKENS, keyed_draws
 from r1vfree_cli.run import contract
-from r1vfree_cli.run.run_dir import RunDir, read_json, read_jsonl, write_text
+from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import grpo
 from r1vfree_cli.training import worker as common
 from r1vfree_cli.training.checkpoints import checkpoints, is_whole
@@ -668,7 +670,7 @@ def test_trl_refusals_are_usage_errors(home, tmp_path, made_up):
 
 def launched(recipe, run: RunDir, *, env: dict | None = None, logs: Path | None = None) -> None:
     """The recipe through the real launcher, with the rewards of `grpo_worker`."""
-    plan = launch.plan("grpo", recipe, run.path)
+    plan = plans.plan("grpo", recipe, run.path)
     argv = [*plan.argv[:-3], grpo_worker.__file__, str(run.path)]
     path = os.pathsep.join([str(Path(launch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     added = {"R1V_CACHE": os.environ["R1V_CACHE"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -23,11 +23,11 @@ from pathlib import Path
 import pytest
 
 from r1vfree_cli.core.errors import DataError, GateError, R1VError, UsageError
+from r1vfree_cli.core.files import write_json
 from r1vfree_cli.eval import reading
 from r1vfree_cli.eval.hallusion import questions as questions_module
 from r1vfree_cli.eval.hallusion import score
 from r1vfree_cli.eval.runner import EvalOptions, check_gates, evaluate, print_scores
-from r1vfree_cli.run.run_dir import write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -646,7 +646,7 @@ def test_estimate_spends_nothing(bench, tmp_path, serve, capsys):
 
 
 def _lines(path: Path):
-    from r1vfree_cli.run.run_dir import read_jsonl
+    from r1vfree_cli.core.files import read_jsonl
 
     return list(read_jsonl(path))
 

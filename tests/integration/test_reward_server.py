@@ -20,17 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from r1vfree_cli.config.schema.schema import FeedbackReward, FormatReward
-from r1vfree_cli.rewards.registry.registry import build_feedback, build_rewards
 from safetensors.torch import load_file, save_file
 from tiny_models import TAKES_FEATURES, _bpe, draw, draw_rows, save_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.utils import is_async_callable
 
+from r1vfree_cli.config.schema import FeedbackReward, FormatReward
 from r1vfree_cli.core.errors import DataError, UsageError
-from r1vfree_cli.core.judge_prompt import conversation_messages, judge_messages
+from r1vfree_cli.core.prompts import conversation_messages, judge_messages
 from r1vfree_cli.judges.kinds import fingerprint
 from r1vfree_cli.judges.local import LocalJudge
+from r1vfree_cli.rewards.registry import build_feedback, build_rewards
 
 pytestmark = pytest.mark.xdist_group("reward_server")
 ANSWERS = ("red", "No, there is none of them <|im_end|> at all", "two")
@@ -573,7 +573,7 @@ def test_the_server_of_a_run_dies_with_r1v_that_is_killed(vlm, tmp_path):
     port = free_port()
     served = f"rewards=[{{name: feedback, serve: {{model: {str(vlm)!r}, port: {port}}}}}]"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom r1vfree_cli import launch, recipes\n"
+        "import sys, time\nfrom pathlib import Path\nfrom r1vfree_cli.config import recipes\nfrom r1vfree_cli.launch import processes as launch\n"
         "recipe = recipes.load('grpo', 'tiny', [sys.argv[1]])\n"
         "with launch.serving(recipe, Path(sys.argv[2])):\n    print('ready', flush=True)\n    time.sleep(600)\n"
     )

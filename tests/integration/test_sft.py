@@ -11,14 +11,16 @@ import tiny_models
 import torch
 from PIL import Image
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
 from r1vfree_cli.core import prompts
 from r1vfree_cli.core.errors import DataError, Interrupted, UsageError
-from r1vfree_cli.launch.processes import processes as launch
+from r1vfree_cli.core.files import read_jsonl
+from r1vfree_cli.launch import plan as plans
+from r1vfree_cli.launch import processes as launch
+from r1vfree_cli.models.load import load_processor
 from r1vfree_cli.run import contract
-from r1vfree_cli.run.run_dir import RunDir, read_jsonl
+from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
-from r1vfree_cli.training.worker import load_processor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -449,7 +451,7 @@ def test_two_processes_give_the_same_first_step_and_a_model_that_loads(
     )
     run = RunDir(tmp_path / "run")
     run.begin(recipes.to_yaml(recipe))
-    launch.execute(launch.plan("sft", recipe, run.path), run.logs)
+    launch.execute(plans.plan("sft", recipe, run.path), run.logs)
     first = next(line for _, line in read_jsonl(run.metrics))
     alone = next(line for _, line in read_jsonl(finished.metrics))
     assert first["loss"] == pytest.approx(alone["loss"], rel=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from trl import GRPOConfig
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import grpo, sft
 from r1vfree_cli.training import worker as common

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from r1vfree_cli.core import prompts
-from r1vfree_cli.core.judge_prompt import judge_messages
+from r1vfree_cli.core.prompts import judge_messages
 from r1vfree_cli.data import shapes
 from r1vfree_cli.judges.local import LocalJudge
 from r1vfree_cli.tiny import judge as tiny_judge

@@ -27,8 +27,9 @@ def imported(code):
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "errors", "console", "prompts", "config", "recipes", "trl_keys", "run_dir", "contract", "launch", "preflight",
-     "jobs", "embedded", "data.rows", "hallusion.score", "hallusion.stats"],
+    ["cli", "core.errors", "core.console", "core.prompts", "core.files", "core.process", "config.schema", "config.recipes",
+     "config.trl_keys", "config.embedded", "run.run_dir", "run.contract", "launch.plan", "launch.processes",
+     "launch.preflight", "launch.job", "launch.watch", "data.rows", "eval.hallusion.score", "eval.stats"],
 )  # fmt: skip
 def test_import_law_no_torch(module):
     assert imported(f"import r1vfree_cli.{module}") == []
@@ -37,7 +38,7 @@ def test_import_law_no_torch(module):
 def test_import_law_cli_imports_only_typer_and_errors():
     code = "import sys; import r1vfree_cli.cli; print(*[m for m in sys.modules if m.startswith('r1vfree_cli.')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert set(found) == {"r1vfree_cli.cli", "r1vfree_cli.core.errors"}
+    assert set(found) == {"r1vfree_cli.cli", "r1vfree_cli.core", "r1vfree_cli.core.errors"}
 
 
 def test_dry_run_on_a_laptop_imports_no_torch_and_prints_the_command():
@@ -45,7 +46,7 @@ def test_dry_run_on_a_laptop_imports_no_torch_and_prints_the_command():
     done = r1v("grpo", "--recipe", "qwen25vl-3b-rlhfv", "--dry-run", "--json", **env)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert "--num_processes 6" in plan["command"] and "rewards.server" in plan["server"]["command"]
+    assert "--num_processes 6" in plan["command"] and "judges.server" in plan["server"]["command"]
     assert plan["env"]["R1V_REWARD_URL"] == "http://127.0.0.1:8000" and "--port 8000" in plan["server"]["command"]
     assert any("8 GPUs" in line for line in plan["unchecked"])
     modules = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
@@ -122,7 +123,7 @@ def test_a_piped_table_is_as_wide_as_its_cells(capsys, monkeypatch):
 
 
 def test_the_final_table_says_what_was_dropped_what_was_judged_and_what_took_the_time():
-    from r1vfree_cli.launch.processes import watch
+    from r1vfree_cli.launch import watch
 
     summary = {
         "heldout_accuracy": {"greedy": {"before": 0.4, "after": 0.7}},
@@ -176,7 +177,7 @@ def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
     from typer.testing import CliRunner
 
     from r1vfree_cli import cli
-    from r1vfree_cli.launch.processes import processes as launch
+    from r1vfree_cli.launch import processes as launch
 
     summary = {"out": "o", "kind": "shards", "source": "c", "base": None, "dtype": "float32", "files": ["config.json"]}
     summary |= {"max_logit_difference": 1.234e-5, "tolerance": 0.5, "contract": True}

@@ -359,7 +359,7 @@ def test_drops_count_every_record_and_keep_the_first_places():
 
 def test_rows_and_prepare_import_neither_torch_nor_datasets():
     code = (
-        "import sys; from r1vfree_cli.data import rows, sources, local, prepare, load;"
+        "import sys; from r1vfree_cli.data import rows, sources, tables, prepare, load;"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

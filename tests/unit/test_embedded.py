@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from r1vfree_cli.config.schema import embedded, recipes
+from r1vfree_cli.config import embedded, recipes
 from r1vfree_cli.core import console
 from r1vfree_cli.core.errors import DataError, UsageError
-from r1vfree_cli.launch.processes import job as jobs
-from r1vfree_cli.launch.processes import processes as launch
+from r1vfree_cli.launch import job as jobs
+from r1vfree_cli.launch import plan as plans
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ pathlib.Path(sys.argv[1], "config.json").write_text("{}")
         yield Bar()
 
     monkeypatch.setattr(console, "progress", bar)
-    monkeypatch.setattr(launch, "module_plan", lambda *args: launch.Plan([sys.executable, "-uc", code, args[-1]]))
+    monkeypatch.setattr(plans, "module_plan", lambda *args: plans.Plan([sys.executable, "-uc", code, args[-1]]))
     recipe = recipes.load("grpo", "tiny", ["model.name=org/model"])
     jobs._pieces(recipe, {})
     assert stage.ready
@@ -136,5 +136,5 @@ def test_shapes_get_the_seed_of_the_run_unless_they_have_their_own():
 
 
 def test_no_torch_is_imported():
-    code = "import sys, r1vfree_cli.config.schema.embedded; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
+    code = "import sys, r1vfree_cli.config.embedded; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from r1vfree_cli.config.schema.schema import Guard
 
-from r1vfree_cli.run.run_dir import RunDir, append_jsonl, read_json
+from r1vfree_cli.config.schema import Guard
+from r1vfree_cli.core.files import append_jsonl, read_json
+from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training.guard import CollapseGuard, StepFigures, correlation, figures, offenders
 from r1vfree_cli.training.recorder import (
     Rollout,

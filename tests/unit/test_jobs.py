@@ -4,9 +4,10 @@ import subprocess
 
 import pytest
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
+from r1vfree_cli.core import files
 from r1vfree_cli.core.errors import GuardStop, Interrupted, UsageError
-from r1vfree_cli.launch.processes import job as jobs
+from r1vfree_cli.launch import job as jobs
 from r1vfree_cli.run import contract, run_dir
 from r1vfree_cli.run.run_dir import RunDir
 
@@ -19,7 +20,7 @@ def ends(monkeypatch, error: BaseException | None = None) -> None:
     def launched(stage, recipe, where, *_):
         if error is not None:
             raise error
-        run_dir.write_json(where.summary, {"seconds": {stage: 1.5}})
+        files.write_json(where.summary, {"seconds": {stage: 1.5}})
 
     monkeypatch.setattr(jobs, "_launch", launched)
 
@@ -68,12 +69,12 @@ def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch, error, state, re
 
 def test_a_disk_too_full_for_the_status_does_not_hide_why_the_run_ended(tmp_path, monkeypatch, capsys):
     run = RunDir(tmp_path / "run")
-    ends(monkeypatch, run_dir.disk_full("checkpoint-4"))
+    ends(monkeypatch, files.disk_full("checkpoint-4"))
 
     def full(self, state, **_):
         if state == run_dir.FAILED:
             raise UsageError("cannot write status.json: No space left on device")
-        run_dir.write_json(self.status_file, {"state": state, "attempt": 1})
+        files.write_json(self.status_file, {"state": state, "attempt": 1})
 
     monkeypatch.setattr(RunDir, "set_status", full)
     with pytest.raises(UsageError, match="checkpoint-4"):

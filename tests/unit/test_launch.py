@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
 from r1vfree_cli.core.errors import DataError, Interrupted, R1VError, UsageError
-from r1vfree_cli.launch.processes import processes as launch
+from r1vfree_cli.launch import plan as plans
+from r1vfree_cli.launch import processes as launch
 
 
 def value(plan, flag):
@@ -21,24 +22,24 @@ def value(plan, flag):
 
 def test_the_6_plus_2_recipe_trains_on_the_gpus_that_the_judge_does_not_use(tmp_path):
     recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
-    plan = launch.plan("grpo", recipe, tmp_path)
+    plan = plans.plan("grpo", recipe, tmp_path)
     assert plan.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5"
     assert value(plan, "--num_processes") == "6" and value(plan, "--config_file").endswith("zero3.yaml")
     assert plan.argv[-3:] == ["-m", "r1vfree_cli.training.grpo", str(tmp_path)]
-    server = launch.server_plan(recipe, 8123)
+    server = plans.server_plan(recipe, 8123)
     assert server.env["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert server.argv[server.argv.index("--host") + 1] == "127.0.0.1"
 
 
 def test_trap_the_judge_is_not_placed_by_arithmetic_on_ranks(tmp_path):
     sets = ["rewards.feedback.serve.devices=[0, 3]", "launch.processes=4"]
-    plan = launch.plan("grpo", recipes.load("grpo", "qwen25vl-3b-rlhfv", sets), tmp_path)
+    plan = plans.plan("grpo", recipes.load("grpo", "qwen25vl-3b-rlhfv", sets), tmp_path)
     assert plan.env["CUDA_VISIBLE_DEVICES"] == "1,2,4,5"
 
 
 def test_nodes_rank_and_address_go_through(tmp_path):
     sets = ["launch.nodes=2", "launch.processes=16", "launch.node_rank=1", "launch.main_address=10.0.0.5"]
-    plan = launch.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
+    plan = plans.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
     assert value(plan, "--num_machines") == "2" and value(plan, "--machine_rank") == "1"
     assert value(plan, "--main_process_ip") == "10.0.0.5" and value(plan, "--main_process_port") == "29500"
     assert plan.processes == 8
@@ -47,7 +48,7 @@ def test_nodes_rank_and_address_go_through(tmp_path):
 @pytest.mark.parametrize("preset", ["cpu", "ddp", "zero1", "zero2", "zero3", "zero3-offload"])
 def test_every_preset_has_its_file_and_runs_on_cpu_when_asked(preset, tmp_path):
     sets = [f"launch.preset={preset}", "launch.device=cpu", f"launch.processes={1 if preset == 'cpu' else 2}"]
-    plan = launch.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
+    plan = plans.plan("grpo", recipes.load("grpo", "qwen2vl-2b-clevr", sets), tmp_path)
     assert os.path.isfile(value(plan, "--config_file"))
     assert plan.env["CUDA_VISIBLE_DEVICES"] == ""
     zero = preset.startswith("zero")
@@ -63,19 +64,19 @@ def test_nothing_is_reported_to_anybody_unless_asked(tmp_path, monkeypatch):
         monkeypatch.delenv("DO_NOT_TRACK", raising=False)
         if value is not None:
             monkeypatch.setenv("DO_NOT_TRACK", value)
-        plans = [launch.plan("grpo", recipe, tmp_path), launch.server_plan(recipe, 1), launch.module_plan("m")]
-        assert {plan.env["DO_NOT_TRACK"] for plan in plans} == {value or "1"}
+        made = [plans.plan("grpo", recipe, tmp_path), plans.server_plan(recipe, 1), plans.module_plan("m")]
+        assert {plan.env["DO_NOT_TRACK"] for plan in made} == {value or "1"}
         done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | plans[0].env, capture_output=True, text=True
+            [sys.executable, "-c", code], env=os.environ | made[0].env, capture_output=True, text=True
         )
         assert done.stdout.strip() == silent, done.stderr
 
 
 def script(tmp_path, text):
     file = tmp_path / "r1vfree_cli_rank.py"
-    head = "import os, sys, time, signal\nfrom pathlib import Path\nfrom r1vfree_cli import ranks\n"
+    head = "import os, sys, time, signal\nfrom pathlib import Path\nfrom r1vfree_cli.core import process as ranks\n"
     file.write_text(head + "logs = os.environ['R1V_LOGS']\n" + textwrap.dedent(text))
-    return launch.Plan([sys.executable, str(file)], {"PYTHONPATH": os.pathsep.join(sys.path)})
+    return plans.Plan([sys.executable, str(file)], {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_a_ranks_error_comes_back_with_its_class_and_exit_code(tmp_path):
@@ -201,7 +202,7 @@ def alive(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_children_die_with_a_parent_that_is_killed(tmp_path):
     plan = script(tmp_path, "open(logs + '/child', 'w').write(str(os.getpid()))\ntime.sleep(120)")
-    code = f"from pathlib import Path; from r1vfree_cli import launch; launch.execute(launch.Plan({plan.argv!r}), Path({str(tmp_path / 'logs')!r}))"
+    code = f"from pathlib import Path; from r1vfree_cli.launch import processes as launch, plan as plans; launch.execute(plans.Plan({plan.argv!r}), Path({str(tmp_path / 'logs')!r}))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     child = tmp_path / "logs" / "child"
     for _ in range(200):
@@ -226,13 +227,13 @@ def test_a_server_on_this_machine_is_not_looked_for_through_a_proxy(tmp_path, mo
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr(launch, "SERVER_START_S", 5)
-    monkeypatch.setattr(launch, "server_plan", lambda _, port: launch.Plan([sys.executable, "-c", code, str(port)]))
+    monkeypatch.setattr(launch, "server_plan", lambda _, port: plans.Plan([sys.executable, "-c", code, str(port)]))
     with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as env:
         assert env["R1V_REWARD_URL"].startswith("http://127.0.0.1:")
 
 
 def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypatch):
-    broken = launch.Plan([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"])
+    broken = plans.Plan([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"])
     monkeypatch.setattr(launch, "server_plan", lambda *_: broken)
     recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
     with (

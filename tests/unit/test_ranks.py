@@ -14,7 +14,7 @@ from r1vfree_cli.core.errors import UsageError
 HOLD = """
 import sys, time
 from pathlib import Path
-from r1vfree_cli import ranks
+from r1vfree_cli.core import process as ranks
 held = ranks.hold_pid_file(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))

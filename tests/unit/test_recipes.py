@@ -5,7 +5,7 @@ import math
 import pytest
 import yaml
 
-from r1vfree_cli.config.schema import recipes
+from r1vfree_cli.config import recipes
 from r1vfree_cli.core.errors import UsageError
 
 GOOD = {

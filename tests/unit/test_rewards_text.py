@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from r1vfree_cli.core.judge_prompt import as_data, conversation_messages, judge_messages, judge_text, quoted
-from r1vfree_cli.core.prompts import target_text
-from r1vfree_cli.rewards.registry import verify
+from r1vfree_cli.core.prompts import as_data, conversation_messages, judge_messages, judge_text, quoted, target_text
+from r1vfree_cli.rewards import verify
 from r1vfree_cli.rewards.text import accuracy_reward, completion_text, format_reward
 
 
@@ -142,7 +141,7 @@ def test_judge_messages_put_images_first_and_never_show_a_label():
 
 def test_rewards_do_not_import_torch():
     code = (
-        "import sys, r1vfree_cli.rewards.registry, r1vfree_cli.rewards.text, r1vfree_cli.core.judge_prompt;"
+        "import sys, r1vfree_cli.rewards.registry, r1vfree_cli.rewards.text, r1vfree_cli.core.prompts;"
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

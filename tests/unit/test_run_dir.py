@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from r1vfree_cli.core import files
 from r1vfree_cli.core.errors import DataError, UsageError
-from r1vfree_cli.run import run_dir
 from r1vfree_cli.run.run_dir import RunDir
 
 
@@ -61,7 +61,7 @@ def test_begin_killed_at_any_moment_can_be_done_again(tmp_path, overwrite):
         if overwrite:
             run.begin("old: 1\n")
             for name in ("checkpoints/checkpoint-2/model.safetensors", *(f"{i}.jsonl" for i in range(8))):
-                run_dir.write_text(run.path / name, "old")
+                files.write_text(run.path / name, "old")
             run.status_file.unlink()  # so that the recipe alone says what the folder is
         if not begin_killed(run.path, n, overwrite):
             break
@@ -101,28 +101,28 @@ def test_a_file_is_no_run_dir_and_nothing_to_resume(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
     path = tmp_path / "status.json"
-    run_dir.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UsageError, match=r"cannot write .*status\.json: No space left on device"):
-        run_dir.write_json(path, {"a": 2})
-    assert run_dir.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["status.json"]
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["status.json"]
     path.write_text('{"a": 1}', encoding="utf-8-sig")  # as Windows editors save it
-    assert run_dir.read_json(path) == {"a": 1}
+    assert files.read_json(path) == {"a": 1}
 
 
 def test_nan_is_not_json(tmp_path):
     with pytest.raises(ValueError):
-        run_dir.write_json(tmp_path / "x", {"a": float("nan")})
+        files.write_json(tmp_path / "x", {"a": float("nan")})
 
 
 def test_a_killed_writers_last_line_is_left_out_but_a_broken_line_is_an_error(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n{"a": ')
-    assert [d for _, d in run_dir.read_jsonl(path)] == [{"a": 1}, {"a": 2}]
+    assert [d for _, d in files.read_jsonl(path)] == [{"a": 1}, {"a": 2}]
     path.write_bytes(b'{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(DataError, match="line 2"):
-        list(run_dir.read_jsonl(path))
+        list(files.read_jsonl(path))

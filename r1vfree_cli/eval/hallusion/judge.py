@@ -13,7 +13,7 @@ from typing import Any
 
 from ...core import console
 from ...core.errors import DataError, UsageError
-from ...run.run_dir import append_jsonl, cache_dir, read_json, read_jsonl, write_json, write_text
+from ...core.files import append_jsonl, cache_dir, read_json, read_jsonl, write_json, write_text
 from .. import reading
 from ..endpoint import CallFailed, Endpoint
 from . import score

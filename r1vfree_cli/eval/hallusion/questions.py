@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import DataError, UsageError
-from ...run.run_dir import read_json, read_jsonl
+from ...core.files import read_json, read_jsonl
 from . import score
 from .score import Item
 

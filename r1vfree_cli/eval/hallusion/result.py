@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import DataError, UsageError
+from ...core.files import read_json
 from ...core.prompts import parse
-from ...run.run_dir import read_json
 from .. import reading, stats
 from ..options import EvalOptions
 from . import questions, score

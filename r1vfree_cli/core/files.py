@@ -1,0 +1,157 @@
+"""Small files, written whole or not at all; JSON and JSON lines; hashes; where caches are.
+
+Every file is written to a temporary name in the same folder and renamed, so a reader never sees half of one; JSONL
+files are appended to a complete line at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, UsageError
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file or nothing: temporary name, fsync, rename.
+
+    Raises:
+        UsageError: the disk is full, the place is a file's, no permission.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror}") from e
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Indented JSON; NaN and infinity are refused because they are not JSON."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file, with or without a byte order mark.
+
+    Raises:
+        DataError: missing, unreadable or not JSON.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"cannot read {path}: {e}") from None
+
+
+def read_object(path: Path) -> dict:
+    """`read_json` of a file that must hold an object.
+
+    Raises:
+        DataError: as `read_json`, or it holds something else.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return document
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: not JSON, or text that cannot be written again: half of a surrogate pair, which only escapes make.
+        RecursionError: nested too deeply.
+    """
+    document = json.loads(data.decode("utf-8-sig"))
+    if _SURROGATE.search(data):
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    return document
+
+
+def append_jsonl(path: Path, document: Any) -> None:
+    """Append one line, in one write call.
+
+    Raises:
+        UsageError: as `write_bytes`.
+    """
+    line = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as f:
+            f.write(line.encode("utf-8"))
+    except OSError as e:
+        raise UsageError(f"cannot write {path}: {e.strerror}") from e
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number from 1, document). A last line without a newline (a killed writer) is left out.
+
+    Raises:
+        DataError: a whole line that is not JSON, or an unreadable file.
+    """
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                try:
+                    document = parse_json(line)
+                except (ValueError, RecursionError) as e:
+                    if not line.endswith(b"\n"):
+                        return
+                    raise DataError(f"{path}, line {number}: not JSON: {e}") from None
+                yield number, document
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e}") from None
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether it says that a disk, quota or file-size limit is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # safetensors wraps the system's error in its own; torch.save's zip writer says only that it failed.
+    return "inline_container.cc" in str(error) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
+
+
+def disk_full(path: Path | str) -> UsageError:
+    """The error of a write that found no space."""
+    return UsageError(
+        f"no space left on the disk while writing {path}",
+        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cache_dir(*parts: str) -> Path:
+    """`$R1V_CACHE`, else `$XDG_CACHE_HOME/r1v`, else `~/.cache/r1v`; subfolders are not made."""
+    root = os.environ.get("R1V_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "r1v"
+    )
+    return Path(root, *parts)

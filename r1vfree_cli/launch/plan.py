@@ -1,0 +1,113 @@
+"""From a recipe to commands and environments. Pure: starts nothing, writes nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config.recipes import recipes_root
+from ..config.schema import GrpoRecipe, SftRecipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One command to run: its argv and what it adds to the environment. Never holds a secret."""
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
+
+
+def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
+    """The `accelerate launch` command of a recipe, for this node."""
+    launch = recipe.launch
+    argv = [sys.executable, "-m", "accelerate.commands.launch"]
+    argv += ["--config_file", str(recipes_root() / "launch" / f"{launch.preset}.yaml")]
+    argv += ["--num_processes", str(launch.processes), "--num_machines", str(launch.nodes)]
+    argv += ["--machine_rank", str(launch.node_rank)]
+    argv += ["--mixed_precision", {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[recipe.model.dtype]]
+    if launch.nodes > 1:
+        argv += ["--main_process_ip", str(launch.main_address)]
+    # Port 0: accelerate looks for a free one, so that two runs on a machine do not meet.
+    argv += ["--main_process_port", str(launch.main_port or (29500 if launch.nodes > 1 else 0))]
+    argv += ["-m", f"r1vfree_cli.training.{stage}", str(run_dir)]
+    return Plan(argv, _env(recipe), launch.processes // launch.nodes)
+
+
+def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
+    launch = recipe.launch
+    env = _common()
+    # A scheduler may send SIGTERM to every process: torchrun would then kill the ranks after 30 s, in their checkpoint.
+    env["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    local = launch.processes // launch.nodes
+    if launch.on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        if launch.preset.startswith("zero"):
+            # Not ACCELERATE_USE_CPU: accelerate would ignore DeepSpeed without a word and wrap the model in DDP.
+            env["DS_ACCELERATOR"] = "cpu"
+            env["ACCELERATE_USE_CPU"] = "false"  # also where the user's environment sets it
+        else:
+            env["ACCELERATE_USE_CPU"] = "true"
+    else:
+        devices = training_devices(recipe)
+        if devices is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    if launch.preset == "zero3-offload":
+        # DeepSpeed compiles its CPU Adam by calling ninja, which lies beside this Python, activated or not.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # accelerate would set 1 thread a process, torchrun too.
+    return env | _threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _common() -> dict[str, str]:
+    # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
+    do_not_track = os.environ.get("DO_NOT_TRACK") or "1"
+    return {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": do_not_track}
+
+
+def _threads(n: int) -> dict[str, str]:
+    # Waiting threads sleep: spinning ones make a run twenty times slower where another process wants the core.
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(n), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
+    """GPU indices of the training processes on this node: as given, else those that no judge uses; None: all."""
+    launch = recipe.launch
+    if launch.devices is not None:
+        return launch.devices
+    serve = recipe.served
+    if serve is None or not serve.devices:
+        return None
+    free = (i for i in range(launch.processes // launch.nodes + len(serve.devices)) if i not in serve.devices)
+    return [i for i, _ in zip(free, range(launch.processes // launch.nodes))]
+
+
+def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
+    """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks."""
+    serve, launch = recipe.served, recipe.launch
+    assert serve is not None
+    argv = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", serve.model]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
+    if serve.revision:
+        argv += ["--revision", serve.revision]
+    env = _common()
+    if launch.on_cpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    elif serve.devices:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, serve.devices))
+    return Plan(argv, env)
+
+
+def module_plan(module: str, *args: str) -> Plan:
+    """A plain `python -m module args` in this environment, with all cores."""
+    return Plan([sys.executable, "-m", module, *args], _common() | _threads(os.cpu_count() or 1))
+
+
+def free_port() -> int:
+    """A TCP port on loopback that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
