@@ -8,37 +8,63 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-# The question is inserted verbatim; braces in it mean nothing because this is not a format string.
-INSTRUCTION = (
-    "Look at the image and reason first, inside <think> </think> tags; "
-    "then give the final answer alone, inside <answer> </answer> tags."
-)
+LOOK = "Look at the image and reason first, inside <think> </think> tags; "
+REASON = "Reason first, inside <think> </think> tags; "
+ANSWER = "then give the final answer alone, inside <answer> </answer> tags."
 
 
-_CONTROL = re.compile(r"<(?=\|[^|<>\s]*\|>)")
+@dataclass(frozen=True)
+class Prompt:
+    """What a recipe may set of the policy's prompt (its section `prompt`); the request for tags always stays.
 
-
-def as_text(text: str) -> str:
-    """`text` with control tokens (`<|im_end|>`, `<|image_pad|>`) kept from being one: a space follows their `<`.
-
-    Data can then neither end a turn nor claim an image that is not there.
+    instruction: stands between the question and the request for tags, in place of "Look at the image".
+    system: the system message; None leaves it to the model's chat template.
     """
-    return _CONTROL.sub("< ", text)
+
+    instruction: str | None = None
+    system: str | None = None
+
+    def ask(self, num_images: int = 1) -> str:
+        """What follows the question. Without an image, nothing tells the model to look at one."""
+        if self.instruction is not None:
+            return f"{self.instruction.strip()}\n{REASON}{ANSWER}"
+        return (LOOK if num_images else REASON) + ANSWER
 
 
-def user_text(problem: str) -> str:
-    """The text part of the user's turn: question, then instruction."""
-    return f"{as_text(problem).strip()}\n{INSTRUCTION}"
+DEFAULT = Prompt()
+INSTRUCTION = DEFAULT.ask()
+
+# "<|im_end|>", "<image>", "</s>", "<｜User｜>" are one run from "<" to ">"; "[INST]", "[gMASK]" and InternLM's
+# "[UNUSED_TOKEN_145]" have capitals. "a < b", "x<y", "<3", "[x]", "[red]" and "[1, 2]" keep their form.
+_OPENING = re.compile(r"<(?=[^\s<>]+>)|\[(?=/?[A-Za-z]?[A-Z]{2}\w*\])")
 
 
-def build_messages(problem: str, num_images: int = 1) -> list[dict]:
+def as_data(text: str) -> str:
+    """`text` in a form in which no tokeniser finds a control token or an image placeholder, for people the same.
+
+    A space is put after a `<` or `[` that opens what could be such a token: data can then neither end a turn nor
+    claim an image that is not there. Lone surrogates become `?`.
+    """
+    return _OPENING.sub(lambda m: m.group() + " ", text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def user_text(problem: str, num_images: int = 1, prompt: Prompt = DEFAULT) -> str:
+    """The text part of the user's turn: question, then instruction. Braces mean nothing: this is no format string."""
+    return f"{as_data(problem).strip()}\n{prompt.ask(num_images)}"
+
+
+def build_messages(problem: str, num_images: int = 1, prompt: Prompt = DEFAULT) -> list[dict]:
     """The conversation for a row, without images: `num_images` placeholders first, then the text.
 
-    This is the form that `apply_chat_template` of a Qwen-VL processor and TRL's trainers take.
+    This is the form that `apply_chat_template` of a Qwen-VL processor and TRL's trainers take. The user's turn is
+    the last message; a system message stands before it where `prompt` has one.
     """
     content: list[dict] = [{"type": "image"} for _ in range(num_images)]
-    content.append({"type": "text", "text": user_text(problem)})
-    return [{"role": "user", "content": content}]
+    content.append({"type": "text", "text": user_text(problem, num_images, prompt)})
+    user = {"role": "user", "content": content}
+    if prompt.system is None:
+        return [user]
+    return [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}, user]
 
 
 def target_text(thinking: str | None, answer: str) -> str:
@@ -49,12 +75,13 @@ def target_text(thinking: str | None, answer: str) -> str:
     """
     if answer is None or not str(answer).strip():
         raise ValueError("an answer is needed for a training target")
-    return f"<think>{as_text(thinking or '').strip()}</think><answer>{as_text(str(answer)).strip()}</answer>"
+    return f"<think>{as_data(thinking or '').strip()}</think><answer>{as_data(str(answer)).strip()}</answer>"
 
 
-def template_hash() -> str:
-    """sha256 (hex) of the prompt's fixed parts; part of the run contract."""
-    return hashlib.sha256(user_text("\x00").encode() + target_text("\x01", "\x02").encode()).hexdigest()
+def template_hash(prompt: Prompt = DEFAULT) -> str:
+    """sha256 (hex) of the prompt's fixed parts, with and without an image; part of the run contract."""
+    forms = [build_messages("<q> [INST]", n, prompt) for n in (0, 1)]
+    return hashlib.sha256(json.dumps([forms, target_text("<t>", "<a>")]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -115,18 +142,6 @@ ASK_JSON = (
     "complete and free of anything that the image does not show."
 )
 
-# "<|im_end|>", "<image>", "</s>", "<｜User｜>" need the "<" to touch what follows; "[INST]", "[gMASK]" and InternLM's
-# "[UNUSED_TOKEN_145]" their bracket. "a < b", "<3", "[x]" and "[1, 2]" keep their form.
-_OPENING = re.compile(r"<(?=[^\s\d=])|\[(?=/?[A-Za-z]\w+\])")
-
-
-def as_data(text: str) -> str:
-    """`text` in a form in which no tokeniser finds a control token or an image placeholder, for people the same.
-
-    A space is put after a `<` or `[` that could open such a token; lone surrogates become `?`.
-    """
-    return _OPENING.sub(lambda m: m.group() + " ", text.encode("utf-8", "replace").decode("utf-8"))
-
 
 def quoted(text: str) -> str:
     """`text` as a JSON string: it cannot end its own quotes."""
@@ -171,7 +186,7 @@ def messages_for(kind: PromptKind, problem: str, answer: str, num_images: int = 
 def prompt_hash() -> str:
     """sha256 (hex) of the fixed parts of all forms; part of the cache key and of the reward's identity."""
     forms = [
-        judge_messages("<q> [q1]", "<a>"),
+        judge_messages("<q> [INST]", "<a>"),
         conversation_messages("<q>", "<a>"),
         judge_text("<q>", "<a>", ASK_JSON),
     ]

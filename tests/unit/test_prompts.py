@@ -66,13 +66,55 @@ def test_a_very_long_reply_is_read_in_linear_time():
 
 def test_the_template_hash_follows_the_instruction(monkeypatch):
     before = prompts.template_hash()
-    monkeypatch.setattr(prompts, "INSTRUCTION", prompts.INSTRUCTION + " Be brief.")
-    assert prompts.template_hash() != before
+    own = [
+        prompts.Prompt(instruction="Be brief."),
+        prompts.Prompt(system="You count."),
+        prompts.Prompt("Be brief.", ""),
+    ]
+    assert len({before, *map(prompts.template_hash, own)}) == 4
+    for part in ("LOOK", "REASON", "ANSWER"):  # REASON alone is what text-only rows get
+        with monkeypatch.context() as patch:
+            patch.setattr(prompts, part, "Think. ")
+            assert prompts.template_hash() != before
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"])
+def test_a_question_without_an_image_is_not_told_to_look_at_one():
+    with_image, without = (prompts.build_messages("Why?", n)[0]["content"][-1]["text"] for n in (1, 0))
+    assert "image" in with_image and "image" not in without
+    assert with_image.endswith(prompts.ANSWER) and without.endswith(prompts.ANSWER)
+
+
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_a_prompt_of_ones_own_keeps_the_tags(num_images):
+    own = prompts.Prompt(instruction="Name the plant in Latin.", system="You are a botanist.")
+    system, user = prompts.build_messages("Which {plant}?", num_images, own)
+    assert system == {"role": "system", "content": [{"type": "text", "text": "You are a botanist."}]}
+    assert user["role"] == "user" and len(user["content"]) == num_images + 1
+    assert user["content"][-1]["text"] == (
+        "Which {plant}?\nName the plant in Latin.\n"
+        "Reason first, inside <think> </think> tags; then give the final answer alone, inside <answer> </answer> tags."
+    )
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<image>", "</s>", "[INST]"])
 def test_control_tokens_in_data_stay_text(token):
     (message,) = prompts.build_messages(f"What does {token} mean?")
     assert token not in message["content"][-1]["text"] and token[1:] in message["content"][-1]["text"]
     assert token not in prompts.target_text(token, f"a {token} b")
-    assert prompts.user_text("Is a < b, or |x| > 1?").startswith("Is a < b, or |x| > 1?")
+
+
+def test_a_target_cannot_close_its_own_tags():
+    parsed = prompts.parse(prompts.target_text("a</think><answer>b", "c</answer>"))
+    assert (parsed.answer, parsed.problem) == ("c< /answer>", None)
+
+
+def test_ordinary_comparisons_and_brackets_keep_their_form():
+    for text in (
+        "Is a < b, or |x| > 1?",
+        "x<y and y>z",
+        "I <3 it",
+        "5<=6",
+        "the [red] one, [1, 2], [x], [A]",
+        "a -> b",
+    ):
+        assert prompts.user_text(text).startswith(text + "\n")
