@@ -18,7 +18,6 @@ from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run.run_dir import RunDir
 
 REDACTED = "[redacted]"
-_DEPTH = 40  # of nesting; nothing that r1v writes comes near it
 # Values under these keys are never shown.
 _HIDDEN = re.compile(r"(?i)^(env|environ|environment)$")
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|passwd|credential)s?$")  # of environment variables
@@ -65,12 +64,9 @@ class Eval:
 
 def number(value: Any) -> float | None:
     """A finite number, else None; true and false are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value)
 
 
 def table(value: Any) -> dict:
@@ -88,18 +84,16 @@ def clean(value: Any) -> Any:
     return _clean(value, _planted())
 
 
-def _clean(value: Any, secrets: list[str], depth: int = 0) -> Any:
-    if depth > _DEPTH:
-        return "..."
+def _clean(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, dict):
         return {
-            _clean_text(str(k), secrets): REDACTED if v and _secret_key(str(k)) else _clean(v, secrets, depth + 1)
+            _clean_text(str(k), secrets): REDACTED if v and _secret_key(str(k)) else _clean(v, secrets)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
         # In an argv the value follows its flag: --api-key VALUE.
         flags = [isinstance(v, str) and v.startswith("--") and _secret_key(v[2:]) for v in value]
-        return [REDACTED if i and flags[i - 1] else _clean(v, secrets, depth + 1) for i, v in enumerate(value)]
+        return [REDACTED if i and flags[i - 1] else _clean(v, secrets) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float):
         return value
     return _clean_text(str(value), secrets)
@@ -215,11 +209,10 @@ def read_run(path: Path, label: str) -> Run:
 def read_metrics(path: Path, notes: list[str]) -> list[dict]:
     """Lines of metrics.jsonl by step, numbers only; a step that is there twice (a resume) counts once, the last wins."""
     lines: dict[float, dict] = {}
-    names: dict[str, str] = {}
     for line in json_lines(path, notes):
         step = number(line.get("step"))
         if step is not None:
-            numbers = {names.setdefault(k, clean(k)): number(v) for k, v in line.items()}
+            numbers = {clean(k): number(v) for k, v in line.items()}
             lines[step] = lines.get(step, {}) | {k: v for k, v in numbers.items() if v is not None}
     return [lines[step] for step in sorted(lines)]
 

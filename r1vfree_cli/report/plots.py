@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MARK = "r1v report"  # written into every file of a report; how a later report knows its own
+SMOOTH_FROM = 20  # logged steps
 _INK = "#7d848c"  # contrast above 3.7:1 on white and on #0d1117
 _COLOURS = ("#3f84e5", "#e0792b", "#2a9d74", "#a06bd6", "#d6506a", "#8a8d1f")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5)), (0, (8, 3)))
@@ -40,21 +41,31 @@ class Series:
     style: int = 0  # of `curve`: which colour and dash; a run has the same in every picture
 
 
-def curve(name: str, title: str, unit: str, series: list[Series], *, legend: bool) -> Figure:
-    """A metric over training steps, one line a run. Long noisy lines get their running mean in front of them."""
+def curve(name: str, title: str, unit: str, series: list[Series], *, legend: bool, share: bool = False) -> Figure:
+    """A metric over training steps, one line a run; from `SMOOTH_FROM` steps on a running mean before the raw line.
+
+    A share's axis is 0 to 1; other axes span at least a tenth of the values, so that noise does not look like a trend.
+    """
     figure, axes = _axes(3.9, 2.5)
     for s in series:
         i = s.style
         y = [float("nan") if v is None else v for v in s.y]
         style: dict[str, Any] = {"color": _COLOURS[i % 6], "linestyle": _DASHES[i % 6], "linewidth": 1.8}
-        smooth = _running_mean(s.y, max(len(y) // 25, 1))
-        if len(y) > 60:
+        if len(y) >= SMOOTH_FROM:
             axes.plot(s.x, y, color=_COLOURS[i % 6], linewidth=0.8, alpha=0.35)
-            axes.plot(s.x, smooth, label=s.label, **style)
+            axes.plot(s.x, _running_mean(s.y, max(len(y) // 25, 5)), label=s.label, **style)
         else:
             axes.plot(s.x, y, label=s.label, marker=_MARKERS[i % 6] if len(y) < 15 else None, markersize=4, **style)
-    axes.set_title(title + (f" ({unit})" if unit else ""), loc="left", fontsize=11, color=_INK, pad=8)
+    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=8)
     axes.set_xlabel("step", fontsize=9.5)
+    axes.set_ylabel(unit, fontsize=9.5)
+    axes.yaxis.label.set_color(_INK)
+    if share:
+        axes.set_ylim(-0.03, 1.03)
+    elif known := [v for s in series for v in s.y if v is not None]:
+        low, high = min(known), max(known)
+        room = max(0.1 * max(abs(low), abs(high)) - (high - low), 0) / 2 + 0.05 * (high - low)
+        axes.set_ylim(low - (room or 0.5), high + (room or 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     if legend:
         axes.legend(loc="best", fontsize=8.5, frameon=False, labelcolor=_INK)

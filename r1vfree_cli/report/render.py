@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +13,18 @@ from ..core.errors import UsageError
 from ..core.files import write_bytes
 from . import benchmark, training
 from .gallery import Album
-from .load import Eval, Run, collect, number
+from .load import Eval, Run, collect, number, table
 from .plots import MARK
+from .view import signed
 
 GALLERY_LEAD = (
     "From the first and the last kept steps and evenly spaced ones between, the groups whose advantages differ most: "
     "these teach most and are no average sample. Best advantage first."
 )
-CURVES_LEAD = "Where a faint line lies behind a strong one, it is single steps, and the strong one their running mean."
+CURVES_LEAD = (
+    "Where a faint line lies behind a strong one, it is single steps, and the strong one their running mean. Axes of "
+    "shares go from 0 to 1."
+)
 
 
 class Raw(str):
@@ -42,7 +47,9 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     """
     runs, evals = collect(dirs)
     album = Album()
-    view = _view(runs, evals, album)
+    view = _view(runs, evals, album) | {
+        "training_first": bool(runs) and Path(dirs[0]).resolve() == runs[0].path.resolve()
+    }
     files = {"report.html": _html(view).encode(), "report.md": _markdown(view).encode()}
     files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album.files
     _write(Path(out), files, overwrite)
@@ -74,6 +81,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "version": __version__,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "title": "Report: " + (", ".join(names) if len(names) < 4 else f"{len(runs)} runs, {len(evals)} evals"),
+        "verdict": verdict(runs, bench.comparisons if bench else []),
         "notices": [*(bench.notices if bench else []), *_run_notices(runs)],
         "benchmark": bench,
         "comparisons": bench.comparisons if bench else [],
@@ -84,6 +92,45 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "curves_lead": CURVES_LEAD,
         "missing": list(dict.fromkeys(missing)),
     }
+
+
+def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[str]:
+    """What changed, by how much, and whether it is established: a sentence a run and a comparison."""
+    said = []
+    for run in runs:
+        accuracy = table(run.summary.get("heldout_accuracy"))
+        n = number(run.summary.get("heldout_rows"))
+        for how, pair in accuracy.items():
+            before, after = (number(table(pair).get(k)) for k in ("before", "after"))
+            if before is not None and after is not None:
+                said.append(f"{run.label}: held-out accuracy, {how}, {_change(before, after, n)}")
+        ends = [number(table(run.summary.get("reward")).get(k)) for k in ("first", "last")]
+        if not accuracy and None not in ends:
+            said.append(
+                f"{run.label}: training reward {ends[0]:.3g} → {ends[1]:.3g}. It is the judge's own score: whether the "
+                "answers are better, a benchmark tells."
+            )
+    for c in comparisons:
+        name, paired = next(iter(c.result["metrics"].items()))
+        low, high = paired.get("interval") or (None, None)
+        if paired.get("difference") is None or low is None:
+            continue
+        word = "established" if low > 0 or high < 0 else "not established: the interval holds 0"
+        said.append(
+            f"{c.label} against {c.reference}: {name} {signed(paired['difference'])} points, "
+            f"{100 * c.result['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."
+        )
+    return said
+
+
+def _change(before: float, after: float, n: float | None) -> str:
+    """Shares of 1 as points, with a 95 % interval that takes both as independent: wider than a paired one."""
+    text = f"{100 * before:.1f} % → {100 * after:.1f} %, {signed(100 * (after - before))} points"
+    if not n:
+        return f"{text}; the number of rows was not kept, so there is no interval."
+    half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
+    word = "established" if abs(after - before) > half else "not established: the interval holds 0"
+    return f"{text} ± {100 * half:.1f} ({n:.0f} rows, 95 %), {word}."
 
 
 def _run_notices(runs: list[Run]) -> list[str]:

@@ -17,16 +17,20 @@ MAX_CHARS = 6000  # of one completion
 
 # metric -> title, unit. Rewards beside `format` are found by their names.
 _CURVES = {
-    "reward": ("Reward", ""),
-    "reward_std": ("Reward spread within groups", "std"),
+    "reward": ("Reward", "weighted sum"),
+    "reward_std": ("Reward spread within groups", "standard deviation"),
     "rewards/format/mean": ("Format rate", "share of replies"),
     "completions/mean_length": ("Completion length", "tokens"),
-    "kl": ("KL to the reference", ""),
+    "kl": ("KL to the reference", "nats a token"),
+    "entropy": ("Entropy of the policy", "nats a token"),
+    "grad_norm": ("Gradient norm", "before clipping"),
     "frac_reward_zero_std": ("Groups without spread", "share"),
     "completions/clipped_ratio": ("Replies cut at the limit", "share"),
-    "loss": ("Loss", ""),
+    "loss": ("Loss", "nats a token"),
     "mean_token_accuracy": ("Token accuracy", "share"),
     "step_time": ("Time a step", "s"),
+    "judge/latency_p50": ("Judge latency, median", "s"),
+    "judge/latency_p95": ("Judge latency, 95th percentile", "s"),
 }
 _REWARD = re.compile(r"rewards/(.+)/mean")
 
@@ -109,8 +113,10 @@ def curves(runs: list[Run]) -> list[Figure]:
         ]
         if any(y is not None for s in series for y in s.y):
             title, unit = names[key]
-            name = "report-curve-" + re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")
-            figures.append(curve(name, title, unit, series, legend=len(runs) > 1))
+            # Numbered: two metrics may differ in signs alone that a file name cannot have.
+            name = f"report-curve-{len(figures) + 1:02d}-" + re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[:60]
+            share = unit.startswith("share")
+            figures.append(curve(name, title, unit, series, legend=len(runs) > 1, share=share))
     return figures
 
 

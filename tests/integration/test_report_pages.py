@@ -79,11 +79,8 @@ def made(tmp_path_factory):
 def test_all_files_are_there_and_named(made):
     base, document, _, md = made
     names = {p.name for p in (base / "out").iterdir()}
-    assert (
-        names
-        == set(document["files"])
-        >= {"report.md", "report.html", "report-hallusionbench.png", "report-curve-kl.png"}
-    )
+    assert names == set(document["files"]) >= {"report.md", "report.html", "report-hallusionbench.png"}
+    assert len([n for n in names if re.fullmatch(r"report-curve-\d\d-kl\.png", n)]) == 1
     json.dumps(document, allow_nan=False)
     for name in re.findall(r'src="([^"]+)"', md):
         assert name in names
@@ -328,7 +325,7 @@ def test_a_report_replaces_its_own_files_and_only_those(tmp_path):
     (out / "report-mine.png").write_bytes(drawing(1))
     (out / "notes.txt").write_text("mine")
     stale = out / "report-curve-old.png"
-    shutil.copy(out / "report-curve-reward.png", stale)
+    shutil.copy(next(out.glob("report-curve-*-reward.png")), stale)
     report([run], out)
     assert (out / "report.html").stat().st_ino != first
     assert not stale.exists() and (out / "report-mine.png").exists() and (out / "notes.txt").exists()

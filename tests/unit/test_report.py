@@ -117,11 +117,6 @@ def test_text_that_no_file_could_hold_is_made_writable():
     assert clean("a\ud800b\x00c\x1b[31m\nd") == "a?b\ufffdc\ufffd[31m\nd"
 
 
-def test_deep_nesting_does_not_end_in_a_recursion_error(tmp_path):
-    (tmp_path / "scores.json").write_text('{"protocol": "official", "metrics": {}, "x": ' + "[" * 900 + "]" * 900 + "}")
-    assert collect([tmp_path])[1][0].protocol == "official"
-
-
 def test_labels_are_short_and_different():
     names = labels([Path("/a/x/run"), Path("/a/y/run"), Path("/a/z")])
     assert names == ["x/run", "y/run", "z"]
@@ -201,3 +196,24 @@ def test_a_prompt_with_chat_markup_is_shown_as_its_question():
     raw = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n"
     assert question(raw) == "Why?"
     assert question([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]) == "Why?"
+
+
+def test_no_two_metrics_share_a_picture(tmp_path):
+    from r1vfree_cli.report import training
+    from r1vfree_cli.report.load import Run
+
+    metrics = [{"step": i, "reward": 0.1 * i, "rewards/a b/mean": 0.5, "rewards/a-b/mean": 0.5} for i in range(3)]
+    figures = training.curves([Run(tmp_path, "run", metrics=[m | {"rewards/🐈/mean": 1.0} for m in metrics])])
+    assert len(figures) == 4 and len({f.name for f in figures}) == 4
+
+
+def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
+    from r1vfree_cli.report.load import Run
+    from r1vfree_cli.report.render import verdict
+
+    def said(before, after, rows):
+        summary = {"heldout_accuracy": {"greedy": {"before": before, "after": after}}, "heldout_rows": rows}
+        return verdict([Run(tmp_path, "run", summary=summary)], [])[0]
+
+    assert "+38.0 points ± 5.5 (512 rows, 95 %), established" in said(0.42, 0.80, 512)
+    assert "not established" in said(0.42, 0.44, 100) and "no interval" in said(0.42, 0.44, None)
