@@ -297,6 +297,21 @@ def report(
         console.emit(f"{out / 'report.html'}\n{out / 'report.md'}")
 
 
+@app.command()
+def view(
+    dirs: Annotated[list[Path], typer.Argument(help="Run dirs of r1v grpo; two are shown side by side.")],
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Default: one that is free.")] = None,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Look at a run's rollouts, step by step.
+
+    A local page, read-only; it follows a run that goes on.
+    """
+    from .report.viewer import view as serve
+
+    serve(dirs, port=port, open_browser=open_browser)
+
+
 @app.command("serve-reward")
 def serve_reward(
     model: Annotated[
