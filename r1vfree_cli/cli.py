@@ -1,7 +1,11 @@
 """The Typer app. A command parses, calls one function, prints; logic and heavy imports live behind it."""
 
+import re
 import signal
 import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +17,6 @@ app = typer.Typer(
     name="r1v",
     help="Train vision-language models on open-ended questions, without labels: GRPO with AI feedback.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -340,15 +343,40 @@ def serve_reward(
 
 @recipes_app.command("list")
 def recipes_list(json: Json = False) -> None:
-    """All shipped recipes with their purpose."""
+    """All shipped recipes: purpose, GPUs, and whether this machine has them."""
     from .config import recipes
     from .core import console
+    from .core.process import gpu_count
 
-    rows = [{"recipe": name, "purpose": recipes.purpose(path)} for name, path in recipes.shipped().items()]
+    here = gpu_count()
+    rows = [recipes.summary(name, path) for name, path in recipes.shipped().items()]
+    rows = [row | {"fits": row["gpus"] is None or row["gpus"] <= here} for row in rows]
     if json:
         console.emit_json(rows)
-    else:
-        console.emit("\n".join(f"{row['recipe']:<26} {row['purpose']}" for row in rows))
+        return
+    console.log(f"this machine has {here} GPU{'s' * (here != 1)}; * marks the recipes that it can run")
+    console.emit(f"  {'recipe':<26} {'GPUs':>4}  purpose")
+    for row in rows:
+        head = f"{'*' if row['fits'] else ' '} {row['recipe']:<26} {row['gpus'] or 'CPU':>4}  "
+        console.emit(textwrap.fill(head + row["purpose"], 80, subsequent_indent=" " * 35))
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A shipped recipe's name, as grpo/tiny.")],
+    file: Annotated[Path, typer.Argument(help="The YAML file to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a shipped recipe to a file of your own, comments kept."""
+    from .config import recipes
+    from .core import console
+    from .core.files import write_bytes
+
+    kind, name = recipes.stage_and_name(name, None)
+    if file.exists() and not overwrite:
+        raise UsageError(f"{file} exists already", hint="name another file, or give --overwrite")
+    write_bytes(file, recipes.find(kind, name).read_bytes())
+    console.log(f"{file}: run it with r1v {kind} --recipe {file}")
 
 
 @recipes_app.command("show")
@@ -388,13 +416,46 @@ def recipes_validate(
         console.emit(f"{name}: a valid {kind} recipe")
 
 
+@contextmanager
+def _hinting() -> Iterator[None]:
+    """After click's own word on a wrong argument, what r1v would have taken: habits from other trainers."""
+    try:
+        yield
+    except SystemExit as e:
+        stage = next((a for a in sys.argv[1:] if a in ("grpo", "sft")), None)
+        if e.code != 2 or stage is None:
+            raise
+        given = sys.argv[sys.argv.index(stage) + 1 :]
+        if "--config" in given or (given and not given[0].startswith("-") and "=" not in given[0]):
+            name = given[0] if not given[0].startswith("-") else "NAME"
+            hint = f"r1v {stage} --recipe {name} runs a recipe: a shipped name or the path of a YAML file"
+        elif key := next((a for a in given if re.fullmatch(r"(--)?[a-z_.-]+(=.*)?", a) and _is_key(a)), None):
+            hint = f"a key of the recipe is set by --set train.{key.lstrip('-').partition('=')[0].replace('-', '_').removeprefix('train.')}=VALUE"
+        else:
+            raise
+        print(f"hint: {hint}", file=sys.stderr)
+        raise
+
+
+def _is_key(word: str) -> bool:
+    name = word.lstrip("-").partition("=")[0]
+    return ("=" in word and not word.startswith("--")) or name.replace("-", "_").removeprefix("train.") in _trl_names()
+
+
+def _trl_names() -> set[str]:
+    from .config.trl_keys import trl_keys
+
+    return {*trl_keys("grpo"), *trl_keys("sft")}
+
+
 def main() -> None:
     """The entry point: every `R1VError` becomes its message and exit code; a traceback only with --debug."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's ends a command as Ctrl-C does
     debug = "--debug" in sys.argv
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
-        app()
+        with _hinting():
+            app()
     except R1VError as e:
         if debug:
             raise

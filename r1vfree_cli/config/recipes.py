@@ -339,6 +339,16 @@ def purpose(path: Path) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
+def summary(name: str, path: Path) -> dict[str, Any]:
+    """What `recipes list` shows of a recipe; `gpus` that one node needs, the judge's included, None on the CPU."""
+    document = load_document(path)
+    launch = document.get("launch") or {}
+    served = [r["serve"].get("devices") or [] for r in document.get("rewards") or [] if r.get("serve")]
+    on_cpu = not launch or launch.get("preset") == "cpu" or launch.get("device") == "cpu"
+    local = launch.get("processes", 1) // launch.get("nodes", 1)
+    return {"recipe": name, "gpus": None if on_cpu else local + sum(map(len, served)), "purpose": purpose(path)}
+
+
 def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
     """Which stage a recipe is for: as told, as its folder or shipped name says, as the file's keys say.
 

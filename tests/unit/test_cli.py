@@ -184,3 +184,39 @@ def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
     monkeypatch.setattr(launch, "run_json", lambda plan: summary)
     text = CliRunner().invoke(cli.app, ["merge", "c", "--out", "o"]).stdout
     assert "1.2e-05 (allowed 0.5)" in text and "shards" in text and "config.json" not in text and "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (("grpo", "tiny"), "--recipe tiny"),
+        (("sft", "--config", "x.yaml"), "--recipe NAME"),
+        (("grpo", "--recipe", "tiny", "train.max_steps=1"), "--set train.max_steps=VALUE"),
+        (("grpo", "--recipe", "tiny", "--learning-rate", "1e-5"), "--set train.learning_rate=VALUE"),
+    ],
+)
+def test_habits_from_other_trainers_get_a_hint(args, hint):
+    done = r1v(*args)
+    assert done.returncode == 2 and hint in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_python_m_and_shell_completion():
+    done = subprocess.run([sys.executable, "-m", "r1vfree_cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("r1v ")
+    assert "--install-completion" in r1v("--help").stdout
+
+
+def test_recipes_fit_80_columns_and_say_what_they_need():
+    done = r1v("recipes", "list")
+    assert "GPUs" in done.stdout.splitlines()[0] and max(map(len, done.stdout.splitlines())) <= 80
+    needs = {row["recipe"]: row["gpus"] for row in json.loads(r1v("recipes", "list", "--json").stdout)}
+    assert needs["grpo/qwen25vl-3b-rlhfv"] == 8 and needs["grpo/tiny"] is None
+
+
+def test_a_recipe_is_copied_with_its_comments_and_never_over_a_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    assert r1v("recipes", "copy", "grpo/tiny", str(file)).returncode == 0
+    assert file.read_text().startswith("# ") and r1v("recipes", "validate", str(file)).returncode == 0
+    file.write_text("mine")
+    done = r1v("recipes", "copy", "grpo/tiny", str(file))
+    assert done.returncode == 2 and file.read_text() == "mine"

@@ -1,0 +1,5 @@
+"""`python -m r1vfree_cli` is `r1v`."""
+
+from .cli import main
+
+main()
