@@ -1,35 +1,35 @@
-"""What SFT and GRPO both report while they train: metrics.jsonl, status.json, and a stop that all ranks agree on."""
+"""Trainer callbacks: metrics.jsonl, status.json, rollouts, the collapse guard, and stops that all ranks agree on.
+
+A callback that ends training leaves the reason in `stopped`, on every rank, for the worker to raise after `train()`.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from ..core.files import append_jsonl, read_jsonl, write_text
+from ..core import console
+from ..core.errors import GuardStop, Interrupted, R1VError
+from ..core.files import append_jsonl
 from ..run.run_dir import RUNNING, RunDir
+from .guard import CollapseGuard, Verdict, figures, offenders
+from .recorder import Recorder, Rollout, spread_over_groups, truncate_lines
 from .worker import stop_requested
 
 STATUS_EVERY_S = 1.0  # status.json is for people who watch; metrics.jsonl has every step
 
 
 class RunCallback(TrainerCallback):
-    """A line of metrics.jsonl for each logged step, the status, and SIGTERM as checkpoint and stop.
+    """A line of metrics.jsonl for each logged step, the status, and SIGTERM as checkpoint and stop."""
 
-    `extra` is asked for more numbers (name -> value) for each line, on the main process only. After `train()`,
-    `interrupted` says on every rank whether a signal ended it; the worker then raises `Interrupted`.
-    """
-
-    def __init__(self, run: RunDir, extra: Callable[[], dict[str, float]] | None = None):
+    def __init__(self, run: RunDir):
         self.run = run
-        self.extra = extra
-        self.interrupted = False
+        self.stopped: R1VError | None = None
         self._mark = time.perf_counter()
         self._elapsed = 0.0
         self._steps = 0
@@ -38,7 +38,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """A resumed run forgets what an earlier attempt logged beyond its checkpoint."""
         if state.is_world_process_zero:
-            trim_metrics(self.run.metrics, state.global_step)
+            truncate_lines(self.run.metrics, state.global_step)
             self.run.set_status(RUNNING, step=state.global_step, max_steps=state.max_steps)
         self._mark = time.perf_counter()
 
@@ -49,7 +49,9 @@ class RunCallback(TrainerCallback):
         self._mark = now
         self._steps += 1
         if any_rank(stop_requested(), args.device):
-            self.interrupted = True
+            self.stopped = Interrupted(
+                f"interrupted after step {state.global_step}", hint="--resume goes on from there"
+            )
             control.should_save = True
             control.should_training_stop = True
 
@@ -62,8 +64,6 @@ class RunCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         values: dict[str, Any] = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k != "step"}
-        if self.extra is not None:
-            values |= self.extra()
         if self._steps:
             values["step_time"] = self._elapsed / self._steps
         self._elapsed, self._steps = 0.0, 0
@@ -75,6 +75,82 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.run.set_status(RUNNING, step=state.global_step)
+
+
+class RolloutCallback(TrainerCallback):
+    """Rollouts of each step into the run dir, some of each logged step for the launcher to show, and the guard.
+
+    `guard` None: nothing ends a collapsed run. To judge differently, subclass and override `judge`: every rank sees
+    the same figures and decides alike.
+    """
+
+    def __init__(self, recorder: Recorder, run: RunDir, *, show: int = 0, guard: CollapseGuard | None = None):
+        self.recorder, self.run, self.show, self.guard = recorder, run, show, guard
+        self.stopped: R1VError | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.recorder.write(self.run)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        rollouts = self.recorder.take()
+        if state.is_world_process_zero:
+            self._show(state.global_step, rollouts)
+        verdict = self.judge(state.global_step, logs, rollouts)
+        if state.is_world_process_zero:
+            for warning in verdict.warnings:
+                console.warn(warning)
+        if any_rank(verdict.stop is not None, args.device) and self.stopped is None:
+            self.stopped = GuardStop(
+                f"stopped by the guard: {verdict.stop or 'on another rank'}",
+                details=offenders(rollouts, verdict.figure),
+                hint=f"the rollouts are in {self.run.rollouts}; thresholds are train.guard, "
+                "`train.guard: null` turns it off",
+            )
+            control.should_training_stop = True
+            # NaN that shows only here is in the weights already: keep the last good checkpoint as the newest.
+            control.should_save = verdict.figure != "nan"
+
+    def judge(self, step: int, logs: dict[str, Any], rollouts: list[Rollout]) -> Verdict:
+        """The verdict on one logged step: `logs` as in metrics.jsonl, and the rollouts since the last one."""
+        if self.guard is None:
+            return Verdict()
+        return self.guard.observe(figures(step, rollouts, loss=logs.get("loss"), grad_norm=logs.get("grad_norm")))
+
+    def _show(self, step: int, rollouts: list[Rollout]) -> None:
+        for r in spread_over_groups(rollouts, self.show):
+            sample = {"id": r.id, "prompt": r.prompt, "completion": r.completion, "rewards": r.rewards}
+            append_jsonl(self.run.logs / "samples.jsonl", {"step": step, **sample, "advantage": r.advantage})
+
+
+class PeriodicCheck(TrainerCallback):
+    """Runs `check(step)` after every `every` steps but the last; an R1VError of it, on all ranks, ends training."""
+
+    def __init__(self, check: Callable[[int], None], every: int):
+        self.check, self.every = check, every
+        self.stopped: R1VError | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every or state.global_step >= state.max_steps:
+            return
+        try:
+            self.check(state.global_step)
+        except R1VError as e:
+            self.stopped = GuardStop(e.message, details=e.details, hint=e.hint)
+            control.should_save = control.should_training_stop = True
+
+
+class BeforeTraining(TrainerCallback):
+    """Runs `measure` once the model is wrapped for training and before the first step of a new run."""
+
+    def __init__(self, measure: Callable[[], None]):
+        self.measure = measure
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.measure()
 
 
 def finite(value: float) -> float | None:
@@ -91,11 +167,3 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     told = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
     return bool(told.item())
-
-
-def trim_metrics(path: Path, step: int) -> None:
-    """Drop the lines of steps above `step`, and half a line that a killed run left."""
-    if not path.is_file():
-        return
-    kept = [document for _, document in read_jsonl(path) if document["step"] <= step]
-    write_text(path, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in kept))

@@ -16,7 +16,7 @@ from trl import GRPOConfig
 from ..config.embedded import with_seed
 from ..config.schema import GrpoRecipe
 from ..core import console
-from ..core.errors import Interrupted, R1VError, UsageError
+from ..core.errors import R1VError, UsageError
 from ..core.files import append_jsonl
 from ..data.load import data_sha256, load_rows
 from ..models.lengths import drop_long_prompts
@@ -25,12 +25,11 @@ from ..rewards import canaries
 from ..rewards.registry import build_rewards
 from ..run import contract
 from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
-from .callbacks import RunCallback, trim_metrics
+from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback, RunCallback
 from .checkpoints import resume_point, save_final
-from .grpo_callbacks import BeforeTraining, GuardCallback, PeriodicCheck, RolloutCallback
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
-from .recorder import summarise_metrics, truncate_rollouts, update_summary
+from .recorder import summarise_metrics, truncate_lines, truncate_rollouts, update_summary
 from .trainer import R1VGRPOTrainer
 from .worker import is_main, on_main, refusals, seconds_until_now, stop_requested, to_prompts, worker
 
@@ -93,7 +92,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     if is_main():
         truncate_rollouts(run, done)
-        trim_metrics(run.path / "canaries.jsonl", done)
+        truncate_lines(run.path / "canaries.jsonl", done)
     canary = _canaries(recipe, rewards, rows if heldout is None else heldout, args.seed, run, done)
     if canary is not None:
         canary(None)
@@ -126,21 +125,21 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
             clock.lap("held-out before")
 
     running = RunCallback(run)
-    rollouts = RolloutCallback(trainer, run, recipe.train.show_rollouts)
-    guard = GuardCallback(CollapseGuard(recipe.train.guard), rollouts) if recipe.train.guard else None
+    guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
+    rollouts = RolloutCallback(trainer.recorder, run, show=recipe.train.show_rollouts, guard=guard)
     every = recipe.feedback.canaries.every_steps if recipe.feedback and recipe.feedback.canaries else 1
     checking = PeriodicCheck(canary, every) if canary is not None else None
-    trainer.carried["rollouts"] = rollouts
     if guard is not None:
-        trainer.carried["guard"] = guard.guard
-    for callback in (BeforeTraining(before), running, rollouts, guard, checking):
+        trainer.carried["guard"] = guard
+    for callback in (BeforeTraining(before), running, rollouts, checking):
         if callback is not None:
             trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except R1VError as e:
         if trainer.stopping:
-            rollouts.flush(main=is_main())
+            if is_main():
+                trainer.recorder.write(run)
             trainer.save_now()
             _state(run, STOPPED, trainer, e.message)
         raise
@@ -149,13 +148,13 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
             if hasattr(reward, "close"):
                 reward.close()
     clock.lap("train")
-    for watcher in (guard, checking):
+    for watcher in (rollouts, checking):
         if watcher is not None and watcher.stopped is not None:
             _state(run, STOPPED, trainer, watcher.stopped.message)
             raise watcher.stopped
-    if running.interrupted:
+    if running.stopped is not None:
         _state(run, INTERRUPTED, trainer, "interrupted")
-        raise Interrupted(f"interrupted after step {trainer.state.global_step}", hint="--resume goes on from there")
+        raise running.stopped
 
     if heldout is not None:
         _record(run, measure(trainer, heldout), "after")

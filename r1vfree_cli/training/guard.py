@@ -6,8 +6,9 @@ Pure Python, so that it can be tested and replayed on a run dir without torch.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..config.schema import Guard
@@ -36,7 +37,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`stop`: why the run must end, or None. `warnings`: said once each. `offenders`: which figure the stop is about."""
+    """`stop`: why the run must end, or None. `figure`: which figure that is about. `warnings`: each given once."""
 
     stop: str | None = None
     figure: str | None = None
@@ -50,7 +51,7 @@ def figures(step: int, rollouts: Sequence[Rollout], *, loss: float | None, grad_
         groups[rollout.step, rollout.group].append(rollout)
     if not groups:
         return StepFigures(step, loss, grad_norm, None, None, None, None)
-    repeated = sum(len(g) - sum(n == 1 for n in _counts(r.completion for r in g).values()) for g in groups.values())
+    repeated = sum(len(g) - sum(n == 1 for n in Counter(r.completion for r in g).values()) for g in groups.values())
     scored = [(r.reward, float(r.tokens)) for r in rollouts if r.reward is not None]
     return StepFigures(
         step,
@@ -67,25 +68,15 @@ def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Pearson's r; None with fewer than 3 pairs or when one side is constant."""
     if len(pairs) < 3:
         return None
-    mean_x = math.fsum(x for x, _ in pairs) / len(pairs)
-    mean_y = math.fsum(y for _, y in pairs) / len(pairs)
-    xx = math.fsum((x - mean_x) ** 2 for x, _ in pairs)
-    yy = math.fsum((y - mean_y) ** 2 for _, y in pairs)
-    if xx <= 1e-12 or yy <= 1e-12:
+    try:
+        return statistics.correlation(*zip(*pairs, strict=True))
+    except statistics.StatisticsError:  # a constant side
         return None
-    return math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / math.sqrt(xx * yy)
 
 
 def _equal(group: list[Rollout]) -> bool:
     rewards = [r.reward for r in group if r.reward is not None]
     return len(rewards) < 2 or max(rewards) - min(rewards) <= SPREAD_EPSILON
-
-
-def _counts(items: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for item in items:
-        counts[item] += 1
-    return counts
 
 
 class CollapseGuard:
@@ -96,35 +87,31 @@ class CollapseGuard:
         self._held: dict[str, int] = defaultdict(int)
         self._warned: set[str] = set()
 
-    def observe(self, found: StepFigures) -> Verdict:
+    def observe(self, step: StepFigures) -> Verdict:
         """The verdict after one more logged step."""
-        for name, value in (("loss", found.loss), ("grad_norm", found.grad_norm)):
+        for name, value in (("loss", step.loss), ("grad_norm", step.grad_norm)):
             if value is not None and not math.isfinite(value):
-                return Verdict(f"{name} is {value} at step {found.step}", "nan")
+                return Verdict(f"{name} is {value} at step {step.step}", "nan")
         s = self.settings
         rules = (
-            (
-                "zero_spread",
-                s.zero_spread_fraction,
-                "of the groups had equal rewards only, so there is nothing to learn",
-            ),
+            ("zero_spread", s.zero_spread_fraction, "of the groups had equal rewards only: nothing to learn"),
             ("clipped", s.clipped_fraction, "of the completions were cut at max_completion_length"),
             ("duplicates", s.duplicate_fraction, "of the completions repeat another one of their group"),
         )
         for name, threshold, what in rules:
-            value = getattr(found, name)
+            value = getattr(step, name)
             if self._holds(name, value is not None and value >= threshold):
-                self._held[name] = 0  # who resumes the stopped run gets the whole patience again
+                self._held[name] = 0  # who resumes the stopped run gets the full patience again
                 return Verdict(
-                    f"in {s.patience} logged steps in a row at least {threshold:.0%} {what} (step {found.step}: "
+                    f"in {s.patience} logged steps in a row at least {threshold:.0%} {what} (step {step.step}: "
                     f"{value:.0%})",
                     name,
                 )
-        r = found.length_correlation
+        r = step.length_correlation
         warnings = []
         if self._holds("length", r is not None and abs(r) >= s.length_correlation_warning) and self._first("length"):
             warnings.append(
-                f"reward and completion length correlate (r = {r:.2f} at step {found.step}): the policy may be paid for "
+                f"reward and completion length correlate (r = {r:.2f} at step {step.step}): the policy may be paid for "
                 "length, not for answers"
             )
         return Verdict(warnings=warnings)
@@ -149,23 +136,23 @@ class CollapseGuard:
 
 
 def offenders(rollouts: Sequence[Rollout], figure: str | None, limit: int = 4) -> list[str]:
-    """A few lines that show the rollouts a stop is about, for the error's details."""
+    """Lines that show at most `limit` rollouts that a stop is about, or any where none can be named.
+
+    figure: that of the `Verdict`, `unscored` for a reward that failed, None for a loss that is not finite.
+    """
+    groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.step, rollout.group].append(rollout)
     chosen: list[Rollout] = []
     if figure == "clipped":
         chosen = [r for r in rollouts if r.clipped]
-    elif figure in ("duplicates", "zero_spread"):
-        groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
-        for rollout in rollouts:
-            groups[rollout.step, rollout.group].append(rollout)
-        bad = _repeats if figure == "duplicates" else _equal
-        chosen = next((g for g in groups.values() if bad(g)), [])
+    elif figure == "duplicates":
+        chosen = next((g for g in groups.values() if len({r.completion for r in g}) < len(g)), [])
+    elif figure == "zero_spread":
+        chosen = next((g for g in groups.values() if _equal(g)), [])
     elif figure == "unscored":
         chosen = [r for r in rollouts if None in r.rewards.values()]
     return [show(r) for r in (chosen or list(rollouts))[:limit]]
-
-
-def _repeats(group: list[Rollout]) -> bool:
-    return max(_counts(r.completion for r in group).values()) > 1
 
 
 def show(rollout: Rollout, width: int = 160) -> str:

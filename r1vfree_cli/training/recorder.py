@@ -1,17 +1,15 @@
-"""What a GRPO run leaves in its run dir beside its metrics: every rollout as parquet, and the summary.
-
-No torch here: rank 0 writes what the trainer gathered.
-"""
+"""What a run leaves in its run dir: every rollout as parquet, lines of figures, the summary. No torch here."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_json, read_jsonl, write_bytes, write_json
+from ..core.files import read_json, read_jsonl, write_bytes, write_json, write_text
 from ..core.prompts import parse
 from ..run.run_dir import RunDir
 
@@ -22,7 +20,7 @@ class Rollout:
 
     `group`: number of the prompt within the step. `tokens`: length of the completion. `clipped`: cut at the limit,
     no end token. `rewards`: raw score by name, None where not scored. `reward`: weighted sum, None when the sample is
-    out of its group (a required reward is missing). `advantage`: None when the step was stopped before it had one.
+    excluded from its group's baseline (a required reward is missing). `advantage`: None when the step was stopped before it had one.
     """
 
     step: int
@@ -37,13 +35,69 @@ class Rollout:
     advantage: float | None = None
 
 
+class Recorder:
+    """The one place of rollouts: those of all ranks, in the order of the global batch, since the last logged step.
+
+    Every rank holds the same ones. `batch` is the generation batch that is being trained on.
+    """
+
+    def __init__(self) -> None:
+        self.batch: list[Rollout] = []
+        self._since: list[Rollout] = []
+        self._written = 0  # how many of `_since` are in files
+
+    def add(self, batch: list[Rollout], group_size: int) -> None:
+        """Keep a generation batch whose groups of `group_size` follow each other, and number its groups."""
+        step = batch[0].step
+        first = 1 + max((r.group for r in self._since if r.step == step), default=-1)
+        for i, rollout in enumerate(batch):
+            rollout.group = first + i // group_size
+        self.batch = batch
+        self._since += batch
+
+    def write(self, run_dir: RunDir) -> None:
+        """Write the steps that are not in files yet."""
+        new = self._since[self._written :]
+        for step in sorted({r.step for r in new}):
+            write_rollouts(run_dir, step, [r for r in new if r.step == step])
+        self._written = len(self._since)
+
+    def take(self) -> list[Rollout]:
+        """The rollouts since the last call."""
+        taken, self._since, self._written = self._since, [], 0
+        return taken
+
+    def forget_after(self, step: int) -> None:
+        """Leave out the rollouts of a step that was stopped half-way: a resumed run takes it again."""
+        self._since = [r for r in self._since if r.step <= step]
+        self._written = len(self._since)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rollouts that no logged step has counted yet."""
+        return {"since": [asdict(r) for r in self._since]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; their files are there."""
+        self._since = [Rollout(**r) for r in state["since"]]
+        self._written = len(self._since)
+
+
+def spread_over_groups(rollouts: Sequence[Rollout], limit: int) -> list[Rollout]:
+    """At most `limit` rollouts, one of each group in turn, so that a few show different questions."""
+    groups: dict[tuple[int, int], list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault((rollout.step, rollout.group), []).append(rollout)
+    longest = max(map(len, groups.values()), default=0)
+    return [group[i] for i in range(longest) for group in groups.values() if i < len(group)][:limit]
+
+
 def rollout_file(run_dir: RunDir, step: int) -> Path:
     """Where the rollouts that trained step `step` (from 1) are."""
     return run_dir.rollouts / f"step-{step:08d}.parquet"
 
 
 def write_rollouts(run_dir: RunDir, step: int, rollouts: Sequence[Rollout]) -> None:
-    """Write all rollouts of one step (whole file or nothing); null means not scored."""
+    """Write all rollouts of one step atomically; null means not scored."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -74,8 +128,15 @@ def truncate_rollouts(run_dir: RunDir, step: int) -> None:
             file.unlink()
 
 
+def truncate_lines(path: Path, step: int) -> None:
+    """Delete the lines of steps above `step` from a JSONL file, and the partial line that a killed run left."""
+    if path.is_file():
+        kept = [document for _, document in read_jsonl(path) if document["step"] <= step]
+        write_text(path, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in kept))
+
+
 def update_summary(run_dir: RunDir, fields: dict) -> dict:
-    """Merge `fields` into summary.json, dicts in dicts too, and return the whole."""
+    """Merge `fields` into summary.json, dicts in dicts too, and return all of it."""
     summary = _merged(read_json(run_dir.summary) if run_dir.summary.is_file() else {}, fields)
     write_json(run_dir.summary, summary)
     return summary

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.stateful import Stateful
 from trl.trainer.utils import RepeatSampler
 
 from ..core import console
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
     from trl import GRPOTrainer as _Trainer
 else:
     _Trainer = object
-
-
-class Carried(Protocol):
-    """Something whose state goes into every checkpoint: plain numbers, strings, lists and dicts, no objects."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class EpochSampler(RepeatSampler):
@@ -52,11 +45,12 @@ class EpochSampler(RepeatSampler):
 class ExactResumeMixin(_Trainer):
     """Mixin before a `trl.GRPOTrainer`: each rank writes what Trainer leaves out beside its random state.
 
-    `carried`: name -> what else has a state to keep on this rank; filled before `train()`.
+    `carried`: name -> what else has a state to keep on this rank (plain numbers, strings, lists and dicts, which
+    `torch.load` reads without a pickle); filled before `train()`.
     """
 
     args: Any
-    carried: dict[str, Carried]
+    carried: dict[str, Stateful]
     _at_step_begin: dict[str, Any] | None = None
     ref_model: Any
     _step: int

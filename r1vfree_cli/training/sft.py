@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from ..config.embedded import with_seed
 from ..config.schema import SftRecipe
 from ..core import console
-from ..core.errors import DataError, Interrupted
+from ..core.errors import DataError
 from ..core.files import read_jsonl, write_json
 from ..core.prompts import build_messages, target_text
 from ..data.load import data_sha256, load_rows
@@ -223,10 +223,10 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
     prepared = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trained = time.perf_counter()
-    if callback.interrupted:
+    if callback.stopped is not None:
         if is_main():
-            run.set_status(INTERRUPTED, reason="stopped by a signal", step=trainer.state.global_step)
-        raise Interrupted(f"interrupted at step {trainer.state.global_step}; its checkpoint is written")
+            run.set_status(INTERRUPTED, reason="interrupted", step=trainer.state.global_step)
+        raise callback.stopped
     if recipe.weights_dtype != recipe.model.dtype:
         round_weights(trainer.model, recipe.model.dtype)
     save_final(trainer, run.final)

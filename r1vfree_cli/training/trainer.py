@@ -21,7 +21,7 @@ from ..shared_prefix.mixin import SharedPrefixMixin
 from .callbacks import any_rank
 from .checkpoints import WholeCheckpoints, is_whole
 from .guard import offenders
-from .recorder import Rollout
+from .recorder import Recorder, Rollout
 from .resume import ExactResumeMixin
 
 
@@ -33,7 +33,7 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
       before the weights change;
     - sampling is the recipe's alone (`pin_generation`), visual tokens are never sampled, and transformers' sampling
       is keyed by seed, step and row (`keyed_draws`);
-    - every rollout of all ranks is kept until `take_rollouts`;
+    - every rollout of all ranks goes to `recorder`;
     - a resume is exact (`WholeCheckpoints`, `ExactResumeMixin`).
 
     A new sampling backend or loss needs no change here: everything that is not named is TRL's.
@@ -60,8 +60,8 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
         self.required = [bool(getattr(r, "required", False)) for r in reward_funcs]
         self._watched: list[Any] = [Watched(r) for r in reward_funcs]
         self.carried = {f"reward/{w.__name__}": w.reward for w in self._watched if hasattr(w.reward, "state_dict")}
-        self._pending: list[Rollout] = []
-        self._latest: list[Rollout] = []
+        self.recorder = Recorder()
+        self.carried["rollouts"] = self.recorder
         self._raw: torch.Tensor | None = None
         self.stopping = False  # set on all ranks by an error that all of them raise in the same place
         # Without its table of completions TRL would still gather its images in every step, and ranks that have some
@@ -98,8 +98,8 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
         )
         if training:
             self._raw = rewards
-            self._latest = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
-            self._pending += self._latest
+            batch = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
+            self.recorder.add(batch, self.num_generations)
             self._stop_when_judge_fails(rewards)
         return masked
 
@@ -107,19 +107,14 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
         training = self._is_training()
         output = super()._generate_and_score_completions(inputs)
         if training:
-            advantages = list(self._logs["advantages"])[-len(self._latest) :]
-            for rollout, advantage in zip(self._latest, advantages, strict=True):
+            advantages = list(self._logs["advantages"])[-len(self.recorder.batch) :]
+            for rollout, advantage in zip(self.recorder.batch, advantages, strict=True):
                 rollout.advantage = advantage
             self._report_raw_rewards()
         return output
 
     def _is_training(self) -> bool:
         return bool(self.model.training)
-
-    def take_rollouts(self) -> list[Rollout]:
-        """Rollouts of all ranks since the last call, in the order of the global batch."""
-        taken, self._pending = self._pending, []
-        return taken
 
     def _gather_rollouts(self, inputs, completions, completion_ids_list, rewards, masked) -> list[Rollout]:
         step = self.state.global_step + 1
@@ -137,14 +132,12 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
             for row, completion, ids in zip(inputs, completions, completion_ids_list, strict=True)
         ]
         gathered = gather_object(local)
-        first = 1 + max((r.group for r in self._pending if r.step == step), default=-1)
         weights = self.reward_weights.tolist()
         for i, rollout in enumerate(gathered):
             scores = [_number(v) for v in rewards[i].tolist()]
             rollout.rewards = dict(zip(self.reward_func_names, scores, strict=True))
             counted = [(w, v) for w, v in zip(weights, masked[i].tolist(), strict=True) if not math.isnan(v)]
             rollout.reward = sum(w * v for w, v in counted) if counted else None
-            rollout.group = first + i // self.num_generations
         return gathered
 
     def _report_raw_rewards(self) -> None:
@@ -184,7 +177,7 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
                 raise GuardStop(
                     f"reward {name} failed for {failed} of {len(rewards)} rollouts in step "
                     f"{self.state.global_step + 1} ({failed / len(rewards):.0%}, allowed {allowed:.0%})",
-                    details=gather_object(reward.causes())[:4] + offenders(self._latest, "unscored"),
+                    details=gather_object(reward.causes())[:4] + offenders(self.recorder.batch, "unscored"),
                     hint="bring the judge back and continue with --resume; "
                     f"rewards.{name}.max_failed_fraction is the limit",
                 )
@@ -195,7 +188,7 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
             self.stopping = True
             raise GuardStop(
                 f"the loss is not finite in step {self.state.global_step + 1}; the weights were not changed by it",
-                details=offenders(self._latest, None),
+                details=offenders(self.recorder.batch, None),
                 hint="a lower train.learning_rate or train.max_grad_norm, or model.dtype: bfloat16 instead of float16",
             )
         return loss
@@ -209,13 +202,14 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
             self.stopping = True
             raise GuardStop(
                 f"the gradient is not finite in step {self.state.global_step + 1}; the weights were not changed by it",
-                details=offenders(self._latest, None),
+                details=offenders(self.recorder.batch, None),
                 hint="a lower train.learning_rate",
             )
         return norm
 
     def save_now(self) -> None:
         """Write a checkpoint of the last completed step unless there is one; all ranks must call it."""
+        self.recorder.forget_after(self.state.global_step)
         done = is_whole(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         if not any_rank(done, self.accelerator.device):
             self._save_checkpoint(self.model, trial=None)

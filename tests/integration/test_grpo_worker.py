@@ -223,7 +223,7 @@ def test_a_missing_required_reward_is_no_zero_and_has_advantage_exactly_0(home, 
         multi_objective_aggregation=aggregation,
     )
     made.train()
-    found = made.take_rollouts()
+    found = made.recorder.take()
     advantages = np.array([r.advantage for r in found])
     np.testing.assert_allclose(advantages, expected_advantages(TABLE, scale, aggregation), rtol=2e-5, atol=2e-6)
     unscored = [row[1] is None for row in ALL_OF_IT]
@@ -253,7 +253,7 @@ def test_sampling_is_the_recipes_not_the_checkpoints(home, tmp_path):
     made = trainer(home, tmp_path, [grpo_worker.Letters()], per_device_train_batch_size=8, num_generations=8)
     assert made.model.generation_config.top_k is None and made.model.generation_config.repetition_penalty is None
     made.train()
-    assert len({r.completion for r in made.take_rollouts()}) == 8
+    assert len({r.completion for r in made.recorder.take()}) == 8
     ids = made._tokenizer.convert_tokens_to_ids
     assert set(made.eos_token_ids) == {ids("<|im_end|>"), ids("<|endoftext|>")}
 
@@ -273,7 +273,7 @@ def test_judging_overlaps_other_rewards(home, tmp_path):
     config = {"per_device_train_batch_size": 4, "max_completion_length": 2}
     made = trainer(home, tmp_path, [counts, judge], **config)
     made.train()
-    assert all(r.rewards == {"counts": 1.0, "judge": 1.0} for r in made.take_rollouts())
+    assert all(r.rewards == {"counts": 1.0, "judge": 1.0} for r in made.recorder.take())
 
 
 def test_images_are_not_gathered_for_a_table_that_is_off(home, tmp_path, monkeypatch):
@@ -547,6 +547,8 @@ def test_too_many_failed_scores_stop_before_the_weights_change(home, tmp_path, w
     assert (run.checkpoints / "checkpoint-1" / "trainer_state.json").is_file()
     found = rollouts(run, 2)
     assert found["rewards/feedback"][:4] == [None, None, None, 3 / 8] and set(found["advantage"]) == {None}
+    saved = torch.load(run.checkpoints / "checkpoint-1" / "r1v_state_0.pt", weights_only=True)
+    assert saved["carried"]["rollouts"] == {"since": []}  # a resume takes step 2 again: its rollouts count once
     assert not run.final.exists()
 
 

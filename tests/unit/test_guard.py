@@ -14,8 +14,10 @@ from r1vfree_cli.core.files import append_jsonl, read_json
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training.guard import CollapseGuard, StepFigures, correlation, figures, offenders
 from r1vfree_cli.training.recorder import (
+    Recorder,
     Rollout,
     rollout_file,
+    spread_over_groups,
     summarise_metrics,
     truncate_rollouts,
     update_summary,
@@ -150,6 +152,29 @@ def test_rollouts_null_means_not_scored(tmp_path):
     assert found["rewards/format"] == [1.0] * 4
     assert found["reward"][1] is None and found["advantage"][0] is None
     assert found["answer"] == ["0", "1", "2", None]
+
+
+def test_the_recorder_holds_each_rollout_once_until_it_was_logged(tmp_path):
+    run, recorder = RunDir(tmp_path), Recorder()
+    for number, completion in ((1, "a"), (1, "b"), (2, "c")):  # two generation batches in step 1
+        recorder.add([rollout(i, completion=completion, step=number) for i in range(8)], GROUP)
+    recorder.write(run)
+    table = pq.read_table(rollout_file(run, 1)).to_pydict()
+    assert table["group"] == [i // GROUP for i in range(16)] and table["completion"] == ["a"] * 8 + ["b"] * 8
+    resumed = Recorder()
+    resumed.load_state_dict(json.loads(json.dumps(recorder.state_dict())))
+    rollout_file(run, 2).unlink()
+    resumed.write(run)
+    assert not rollout_file(run, 2).exists()  # was written before the checkpoint
+    resumed.forget_after(1)  # step 2 was stopped half-way
+    assert [r.step for r in resumed.take()] == [1] * 16 and resumed.take() == []
+    assert [r.completion for r in recorder.batch] == ["c"] * 8  # what the optimizer is at, logged or not
+    assert len(recorder.take()) == 24
+
+
+def test_shown_rollouts_are_of_different_groups_first():
+    shown = spread_over_groups([rollout(i) for i in range(8)], 3)
+    assert [(r.group, r.completion[-10]) for r in shown] == [(0, "0"), (1, "4"), (0, "1")]
 
 
 def test_a_resumed_run_forgets_later_rollouts_only(tmp_path):
