@@ -54,15 +54,20 @@ def prepare_data(
     source: Annotated[
         str,
         typer.Argument(
-            help="rlhf-v, r1v-free, clevr-count, clevr-complex, geoqa, clevr-r1, hallusionbench, jsonl, parquet or shapes."
+            help="files (jsonl and parquet are the same), shapes, or a known data set: rlhf-v, r1v-free, clevr-count, "
+            "clevr-complex, geoqa, clevr-r1, hallusionbench."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     input: Annotated[
-        str | None, typer.Option("--input", help="A local copy of the source; needed by jsonl and parquet.")
+        str | None, typer.Option("--input", help="A file or folder, or a local copy of a known data set.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="The folder that image paths are relative to.")
+        list[Path] | None,
+        typer.Option("--images", help="A folder that image paths are looked for in; repeatable."),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Other names of columns: problem=question,image=img.")
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="One split of the source. Default: all it has.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most so many rows a split.")] = None,
@@ -72,16 +77,28 @@ def prepare_data(
 ) -> None:
     """Turn a source into rows; what is dropped is counted.
 
+    Files are parquet, JSON, CSV or saved by `datasets`, in the layout of r1v, LLaVA, OpenAI, ms-swift, VLM-R1 or verl.
     Images are checked, rotated and RGB; every drop has a reason.
     """
     from .core import console
     from .data.prepare import prepare
 
-    summary = prepare(source, out, input=input, images=images, split=split, limit=limit, seed=seed, overwrite=overwrite)
+    summary = prepare(
+        source,
+        out,
+        input=input,
+        images=images or (),
+        columns=columns,
+        split=split,
+        limit=limit,
+        seed=seed,
+        overwrite=overwrite,
+    )
     if json:
         console.emit_json(summary)
         return
-    rows = [[f"rows, {name}", part["rows"]] for name, part in summary["splits"].items()]
+    rows: list[list] = [["read as", summary["layout"]]]
+    rows += [[f"rows, {name}", part["rows"]] for name, part in summary["splits"].items()]
     rows += [[f"dropped, {reason}", count] for reason, count in summary["dropped"].items()]
     console.emit_table(str(out), ["", "rows"], rows)
 

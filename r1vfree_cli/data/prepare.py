@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import random
+import re
 import shutil
+import socket
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError
 from ..core.files import sha256_file, write_json
-from .rows import SCHEMA_VERSION, Drops, RowProblem, make_row
+from . import layouts
+from .rows import SCHEMA_VERSION, Drops, RawRow, RowProblem, make_row
 from .sources import Source, Table, find_source, open_source
 
 SUMMARY = "data.json"
 GROUP_BYTES, GROUP_ROWS = 16 * 2**20, 100  # held in memory, then written as one row group
 SHARD_BYTES = 256 * 2**20
 THREADS = min(4, os.cpu_count() or 1)
-_LOCK = ".alive"
 
 
 def prepare(
@@ -33,7 +36,8 @@ def prepare(
     out: Path,
     *,
     input: str | None = None,
-    images: Path | None = None,
+    images: Path | Sequence[Path] | None = (),
+    columns: str | None = None,
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -48,7 +52,9 @@ def prepare(
         source: a name in `sources.SOURCES`.
         out: the folder to make; it appears only when it is complete.
         input: a local file or folder in the source's layout; None takes the hub.
-        images: folder that image paths are relative to; by default the folder of the file that names them.
+        images: folder or folders that image paths are looked for in, and that absolute paths and links may lead to;
+            by default the folder of the file that names them. None: images must be there as bytes.
+        columns: `problem=question,image=img`: the input's columns where r1v does not know their names.
         split: prepare only this split.
         limit: rows a split at most: a random subset chosen by `seed`; a chosen record that is dropped is replaced by
             another, so that `limit` rows result where there are that many. For `shapes`, how many are drawn.
@@ -56,36 +62,44 @@ def prepare(
         overwrite: replace a folder of prepared data.
 
     Returns:
-        The summary, which is also in `data.json`: `schema_version`, `source`, `limit`, `seed`, `read`, `rows`,
-        `dropped` {reason: n}, `dropped_places` {reason: the first few}, `splits` {name: {rows, sha256, solution and
-        thinking (how many rows have one), files: [{name, rows, bytes, sha256}]}}, `sha256`, `versions`.
+        The summary, which is also in `data.json`: `schema_version`, `source`, `layout` (as what the records were
+        read), `columns`, `limit`, `seed`, `read`, `rows`, `dropped` {reason: n}, `dropped_places` {reason: the first
+        few}, `splits` {name: {rows, sha256, solution and thinking (how many rows have one), files: [{name, rows,
+        bytes, sha256}]}}, `sha256`, `versions`.
 
     Raises:
         UsageError: unknown source, impossible arguments, an output folder that is in use, a full disk.
         DataError: unreadable input, or not one row left.
     """
     out = Path(os.path.abspath(out))
-    images = Path(images) if images is not None else None
+    roots = [Path(images)] if isinstance(images, str | Path) else images
     found = find_source(source)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
+    names = layouts.parse_columns(columns) if columns else None
+    if names:
+        found = replace(found, convert=layouts.named(names))
     try:
-        _check_out(out, [Path(p) for p in (input, images) if p is not None], overwrite)
+        _check_out(out, [*([Path(input)] if input is not None else []), *(roots or ())], overwrite)
     except OSError as e:
         raise UsageError(f"cannot use {out}: {e.strerror}") from None
-    tables = open_source(found, input=input, images=images, split=split, limit=limit, seed=seed)
+    tables = open_source(found, input=input, images=roots, split=split, limit=limit, seed=seed)
+    if names:
+        _check_columns(names, tables)
     drops = Drops()
-    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "source": found.name}
+    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "source": found.name, "layout": "", "columns": names}
     summary |= {"limit": limit, "seed": seed, "rows": 0, "read": 0}
-    splits: dict[str, dict] = {}
+    readers = {name: Reader(found, tables[name], limit, seed, drops) for name in sorted(tables)}
     try:
-        with _work_dir(out) as temporary:
-            for name in sorted(tables):
-                splits[name] = _write_split(temporary, name, Reader(found, tables[name], limit, seed, drops))
+        with _alone(out), _work_dir(out) as temporary:
+            _check_out(out, [], overwrite)
+            splits = {name: _write_split(temporary, name, reader) for name, reader in readers.items()}
             summary["rows"] = sum(s["rows"] for s in splits.values())
-            summary["read"] = summary["rows"] + drops.total
+            summary["read"] = sum(reader.read for reader in readers.values())
             if not summary["rows"]:
                 raise _nothing_left(found, tables, drops)
+            read_as: Counter[str] = sum((reader.layouts for reader in readers.values()), Counter())
+            summary["layout"] = ", ".join(name for name, _ in read_as.most_common())
             summary["dropped"] = dict(sorted(drops.counts.items()))
             summary["dropped_places"] = dict(sorted(drops.places.items()))
             summary["splits"] = splits
@@ -96,6 +110,15 @@ def prepare(
     except OSError as e:
         raise UsageError(f"cannot write {out}: {e.strerror or e}") from None
     return summary
+
+
+def _check_columns(names: dict[str, str], tables: dict[str, list[Table]]) -> None:
+    """A column that none of the first records has is a mistyped one."""
+    for table in (table for found in tables.values() for table in found):
+        first = [record for _, record in islice(table.read(None), 100) if isinstance(record, dict)]
+        for column in names.values() if first else ():
+            if all(layouts.column_of(record, column) is None for record in first):
+                raise UsageError(f"--columns: {table.name} has no column {column}; it has {', '.join(first[0])}")
 
 
 def digest(files: Iterable[dict]) -> str:
@@ -110,11 +133,16 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops) 
         return DataError(f"no records in {names}")
     first = next((r for ts in tables.values() for t in ts for _, r in t.read([0]) if isinstance(r, dict)), None)
     columns = [f"columns of the first record: {', '.join(map(str, first))}"] if first else []
-    missing = drops.counts["missing image"] + drops.counts["image path leaves the root"]
+    hint = None
+    if first and source.hub is None and not layouts.is_record(first):
+        columns += [f"accepted: {layout}" for layout in layouts.ACCEPTED]
+        hint = "--columns problem=COLUMN,image=COLUMN,solution=COLUMN says which is which"
+    elif drops.counts["missing image"] + drops.counts["image path leaves the root"]:
+        hint = "--images names the folder that image paths are relative to; it may be given several times"
     return DataError(
         f"source {source.name}: none of {drops.total} records can be used ({names})",
         details=drops.lines() + columns,
-        hint="--images names the folder that image paths are relative to" if missing else None,
+        hint=hint,
     )
 
 
@@ -135,19 +163,25 @@ class Reader:
         self.source, self.tables, self.limit, self.drops = source, tables, limit, drops
         self.total = sum(table.rows for table in tables)
         self.random = random.Random(f"prepare/{seed}")
+        self.read = 0
+        self.layouts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[dict]:
         ids: set[str] = set()
         goal = self.total if self.limit is None else min(self.limit, self.total)
         with console.progress(f"reading {self.source.name}", goal) as bar:
             for positions in self._passes(goal, lambda: len(ids)):
-                for place, row in self._checked(positions):
+                for place, raw, row in self._checked(positions):
+                    self.read += 1
                     if isinstance(row, RowProblem):
-                        self.drops.add(row.reason, place)
+                        self.drops.add(row.reason, f"{place} ({row.detail})" if row.detail else place)
                     elif row["id"] in ids:
                         self.drops.add("duplicate id", place)
                     else:
                         ids.add(row["id"])
+                        self.layouts[raw.layout if self.source.hub is None else self.source.name] += 1
+                        for reason in raw.left_out:
+                            self.drops.add(reason, place)
                         yield row
                         if self.limit is not None and len(ids) == self.limit:
                             return
@@ -165,8 +199,8 @@ class Reader:
             # Doubling: data where nearly all fails must not take one pass a row.
             start, size = start + size, max(2 * size, goal - kept())
 
-    def _checked(self, positions: list[int] | None) -> Iterator[tuple[str, dict | RowProblem]]:
-        """(place, row or problem) in order; a few records are decoded at once, and no more are held."""
+    def _checked(self, positions: list[int] | None) -> Iterator[tuple[str, RawRow, dict | RowProblem]]:
+        """(place, record, row or problem) in order; a few are decoded at once, and no more are held."""
         waiting: deque[tuple[str, Future]] = deque()
         with ThreadPoolExecutor(THREADS) as pool:
             try:
@@ -174,9 +208,9 @@ class Reader:
                     place = f"{table.name}:{position + 1}"
                     waiting.append((place, pool.submit(self._check, table, number, record)))
                     if len(waiting) > 2 * THREADS:
-                        yield waiting[0][0], waiting.popleft()[1].result()
+                        yield waiting[0][0], *waiting.popleft()[1].result()
                 while waiting:
-                    yield waiting[0][0], waiting.popleft()[1].result()
+                    yield waiting[0][0], *waiting.popleft()[1].result()
             finally:
                 for _, future in waiting:
                     future.cancel()
@@ -191,19 +225,22 @@ class Reader:
                     yield table, start + position, position, record
             start = end
 
-    def _check(self, table: Table, number: int, record: dict | RowProblem) -> dict | RowProblem:
-        if isinstance(record, RowProblem):
-            return record
+    def _check(self, table: Table, number: int, record: dict | RowProblem) -> tuple[RawRow, dict | RowProblem]:
+        raw = RawRow()
         try:
-            return make_row(
-                self.source.convert(record),
-                source=self.source.name,
-                fallback_id=f"{self.source.name}-{number:07d}",
-                root=table.root,
+            if isinstance(record, RowProblem):
+                raise record
+            raw = self.source.convert(record)
+            name = self.source.name
+            return raw, make_row(
+                raw,
+                source=name,
+                fallback_id=f"{name}-{number:07d}",
+                roots=table.roots,
                 text_only=self.source.text_only,
             )
         except RowProblem as problem:
-            return problem
+            return raw, problem
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -296,52 +333,41 @@ def _check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that nobody takes a work folder without a lock (yet, or no longer) for a dead one."""
-    handle = os.open(folder, os.O_RDONLY)
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the lock beside the folder `out`; a process that dies lets go of it, even by SIGKILL.
+
+    Raises:
+        UsageError: another process holds it; it is named.
+    """
+    from filelock import FileLock, Timeout
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        with FileLock(path, timeout=0):
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # who waits for this file's lock then looks whether it is still there
+    except Timeout:
+        holder = path.read_text() if path.exists() else "another process"
+        raise UsageError(f"{out} is being written by {holder}", hint="wait for it, or choose another --out") from None
 
 
 @contextmanager
 def _work_dir(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, gone at the end; those that killed runs left behind are removed first.
-
-    A living run holds a lock inside its folder; the lock dies with it, even by SIGKILL.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.parent / f".{out.name}.{os.getpid()}-{random.SystemRandom().randrange(10**9)}.preparing"
-    with _alone(out.parent):
-        for left in out.parent.iterdir():
-            if left.name.startswith(f".{out.name}.") and left.name.endswith(".preparing"):
-                _remove_if_dead(left)
-        path.mkdir()
-        lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """A folder beside `out`, gone at the end; under `out`'s lock, those that killed runs left are nobody's."""
+    mine = re.compile(rf"\.{re.escape(out.name)}\.\d+(\.old)?\.preparing")
+    for left in [path for path in out.parent.iterdir() if mine.fullmatch(path.name)]:
+        console.log(f"removing {left.name}, left by a run that was killed")
+        shutil.rmtree(left, ignore_errors=True)
+    path = out.parent / f".{out.name}.{os.getpid()}.preparing"
+    path.mkdir()
     try:
         yield path
     finally:
-        os.close(lock)
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove_if_dead(path: Path) -> None:
-    try:
-        lock = os.open(path / _LOCK, os.O_RDWR)
-    except FileNotFoundError:
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    finally:
-        os.close(lock)
-    console.log(f"removing {path.name}, left by a run that was killed")
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def _publish(temporary: Path, out: Path) -> None:
@@ -349,12 +375,10 @@ def _publish(temporary: Path, out: Path) -> None:
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    with _alone(out.parent):
-        (temporary / _LOCK).unlink()
-        if not out.exists() or not any(out.iterdir()):
-            temporary.rename(out)
-            return
-        old = temporary.with_name(temporary.name.replace(".preparing", ".old.preparing"))
-        out.rename(old)
+    if not out.exists() or not any(out.iterdir()):
         temporary.rename(out)
-        shutil.rmtree(old)
+        return
+    old = temporary.with_name(temporary.name.replace(".preparing", ".old.preparing"))
+    out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old)

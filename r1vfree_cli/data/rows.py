@@ -7,23 +7,24 @@ is dropped without being counted.
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..core import prompts
 
 SCHEMA_VERSION = 1
 COLUMNS = ("id", "images", "problem", "solution", "thinking", "source")
-REQUIRED_COLUMNS = ("id", "images", "problem")
 
 MIN_SIDE = 28  # pixels; the patch grid of Qwen-VL processors is 14, merged 2 x 2
 MAX_ASPECT = 200  # long side / short side; Qwen-VL's resizing refuses more
@@ -33,18 +34,33 @@ MAX_FILE_BYTES = 256 * 2**20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 _ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+# How JPEG, PNG, GIF, WEBP, BMP and TIFF files begin in base64.
+_BASE64 = re.compile(r"(/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3]|SUkqA|TU0AK)[A-Za-z0-9+/=\s]{60,}")
 # Markers that datasets put into a question to say where the image goes. The prompt puts images first, itself.
 _IMAGE_MARKER = re.compile(r"<image(?:_?\d+)?>", re.IGNORECASE)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class RowProblem(Exception):
-    """A record that cannot become a row. `reason` is one of a few fixed texts, so that reasons can be counted."""
+    """A record that cannot become a row.
 
-    def __init__(self, reason: str):
+    `reason` is one of a few fixed texts, so that reasons can be counted; `detail` stands beside the record's place.
+    """
+
+    def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 class Drops:
@@ -79,7 +95,9 @@ class Drops:
 class RawRow:
     """A record in the row's terms, not yet checked; any field may hold anything.
 
-    images: a list of bytes, paths (str, relative to the source's root) or {"bytes", "path"}; or one of these.
+    images: a list of bytes, paths, base64 texts, data URLs or {"bytes", "path"}; or one of these.
+    layout: the layout that it was read as, for the summary.
+    left_out: reasons to count for what is not part of the row, such as later turns of a conversation.
     """
 
     id: Any = None
@@ -87,6 +105,8 @@ class RawRow:
     problem: Any = None
     solution: Any = None
     thinking: Any = None
+    layout: str = "rows"
+    left_out: list[str] = field(default_factory=list)
 
 
 # --- images ----------------------------------------------------------------------------------------------------
@@ -97,7 +117,8 @@ def normalise_image(data: bytes) -> bytes:
 
     8-bit RGB PNG and JPEG files without rotation pass through byte for byte. Others are decoded (first frame of an
     animation, transparent parts on white, 16-bit grey scaled by its full range, other deep grey by its own) and
-    written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG.
+    written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG. Metadata that cannot be
+    read (EXIF, text, colour profile) is left out.
 
     Raises:
         RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide,
@@ -105,6 +126,16 @@ def normalise_image(data: bytes) -> bytes:
     """
     if len(data) > MAX_FILE_BYTES:
         raise RowProblem("image file too large")
+    try:
+        return _normalise(data)
+    except RowProblem:
+        stripped = _png_without_metadata(data)
+        if stripped == data:
+            raise
+        return _normalise(stripped)
+
+
+def _normalise(data: bytes) -> bytes:
     try:
         # Only the header is read here: a bomb is refused before it is decoded.
         image = Image.open(io.BytesIO(data), formats=_formats())
@@ -122,20 +153,37 @@ def normalise_image(data: bytes) -> bytes:
             raise RowProblem("image too elongated")
         try:
             image.load()
-            turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-            plain = image.mode == "RGB" and not turned and not image.has_transparency_data
-            if plain and (image.format == "JPEG" or (_is_8bit_png(data) and getattr(image, "n_frames", 1) == 1)):
-                return data
-            upright = ImageOps.exif_transpose(image) if turned else image
         except Exception:
             raise RowProblem("truncated or corrupt image") from None
-        rgb = _to_rgb(upright)
+        try:
+            turn, readable = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)), True
+        except Exception:  # every reader of the stored file would stumble too: it is written again without
+            turn, readable = None, False
+        plain = image.mode == "RGB" and turn is None and readable and not image.has_transparency_data
+        if plain and (image.format == "JPEG" or (_is_8bit_png(data) and getattr(image, "n_frames", 1) == 1)):
+            return data
+        rgb = _to_rgb(image)
+        rgb = rgb if turn is None else rgb.transpose(turn)
+        rgb.info.clear()
         out = io.BytesIO()
         if image.format in ("JPEG", "MPO"):
             rgb.save(out, "JPEG", quality=95, subsampling=0)
         else:
             rgb.save(out, "PNG", compress_level=3)
         return out.getvalue()
+
+
+def _png_without_metadata(data: bytes) -> bytes:
+    """A PNG with its pixels, palette, transparency and EXIF alone: Pillow refuses the file for a broken text chunk."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] in (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 @functools.cache
@@ -172,42 +220,52 @@ def _stretch(values: np.ndarray) -> Image.Image:
     return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
 
 
-def read_image(root: Path | None, name: str) -> bytes:
-    """The bytes of an image file inside `root`; nothing outside it is ever opened, and no URL is fetched.
+def read_image(roots: Sequence[Path], name: str) -> bytes:
+    """The bytes of an image file inside one of `roots`; nothing outside is ever opened, and no URL is fetched.
+
+    A relative name is looked for in each root in turn. An absolute name or a link may lead to any of the roots.
 
     Raises:
-        RowProblem: a URL, a path that leaves the root (absolute, `..`, or a link to elsewhere), no such file.
+        RowProblem: a URL, a path that leaves the roots, no such file.
     """
     if _URL.match(name):
-        raise RowProblem("image is a URL")
-    if root is None:
-        raise RowProblem("missing image")
-    if name.startswith(("/", "\\")) or "\0" in name:
-        raise RowProblem("image path leaves the root")
+        raise RowProblem("image is a URL", name[:80])
+    if not roots:
+        raise RowProblem("image is a path, and image bytes are needed", name[:80])
+    outside = None
     try:
-        top = root.resolve()
-        path = (top / name).resolve()
-        if not path.is_relative_to(top):
-            raise RowProblem("image path leaves the root")
-        if not path.is_file():  # nor a pipe or a device, which could block for ever
-            raise RowProblem("missing image")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RowProblem("image file too large")
-        return path.read_bytes()
+        tops = [root.resolve() for root in roots]
+        for top in tops:
+            path = (top / name).resolve()
+            if not any(path.is_relative_to(other) for other in tops):
+                outside = path
+            elif path.is_file():  # not a pipe or a device, which could block for ever
+                if path.stat().st_size > MAX_FILE_BYTES:
+                    raise RowProblem("image file too large", name)
+                return path.read_bytes()
     except (OSError, RuntimeError, ValueError):  # no permission, name too long, a loop of links, not encodable
         raise RowProblem("unreadable image") from None
+    if outside is not None:
+        raise RowProblem("image path leaves the root", f"{outside} is outside of {', '.join(map(str, tops))}")
+    raise RowProblem("missing image", name)
 
 
-def _image_bytes(item: Any, root: Path | None) -> bytes:
-    if isinstance(item, dict) and set(item) >= {"bytes", "path"}:
-        item = item["bytes"] if item["bytes"] is not None else item["path"]
+def _image_bytes(item: Any, roots: Sequence[Path]) -> bytes:
+    if isinstance(item, dict) and item.keys() & {"bytes", "path"}:
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
         if item is None:
             raise RowProblem("missing image")
     if isinstance(item, bytes):
         return item
-    if isinstance(item, str):
-        return read_image(root, item)
-    raise RowProblem("image is neither bytes nor a path")
+    if not isinstance(item, str):
+        raise RowProblem("image is neither bytes nor a path")
+    head = _DATA_URL.match(item)
+    if head is None and not _BASE64.fullmatch(item):
+        return read_image(roots, item)
+    try:
+        return base64.b64decode("".join(item[head.end() if head else 0 :].split()), validate=True)
+    except ValueError:
+        raise RowProblem("image is not valid base64") from None
 
 
 # --- texts -----------------------------------------------------------------------------------------------------
@@ -232,11 +290,14 @@ def clean_problem(value: Any) -> str:
 
 
 def clean_solution(value: Any) -> str | None:
-    """The bare reference answer: `<answer> 3 </answer>` becomes `3`; None when there is none.
+    """The bare reference answer: `<answer> 3 </answer>` becomes `3`; None when there is none, as for NaN.
 
     Raises:
-        RowProblem: neither text nor a number, or an answer with tags in it.
+        RowProblem: neither text nor a finite number, or an answer with tags in it.
     """
+    value = _known(value)
+    if isinstance(value, float) and math.isinf(value):
+        raise RowProblem("solution is not finite")
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if value is None:
@@ -279,26 +340,28 @@ def _encodable(text: str) -> str:
 
 
 def clean_id(value: Any, fallback: str) -> str:
-    """The record's id as text; `fallback` when it has none.
+    """The record's id as text; `fallback` when it has none. Whole floats are integers: tables with gaps hold such.
 
     Raises:
-        RowProblem: neither a string nor an integer.
+        RowProblem: neither a string nor a number.
     """
     if value is None or value == "":
         return fallback
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowProblem("id is neither a string nor an integer")
-    return _encodable(str(value))
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowProblem("id is neither a string nor a number")
+    return _encodable(str(int(value) if isinstance(value, float) and value.is_integer() else value))
 
 
-def make_row(raw: RawRow, *, source: str, fallback_id: str, root: Path | None, text_only: bool = False) -> dict:
+def make_row(
+    raw: RawRow, *, source: str, fallback_id: str, roots: Sequence[Path] = (), text_only: bool = False
+) -> dict:
     """Check and normalise one record.
 
     Args:
-        raw: the record.
+        raw: the record; NaN anywhere in it, as tables with gaps hold, is none.
         source: name of the source, kept in the row.
         fallback_id: the id of a record without one.
-        root: folder that image paths are relative to, None when images must come as bytes.
+        roots: folders that image paths are looked for in, none when images must come as bytes.
         text_only: whether a row may have no image (HallusionBench has such questions; training data has not).
 
     Returns:
@@ -307,18 +370,22 @@ def make_row(raw: RawRow, *, source: str, fallback_id: str, root: Path | None, t
     Raises:
         RowProblem: with the reason to count.
     """
-    items = raw.images
+    items = _known(raw.images)
     if items is None:
         items = []
     elif isinstance(items, str | bytes | dict) or not isinstance(items, Sequence):
         items = [items]
     row = {
-        "id": clean_id(raw.id, fallback_id),
-        "problem": clean_problem(raw.problem),
-        "solution": clean_solution(raw.solution),
-        "thinking": clean_thinking(raw.thinking),
+        "id": clean_id(_known(raw.id), fallback_id),
+        "problem": clean_problem(_known(raw.problem)),
+        "solution": clean_solution(_known(raw.solution)),
+        "thinking": clean_thinking(_known(raw.thinking)),
         "source": source,
     }
     if not items and not text_only:
         raise RowProblem("no image")
-    return row | {"images": [normalise_image(_image_bytes(item, root)) for item in items]}
+    return row | {"images": [normalise_image(_image_bytes(item, roots)) for item in items]}
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

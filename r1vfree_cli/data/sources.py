@@ -1,19 +1,19 @@
 """The sources of data: where each is on the hub, how its records become raw rows, how a local copy is read.
 
 Every source reads the hub through `datasets`, or a local copy of the same layout: parquet files, a `save_to_disk`
-folder, or JSON / JSON lines with image files beside (an image folder's `metadata.jsonl` included).
+folder, JSON, JSON lines or CSV with image files beside (an image folder's `metadata.jsonl` included).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import UsageError, nearest
+from .layouts import first, own_rows, read
 from .rows import COLUMNS, RawRow, RowProblem
 
 
@@ -23,7 +23,7 @@ class Source:
 
     hub: its repository on the hub; None when it only reads local files (or draws).
     convert: a record (dict of its columns) -> `RawRow`; raises `RowProblem`.
-    rename: split of the source -> split that it becomes; others keep their name.
+    rename: split of the source -> split that it becomes; others keep their name. File names may say these too.
     columns: which of the row's columns hold something.
     text_only: whether rows without an image are kept.
     """
@@ -39,34 +39,9 @@ class Source:
 # --- records -> raw rows ---------------------------------------------------------------------------------------
 
 
-def _first(record: dict, *names: str) -> Any:
-    """The first of the columns that holds something."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def _images(record: dict) -> Any:
-    return _first(record, "images", "image", "image_path", "file_name")
-
-
-def _own_rows(record: dict) -> RawRow:
-    """Files of the user: the row's columns, with `question`, `answer`, `image`, `file_name` as other names."""
-    return RawRow(
-        id=record.get("id"),
-        images=_images(record),
-        problem=_first(record, "problem", "question"),
-        solution=_first(record, "solution", "answer"),
-        thinking=record.get("thinking"),
-    )
-
-
 def _r1v_rows(record: dict) -> RawRow:
     """R1-V's layout: image, problem, solution in <answer> tags; `thinking` in the distilled one. Ids are made."""
-    return RawRow(
-        images=_images(record),
-        problem=_first(record, "problem", "question"),
-        solution=record.get("solution"),
-        thinking=record.get("thinking"),
-    )
+    return replace(own_rows(record), id=None)
 
 
 def _rlhf_v(record: dict) -> RawRow:
@@ -85,16 +60,16 @@ def _rlhf_v(record: dict) -> RawRow:
         if not isinstance(texts, dict):
             raise RowProblem("text is not JSON")
     # `image_path` names a file of the original data sets, which is not part of this one.
-    return RawRow(images=_first(record, "images", "image"), problem=texts.get("question"), solution=texts.get("chosen"))
+    return RawRow(images=first(record, "images", "image"), problem=texts.get("question"), solution=texts.get("chosen"))
 
 
 def _r1v_free(record: dict) -> RawRow:
     """R1V-Free's copy of RLHF-V: problem and solution as columns beside RLHF-V's own."""
-    if _first(record, "problem", "question") is None and "text" in record:
+    if first(record, "problem", "question") is None and "text" in record:
         return _rlhf_v(record)
     return RawRow(
-        images=_first(record, "images", "image"),
-        problem=_first(record, "problem", "question"),
+        images=first(record, "images", "image"),
+        problem=first(record, "problem", "question"),
         solution=record.get("solution"),
     )
 
@@ -109,7 +84,7 @@ def _hallusionbench(record: dict) -> RawRow:
         raise RowProblem("gt_answer is neither 0 nor 1")
     return RawRow(
         id="/".join(str(record[key]) for key in keys),
-        images=_first(record, "image", "filename"),
+        images=first(record, "image", "filename"),
         problem=record.get("question"),
         solution=answer,
     )
@@ -136,9 +111,10 @@ SOURCES: dict[str, Source] = {
             rename={"image": "test", "non_image": "test", "train": "test"},
             text_only=True,
         ),
-        Source("jsonl", _own_rows),
-        Source("parquet", _own_rows),
-        Source("shapes", _own_rows, columns=COLUMNS),
+        *(
+            Source(name, read) for name in ("files", "jsonl", "parquet")
+        ),  # one and the same: the files say what they are
+        Source("shapes", own_rows, columns=COLUMNS),
     )
 }
 BY_HUB = {source.hub: source for source in SOURCES.values() if source.hub}
@@ -166,56 +142,76 @@ def find_source(name: str) -> Source:
 class Table:
     """Records that can be read again and again.
 
-    name: what messages call it. rows: how many positions there are. root: where its image paths start.
+    name: what messages call it. rows: how many positions there are. roots: where its image paths start.
     read: sorted positions (None: all) -> (position, record); a record that cannot be read is a `RowProblem`.
     """
 
     name: str
     rows: int
-    root: Path | None
+    roots: Sequence[Path]
     read: Callable[[list[int] | None], Iterator[tuple[int, dict | RowProblem]]]
 
 
 def open_source(
-    source: Source, *, input: str | None, images: Path | None, split: str | None, limit: int | None, seed: int
+    source: Source, *, input: str | None, images: Sequence[Path] | None, split: str | None, limit: int | None, seed: int
 ) -> dict[str, list[Table]]:
     """Find a source's records: split -> tables.
 
     Args:
         input: a local file or folder; None for the hub.
-        images: folder that image paths are relative to; by default the folder of the file that names them.
+        images: folders that image paths are looked for in; none: the folder of the file that names them; None: no
+            path is read.
         split: read only this split of the source; None reads all of them.
         limit, seed: size and seed of what `shapes` draws.
 
     Raises:
-        UsageError: no such input, folder or split; the hub cannot be reached.
+        UsageError: no such input, folder or split; some files' split is not known; the hub cannot be reached.
         DataError: unreadable files.
     """
     from . import tables as local
 
-    if images is not None and not os.path.isdir(images):
-        raise UsageError(f"no image folder {images}")
+    for folder in images or ():
+        if not os.path.isdir(folder):
+            raise UsageError(f"no image folder {folder}")
     if source.name == "shapes":
-        if input is not None or images is not None:
+        if input is not None or images:
             raise UsageError("shapes are drawn: --input and --images do not apply")
         return _drawn(split, limit, seed)
     if input is None and source.hub is None:
         raise UsageError(f"source {source.name} needs --input, a file or a folder")
     if input is not None and not os.path.exists(input):
         raise UsageError(f"no such --input: {input}")
-    found = _hub(source) if input is None else local.open_local(Path(input), images)
+    found = _hub(source) if input is None else local.open_local(Path(input), images, tuple(source.rename))
+    return _chosen(source, found, split, input or str(source.hub))
+
+
+def _chosen(
+    source: Source, found: list[tuple[str | None, Table]], split: str | None, where: str
+) -> dict[str, list[Table]]:
+    """The tables of the wanted split, or of all. Tables of no known split are train, where no other is known."""
+    from .tables import canonical
+
+    known = sorted({name for name, _ in found if name is not None})
+    unknown = [table.name for name, table in found if name is None]
+    if known and unknown and split is None:
+        raise UsageError(
+            f"{where}: the split of {', '.join(unknown[:5])} is not known, while other files say {', '.join(known)}",
+            hint="--split NAME reads the files of one split; a split is a word of a file's or folder's name",
+        )
     tables: dict[str, list[Table]] = {}
     for name, table in found:
-        if split in (None, name, source.rename.get(name)):
+        name = name or (None if known else "train")
+        if name is not None and (split in (None, name, source.rename.get(name)) or canonical(split) == name):
             tables.setdefault(source.rename.get(name, name), []).append(table)
     if not tables:
         raise UsageError(
-            f"{input or source.hub} has no split {split!r}; it has {', '.join(sorted({name for name, _ in found}))}"
+            f"{where} has no split {split!r}; it has {', '.join(known) or 'train'}",
+            details=[f"{name or 'split not known'}: {table.name}" for name, table in found[:20]],
         )
     return tables
 
 
-def _hub(source: Source) -> list[tuple[str, Table]]:
+def _hub(source: Source) -> list[tuple[str | None, Table]]:
     """Download the source's splits, or find them in the cache of `datasets`."""
     import datasets
 
@@ -229,7 +225,7 @@ def _hub(source: Source) -> list[tuple[str, Table]]:
             f"cannot load {source.hub} from the hub: {next(iter(str(e).splitlines()), type(e).__name__)}",
             hint="check the connection and `hf auth login`, or give a local copy with --input",
         ) from None
-    return [(name, local.dataset_table(found[name], f"{source.hub}/{name}", None)) for name in found]
+    return [(name, local.dataset_table(found[name], f"{source.hub}/{name}", ())) for name in found]
 
 
 def _drawn(split: str | None, limit: int | None, seed: int) -> dict[str, list[Table]]:
@@ -244,6 +240,6 @@ def _drawn(split: str | None, limit: int | None, seed: int) -> dict[str, list[Ta
         def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
             yield from enumerate(shapes.iter_shapes(name, seed, rows))
 
-        return Table(f"shapes {name}", rows, None, read)
+        return Table(f"shapes {name}", rows, (), read)
 
     return {name: [table(name)] for name in ([split] if split else shapes.SPLITS)}

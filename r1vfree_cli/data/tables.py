@@ -1,7 +1,8 @@
-"""Local copies: parquet files, `save_to_disk` folders, JSON arrays, JSON lines and image folders as tables.
+"""Local copies as tables: parquet, CSV and TSV, `save_to_disk` folders, JSON, JSON lines and image folders.
 
 Reading is streaming and repeatable; a record that cannot be decoded is a `RowProblem` of its own, so that one bad
-line does not cost the others.
+line does not cost the others. That is why `datasets` reads only what it saved: of other files it makes a copy first,
+guesses types (an id of 007 becomes 7), and refuses them for one bad line.
 """
 
 from __future__ import annotations
@@ -9,60 +10,85 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, UsageError
+from ..core.errors import DataError, UsageError, first_line
+from .layouts import is_record
 from .rows import RowProblem
 from .sources import Table
 
-MAX_LINE = 64 * 2**20  # bytes; a longer line is counted as a drop, not read
 BATCH = 16  # records decoded together
-_SHARD = re.compile(r"(?P<split>\w+?)-\d{5}(?:-of-\d{5})?")
-_SPLIT_NAMES = {"train", "test", "validation", "val", "dev", "image", "non_image", "sft", "judge"}
+_SHARD = re.compile(r"(?P<split>[a-z]\w*?)-\d{5}-of-\d{5}(-[0-9a-f]+)?", re.IGNORECASE)
+_NO_SPLIT = ("data", "part", "shard", "chunk")  # what shards are called that belong to no split
+_ALIASES = {"training": "train", "testing": "test", "val": "validation", "valid": "validation"}
+_WORDS = "train|training|test|testing|testmini|testdev|val|valid|validation|minival|dev|eval|evaluation|holdout|heldout"
 _NOT_ROWS = {"data.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SAVED = ("dataset_dict.json", "state.json")
+_WRAPPED = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
-def split_of(path: Path) -> str:
-    """The split that a file name says: `test-00000-of-00002.parquet`, `test.jsonl`, `test/metadata.jsonl`."""
-    match = _SHARD.fullmatch(path.stem)
-    if match:
-        return match["split"]
-    return next((name for name in (path.stem, path.parent.name) if name in _SPLIT_NAMES), "train")
+def canonical(split: str) -> str:
+    """`val` and `valid` are `validation`, `training` is `train`, `testing` is `test`."""
+    return _ALIASES.get(split.lower(), split)
 
 
-def open_local(path: Path, images: Path | None) -> list[tuple[str, Table]]:
-    """Find the tables of a file or folder: (split, table), sorted by file name.
+def split_of(name: str, more: Sequence[str] = ()) -> str | None:
+    """The split that a path says, as `datasets` calls it; the file's name goes before its folders, nearest first.
 
-    `images` is where image paths start; by default the folder of the file that names them.
+    A split is a word between anything but letters: `test-00000-of-00002-1f2e.parquet`, `geo_test.jsonl`,
+    `x/val2017/rows.csv`. Of several in one name one that is not train counts. Without one, a shard's first part is
+    its split, as the hub names them. `more` are words of the source's own.
+    """
+    words = re.compile(rf"(?<![^\W\d_])({'|'.join((*sorted(more, key=len, reverse=True), _WORDS))})(?![^\W\d_])", re.I)
+    for part in reversed(Path(name).with_suffix("").parts):
+        found = [canonical(word.lower()) for word in words.findall(part)]
+        if found:
+            return next((word for word in found if word != "train"), "train")
+        shard = _SHARD.fullmatch(part)
+        if shard and shard["split"].lower() not in _NO_SPLIT:
+            return shard["split"]
+    return None
+
+
+def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] = ()) -> list[tuple[str | None, Table]]:
+    """Find the tables of a file or folder: (split or None where no name says it, table), sorted by file name.
+
+    `images` are where image paths start, none: the folder of the file that names them; None: no path is read. `splits` are names of
+    splits beside the usual ones.
 
     Raises:
         UsageError: a kind of file that is not read. DataError: nothing in it, or unreadable.
     """
-    if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if is_saved(path):
         return _saved(path, images)
-    files = _data_files(path) if path.is_dir() else [path]
+    files = data_files(path) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{path} has no parquet, JSON or JSON lines files", hint="unpack archives first")
-    found: list[tuple[str, Table]] = []
+        raise DataError(f"{path} has no parquet, JSON or CSV files", hint="unpack archives first")
+    found: list[tuple[str | None, Table]] = []
     for file in files:
-        root = images or file.parent
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        if file.suffix == ".parquet":
-            table = parquet_table(file, name, root)
-        elif file.suffix == ".csv":
-            table = _csv_table(file, name, root)
-        elif file.suffix in (".json", ".jsonl", ".ndjson"):
-            table = _json_table(file, name, root)
-        else:
-            raise UsageError(f"cannot read {file}: want .parquet, .jsonl, .json or a folder of these")
-        found.append((split_of(file), table))
+        # Of a single file's folder only the whole name counts: `test/metadata.jsonl`, not `test_project/rows.jsonl`.
+        folder = path.name if path.is_dir() else canonical(path.absolute().parent.name)
+        folder = folder if path.is_dir() or re.fullmatch(_WORDS, folder) else ""
+        found.append((split_of(f"{folder}/{name}", splits), _open_file(file, name, _roots(images, file.parent))))
     return found
 
 
-def _data_files(folder: Path) -> list[Path]:
-    for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json"):
+def _roots(images: Sequence[Path] | None, folder: Path) -> Sequence[Path]:
+    return () if images is None else images or (folder,)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    return any((path / name).is_file() for name in _SAVED)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of the first kind that there is, hidden ones left out."""
+    for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json", "*.csv", "*.tsv"):
         files = [
             file
             for file in sorted(folder.rglob(pattern))
@@ -75,16 +101,51 @@ def _data_files(folder: Path) -> list[Path]:
     return []
 
 
+def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return parquet_table(path, name, roots)
+    if suffix not in _WRAPPED:
+        raise UsageError(f"cannot read {path}: want {', '.join(_WRAPPED)} or a folder of these")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    encoding = json.detect_encoding(head[:4])
+    if not encoding.startswith("utf-8"):
+        raise DataError(
+            f"{path} is {encoding}, not UTF-8", hint=f"iconv -f {encoding} -t utf-8 {path.name} converts it"
+        )
+    if suffix in (".csv", ".tsv"):
+        return _in_turn(name, roots, lambda: _cells(path, "," if suffix == ".csv" else "\t"))
+    if suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        records = _document(path)
+        if records is not None:
+            return _in_turn(name, roots, lambda: map(_object, records))
+    return _in_turn(name, roots, lambda: _lines(path))
+
+
 # --- tables ----------------------------------------------------------------------------------------------------
 
 
-def parquet_table(path: Path, name: str, root: Path | None) -> Table:
-    """One parquet file, read a few records at a time.
+@contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """The errors of pyarrow, pandas and `datasets` as a DataError."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"cannot read {path}: {first_line(e)}") from None
+
+
+def parquet_table(path: Path, name: str, roots: Sequence[Path]) -> Table:
+    """One parquet file, read a few records at a time, and never copied as `datasets` would do.
 
     Raises:
         DataError: not parquet, here or while it is read.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     def open_file() -> pq.ParquetFile:
@@ -93,41 +154,30 @@ def parquet_table(path: Path, name: str, root: Path | None) -> Table:
 
     def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
         wanted = None if positions is None else set(positions)
-        try:
-            with open_file() as file:
-                start = 0
-                for batch in file.iter_batches(batch_size=BATCH):
-                    here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
-                    if here:
-                        records = _records(batch)
-                        yield from ((start + i, records[i]) for i in here)
-                    start += batch.num_rows
-        except (pa.ArrowException, OSError) as e:
-            raise DataError(f"cannot read {path}: {_first_line(e)}") from None
+        with _reading(path), open_file() as file:
+            start = 0
+            for batch in file.iter_batches(batch_size=BATCH):
+                here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
+                if here:
+                    records = _records(batch)
+                    yield from ((start + i, records[i]) for i in here)
+                start += batch.num_rows
 
-    try:
-        with open_file() as file:
-            rows = file.metadata.num_rows
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"cannot read {path}: {_first_line(e)}") from None
-    return Table(name, rows, root, read)
+    with _reading(path), open_file() as file:
+        return Table(name, file.metadata.num_rows, roots, read)
 
 
-def dataset_table(dataset: Any, name: str, root: Path | None) -> Table:
+def dataset_table(dataset: Any, name: str, roots: Sequence[Path]) -> Table:
     """A `datasets.Dataset`, read as stored: images are not decoded."""
-
-    import pyarrow as pa
 
     def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
         chosen = dataset if positions is None else dataset.select(positions)
         at = iter(range(len(dataset)) if positions is None else positions)
-        try:
+        with _reading(name):
             for table in chosen.with_format("arrow").iter(batch_size=BATCH):
                 yield from zip(at, _records(table))
-        except (pa.ArrowException, OSError) as e:
-            raise DataError(f"cannot read {name}: {_first_line(e)}") from None
 
-    return Table(name, len(dataset), root, read)
+    return Table(name, len(dataset), roots, read)
 
 
 def _records(batch: Any) -> list[dict | RowProblem]:
@@ -144,87 +194,82 @@ def _records(batch: Any) -> list[dict | RowProblem]:
         return found
 
 
-def _saved(path: Path, images: Path | None) -> list[tuple[str, Table]]:
+def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, Table]]:
     import datasets
 
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as e:  # its readers raise anything on a damaged folder
-        raise DataError(f"cannot read {path}, saved by datasets: {_first_line(e)}") from None
-    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
-    return [(name, dataset_table(dataset, f"{path.name}/{name}", images or path)) for name, dataset in splits.items()]
+        raise DataError(f"cannot read {path}, saved by datasets: {first_line(e)}") from None
+    if not isinstance(found, datasets.DatasetDict):
+        found = {split_of(path.name) or str(found.split or "train"): found}
+    return [
+        (canonical(name), dataset_table(dataset, f"{path.name}/{name}", _roots(images, path)))
+        for name, dataset in found.items()
+    ]
 
 
-def _json_table(path: Path, name: str, root: Path) -> Table:
-    """JSON lines, or one JSON array, told apart by the first character."""
-    try:
-        with open(path, "rb") as file:
-            is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from None
-    return _array_table(path, name, root) if is_array else _lines_table(path, name, root)
+def _in_turn(name: str, roots: Sequence[Path], records: Callable[[], Iterator[dict | RowProblem | None]]) -> Table:
+    """Records that can only be read one after the other; None (an empty line) is passed over."""
 
-
-def _lines_table(path: Path, name: str, root: Path) -> Table:
     def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
         wanted = None if positions is None else set(positions)
-        for position, line in enumerate(_lines(path)):
-            if (wanted is None or position in wanted) and line.strip():
-                yield position, _parse(line)
+        for position, record in enumerate(records()):
+            if record is not None and (wanted is None or position in wanted):
+                yield position, record
 
-    return Table(name, sum(1 for _ in _lines(path)), root, read)
+    return Table(name, sum(1 for _ in records()), roots, read)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines with their end; one above `MAX_LINE` comes as what JSON never is."""
+def _cells(path: Path, separator: str) -> Iterator[dict | RowProblem]:
+    """Lines of CSV; all cells are text, empty ones and NaN are none."""
+    csv.field_size_limit(2**31 - 1)  # images may be among them, in base64
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for record in csv.DictReader(file, delimiter=separator):
+                cells = {name: None if cell in ("", "NaN", "nan") else cell for name, cell in record.items()}
+                yield RowProblem("line has more cells than the header") if None in record else cells
+    except (OSError, ValueError, csv.Error) as e:
+        raise DataError(f"cannot read {path}: {first_line(e)}", hint="want UTF-8, with a line of headers") from None
+
+
+def _lines(path: Path) -> Iterator[dict | RowProblem | None]:
     try:
         with open(path, "rb") as file:
-            while line := file.readline(MAX_LINE):
-                whole = line.endswith(b"\n") or len(line) < MAX_LINE
-                while not whole:
-                    rest = file.readline(MAX_LINE)
-                    whole = rest.endswith(b"\n") or len(rest) < MAX_LINE
-                    line = b"too long"
-                yield line
+            for line in file:
+                yield _parse(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else None
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror}") from None
 
 
 def _parse(line: bytes) -> dict | RowProblem:
     try:
-        record = json.loads(line)
+        return _object(json.loads(line))
     except (ValueError, RecursionError):
         return RowProblem("line is not JSON")
+
+
+def _object(record: Any) -> dict | RowProblem:
     return record if isinstance(record, dict) else RowProblem("record is not an object")
 
 
-def _array_table(path: Path, name: str, root: Path) -> Table:
+def _document(path: Path) -> list | None:
+    """The records of a JSON array or of an object that holds one, `{"data": [...]}`; None for JSON lines."""
     try:
-        records = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
-        raise DataError(f"cannot read {path}: not JSON: {_first_line(e)}") from None
-
-    def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
-        for position in range(len(records)) if positions is None else positions:
-            record = records[position]
-            yield position, record if isinstance(record, dict) else RowProblem("record is not an object")
-
-    return Table(name, len(records), root, read)
-
-
-def _csv_table(path: Path, name: str, root: Path) -> Table:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            records = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"cannot read {path}: {_first_line(e)}") from None
-
-    def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
-        for position in range(len(records)) if positions is None else positions:
-            yield position, records[position]
-
-    return Table(name, len(records), root, read)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(e, json.JSONDecodeError) and e.msg == "Extra data":
+            return None
+        raise DataError(f"cannot read {path}: not JSON: {first_line(e)}") from None
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        raise DataError(f"{path} holds {type(document).__name__}, want a list of records")
+    lists = [value for value in document.values() if isinstance(value, list) and value]
+    if is_record(document) or not lists:
+        return [document]
+    if len(lists) > 1:
+        raise DataError(
+            f"{path} holds an object with several lists: {', '.join(document)}", hint='want an array or {"data": [...]}'
+        )
+    return lists[0]

@@ -164,7 +164,7 @@ def test_rlhf_v_newer_columns_and_bad_text(tmp_path):
     assert prepare("rlhf-v", tmp_path / "b", input=str(tmp_path / "old"))["dropped"] == {"text is not JSON": 2}
 
 
-def test_hallusionbench_hub_copy_keeps_text_only_questions(tmp_path):
+def test_hallusionbench_hub_copy_keeps_text_only_questions(tmp_path, capsys):
     keys = {"category": "VS", "subcategory": "chart", "visual_input": "1", "set_id": "0", "figure_id": "1"}
     keys |= {"sample_note": "import", "question": "Is it?", "gt_answer_details": "It is", "gt_answer": "1"}
     shown = keys | {"question_id": "0", "filename": "./VS/chart/0_1.png", "image": PIC}
@@ -173,9 +173,12 @@ def test_hallusionbench_hub_copy_keeps_text_only_questions(tmp_path):
     write_hub_parquet(tmp_path / "in" / "data" / "non_image-00000-of-00001.parquet", [asked], image=None)
     summary = prepare("hallusionbench", tmp_path / "out", input=str(tmp_path / "in"))
     assert summary["splits"]["test"]["rows"] == 2
-    rows = {row["id"]: row for row in load.load_rows(str(tmp_path / "out"), "test")}
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
     assert [len(rows[i]["images"]) for i in ("VS/chart/1/0/1/0", "VS/chart/0/0/0/1")] == [1, 0]
     assert [r["solution"] for r in rows.values()] == ["yes", "no"]
+    # Training takes no rows without an image, and says so.
+    assert load.load_rows(str(tmp_path / "out"), "test")["id"] == ["VS/chart/1/0/1/0"]
+    assert "dropped 1 rows without an image" in capsys.readouterr().err
 
 
 def test_the_real_hallusionbench_questions_have_1129_different_ids(tmp_path):
@@ -272,7 +275,7 @@ def bad_records(folder: Path) -> tuple[list, dict[str, int]]:
         good | {"image": ["good.png", "cmyk.jpg"]},
         "",
         good | {"id": "a"},
-        good | {"id": 1.5},
+        good | {"id": [1.5]},
         good | {"problem": ""},
         good | {"problem": 3},
         good | {"solution": {"a": 1}},
@@ -284,7 +287,7 @@ def bad_records(folder: Path) -> tuple[list, dict[str, int]]:
         good | {"image": "none.png"},
         good | {"image": "link.png"},
         good | {"image": "../outside.png"},
-        good | {"image": str(folder / "good.png")},
+        good | {"image": str(folder.parent / "outside.png")},
         good | {"image": "http://localhost:1/a.png"},
         good | {"image": {"url": "x"}},
         '{"half": ',
@@ -293,7 +296,7 @@ def bad_records(folder: Path) -> tuple[list, dict[str, int]]:
     ]
     counts = {
         "duplicate id": 1,
-        "id is neither a string nor an integer": 1,
+        "id is neither a string nor a number": 1,
         "empty question": 1,
         "question is not a string": 1,
         "question missing": 1,
@@ -465,13 +468,17 @@ def test_sigkill_leaves_only_a_work_folder_which_the_next_run_removes(tmp_path):
         assert time.monotonic() < until and worker.poll() is None
         time.sleep(0.02)
     alive = leftovers(tmp_path)
-    prepare("jsonl", tmp_path / "out", input=str(source), limit=2)  # beside a living run
+    with pytest.raises(UsageError, match=f"is being written by process {worker.pid} on") as caught:
+        prepare("jsonl", tmp_path / "out", input=str(source), limit=2)  # beside a living run
+    assert caught.value.exit_code == 2 and worker.poll() is None
+    prepare("jsonl", tmp_path / "out.2", input=str(source), limit=2)  # a neighbour
     assert leftovers(tmp_path) == alive and len(alive) == 1
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     assert leftovers(tmp_path) == alive
-    prepare("jsonl", tmp_path / "out", input=str(source), limit=3, overwrite=True)
-    assert leftovers(tmp_path) == [] and len(rows_of(tmp_path / "out")) == 3
+    prepare("jsonl", tmp_path / "out", input=str(source), limit=3)
+    assert len(rows_of(tmp_path / "out")) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "out.2"]
 
 
 def test_a_folder_that_cannot_be_written_is_a_usage_error(tmp_path):
@@ -581,7 +588,7 @@ def test_bare_parquet_files_with_the_rows_columns(tmp_path):
         rows = load.load_rows(str(path), "test")
         assert rows.column_names == list(load.COLUMNS)
         assert rows[0]["images"][0].size == (56, 56) and rows[0]["thinking"] is None
-        assert load.columns(str(path), "test") == ["id", "images", "problem", "solution"]
+        assert load.columns(str(path), "test") == ["id", "images", "problem", "solution", "source"]
     sha = load.data_sha256(str(tmp_path / "bare"), "test")
     pq.write_table(table.slice(0, 5), tmp_path / "bare" / "test.parquet")
     assert load.data_sha256(str(tmp_path / "bare"), "test") != sha
@@ -596,17 +603,18 @@ def test_images_that_are_paths_or_urls_are_not_opened_at_loading(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture(0))
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for value, kind in (
-        ([[{"bytes": None, "path": str(secret)}]], pa.list_(image)),
-        ([[{"bytes": None, "path": "http://localhost:1/a.png"}]], pa.list_(image)),
-        ([[str(secret)]], pa.list_(pa.string())),
-        ([[b"x", None]], pa.list_(pa.binary())),
-        ([str(secret)], pa.string()),
+    for value, kind, reason in (
+        ([[{"bytes": None, "path": str(secret)}]], pa.list_(image), "image bytes are needed"),
+        ([[{"bytes": None, "path": "http://localhost:1/a.png"}]], pa.list_(image), "image is a URL"),
+        ([[str(secret)]], pa.list_(pa.string()), "image bytes are needed"),
+        ([[b"x", None]], pa.list_(pa.binary()), "not an image"),
+        ([str(secret)], pa.string(), "image bytes are needed"),
     ):
         table = pa.table({"id": ["a"], "problem": ["What?"], "images": pa.array(value, kind)})
         pq.write_table(table, tmp_path / "x.parquet")
-        with pytest.raises(DataError, match="image bytes"):
+        with pytest.raises(DataError, match="none of 1 records") as caught:
             load.load_rows(str(tmp_path / "x.parquet"))
+        assert reason in caught.value.details[0]
 
 
 def test_what_holds_no_rows_is_refused(tmp_path):
@@ -634,11 +642,12 @@ def test_what_holds_no_rows_is_refused(tmp_path):
         ("escape", "missing"),
         ("nothing", "no rows"),
         ("text.parquet", "text.parquet"),
-        ("columns.parquet", "no column id, images, problem; it has image"),
+        ("columns.parquet", "none of 1 records can be used"),
     ):
         with pytest.raises(DataError, match=word) as caught:
-            load.ensure_rows(str(tmp_path / name), "test")
+            load.ensure_rows(str(tmp_path / name), "train" if name == "columns.parquet" else "test")
         assert caught.value.exit_code == 3
+    assert "columns of the first record: image" in caught.value.details
     with pytest.raises(DataError, match="it has test"):
         load.ensure_rows(str(tmp_path / "good"), "train")
 

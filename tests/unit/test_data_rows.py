@@ -1,5 +1,6 @@
 """The row: images become 8-bit RGB or a counted reason, paths stay inside their root, texts stay data."""
 
+import base64
 import io
 import os
 import struct
@@ -133,6 +134,47 @@ def test_exif_rotation_is_applied(kind):
     assert out.getpixel((HIGH - 2, WIDE - 2))[0] > 215
 
 
+def with_chunk(data: bytes, name: bytes, body: bytes, crc: int | None = None) -> bytes:
+    """A PNG with one more chunk after its header."""
+    check = zlib.crc32(name + body) if crc is None else crc
+    return data[:33] + struct.pack(">I", len(body)) + name + body + struct.pack(">I", check) + data[33:]
+
+
+def with_exif(body: bytes) -> bytes:
+    return encode(photo(), "JPEG", exif=b"Exif\0\0" + body)
+
+
+UNREADABLE = {
+    "text above Pillow's limit": with_chunk(encode(photo()), b"zTXt", b"k\0\0" + zlib.compress(b"x" * 2**21)),
+    "text with a wrong checksum": with_chunk(encode(photo()), b"tEXt", b"k\0v", crc=1),
+    "text that is no zlib": with_chunk(encode(photo()), b"iTXt", b"k\0\1\0\0\0not zlib"),
+    "profile above the limit": with_chunk(encode(photo()), b"iCCP", b"p\0\0" + zlib.compress(b"x" * 2**21)),
+    "profile that is no zlib": with_chunk(encode(photo()), b"iCCP", b"p\0\0not zlib"),
+    "EXIF in PNG that is none": with_chunk(encode(photo()), b"eXIf", b"MM\0*nonsense"),
+    "EXIF that is none": with_exif(b"nonsense"),
+    "EXIF cut off": with_exif(b"MM\0*\0\0\0\x08\0\x09\x01\x12"),
+    "empty EXIF": with_exif(b""),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.filterwarnings("ignore")
+def test_unreadable_metadata_does_not_cost_a_readable_image(name):
+    data = UNREADABLE[name]
+    out = normalise_image(data)
+    image = Image.open(io.BytesIO(out))
+    image.load()
+    image.getexif()  # as `datasets` will
+    assert np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(photo(), int)).mean() < 4
+
+
+def test_rotation_is_kept_where_another_tag_cannot_be_written_again():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "a camera"
+    data = encode(photo(), "JPEG", exif=exif).replace(b"a camera", b"\xff\xfe camer")
+    assert decoded(normalise_image(data)).size == (HIGH, WIDE)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (MIN_SIDE - 1, 200), (200, MIN_SIDE - 1)])
 def test_small_images_are_refused(size):
     assert reason(encode(photo(size=size))) == "image side under 28 px"
@@ -217,22 +259,38 @@ def root(tmp_path) -> Path:
 
 def path_reason(root, name: str) -> str:
     with pytest.raises(RowProblem) as caught:
-        read_image(root, name)
+        read_image([root] if root else [], name)
     return caught.value.reason
 
 
 def test_paths_inside_the_root_are_read(root):
     (root / "link.png").symlink_to("a.png")
     for name in ("a.png", "./a.png", "sub/../a.png", "link.png"):
-        assert read_image(root, name) == b"inside"
+        assert read_image([root], name) == b"inside"
 
 
 def test_paths_that_leave_the_root_are_never_opened(root, tmp_path):
     (root / "link.png").symlink_to(tmp_path / "secret.png")
     (root / "dir").symlink_to(tmp_path)
-    inside = str(root / "a.png")
-    for name in ("../secret.png", "sub/../../secret.png", "link.png", "dir/secret.png", "/etc/passwd", inside, "a\0b"):
+    outside = str(tmp_path / "secret.png")
+    for name in ("../secret.png", "sub/../../secret.png", "link.png", "dir/secret.png", "/etc/passwd", outside):
         assert path_reason(root, name) == "image path leaves the root", name
+    assert path_reason(root, "a\0b") == "unreadable image"
+    with pytest.raises(RowProblem) as caught:
+        read_image([root, tmp_path / "other"], "../secret.png")
+    assert caught.value.detail == f"{outside} is outside of {root}, {tmp_path / 'other'}"
+
+
+def test_absolute_paths_and_links_may_lead_to_any_of_the_roots(root, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "b.png").write_bytes(b"other")
+    (root / "link.png").symlink_to(other / "b.png")
+    for name in (str(root / "a.png"), "a.png"):
+        assert read_image([other, root], name) == b"inside"
+    for name in ("link.png", str(root / "link.png"), "b.png", "../other/b.png"):
+        assert read_image([root, other], name) == b"other"
+    assert path_reason(root, "link.png") == "image path leaves the root"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +307,7 @@ def test_missing_and_odd_files(root):
         assert path_reason(root, name) == "missing image", name
     for name in ("x" * 5000, "loop.png", "half \ud800.png"):
         assert path_reason(root, name) == "unreadable image", name
-    assert path_reason(None, "a.png") == "missing image"
+    assert path_reason(None, "a.png") == "image is a path, and image bytes are needed"
 
 
 # --- texts -----------------------------------------------------------------------------------------------------
@@ -298,13 +356,14 @@ def test_markers_in_long_white_space_take_no_quadratic_time():
         (None, None),
         ("", None),
         ("<answer> </answer>", None),
+        (float("nan"), None),
     ],
 )
 def test_solutions_are_unwrapped(value, found):
     assert clean_solution(value) == found
 
 
-@pytest.mark.parametrize("value", [["3"], True, "<answer> 3", "3 </answer>"])
+@pytest.mark.parametrize("value", [["3"], True, "<answer> 3", "3 </answer>", float("inf"), float("-inf")])
 def test_bad_solutions_are_refused(value):
     with pytest.raises(RowProblem):
         clean_solution(value)
@@ -319,8 +378,9 @@ def test_thinking_loses_its_own_tags_and_takes_no_others():
 
 
 def test_ids():
-    assert [clean_id(v, "made") for v in (None, "", "x", 5)] == ["made", "made", "x", "5"]
-    for value in (True, 1.5, ["x"]):
+    values = (None, "", "x", 5, 5.0, 1.5)
+    assert [clean_id(v, "made") for v in values] == ["made", "made", "x", "5", "5", "1.5"]
+    for value in (True, ["x"]):
         with pytest.raises(RowProblem):
             clean_id(value, "made")
 
@@ -331,21 +391,34 @@ def test_ids():
 def test_a_row_without_image_needs_permission():
     raw = RawRow(problem="Why?")
     with pytest.raises(RowProblem, match="no image"):
-        make_row(raw, source="s", fallback_id="s-1", root=None)
-    assert make_row(raw, source="s", fallback_id="s-1", root=None, text_only=True)["images"] == []
+        make_row(raw, source="s", fallback_id="s-1", roots=[])
+    assert make_row(raw, source="s", fallback_id="s-1", roots=[], text_only=True)["images"] == []
 
 
 def test_all_forms_of_images(root):
     data = encode(photo())
     (root / "b.png").write_bytes(data)
-    forms = [data, "b.png", {"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": "b.png"}]
-    row = make_row(RawRow(images=forms, problem="?"), source="s", fallback_id="s-1", root=root)
-    assert row["images"] == [data] * 4
+    text = base64.b64encode(data).decode()
+    forms = [data, "b.png", {"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": "b.png"}, {"bytes": data}]
+    forms += [{"path": "b.png"}, {"bytes": text}, text, f"data:image/png;base64,{text}", f"data:;base64,{text}"]
+    row = make_row(RawRow(images=forms, problem="?"), source="s", fallback_id="s-1", roots=[root])
+    assert row["images"] == [data] * 10
     for one in forms:
-        assert make_row(RawRow(images=one, problem="?"), source="s", fallback_id="1", root=root)["images"] == [data]
-    for bad in (3, [[data]], {"url": "x"}, [{"bytes": None, "path": None}]):
+        assert make_row(RawRow(images=one, problem="?"), source="s", fallback_id="1", roots=[root])["images"] == [data]
+    bad_text = "data:image/png;base64,iVBORw0KGgo!!"
+    for bad in (3, [[data]], {"url": "x"}, [{"bytes": None, "path": None}], bad_text, "data:text/plain,hello"):
         with pytest.raises(RowProblem):
-            make_row(RawRow(images=bad, problem="?"), source="s", fallback_id="1", root=root)
+            make_row(RawRow(images=bad, problem="?"), source="s", fallback_id="1", roots=[root])
+
+
+def test_nan_is_none_everywhere(root):
+    nan = float("nan")
+    raw = RawRow(id=nan, images=encode(photo()), problem="?", solution=nan, thinking=nan)
+    row = make_row(raw, source="s", fallback_id="s-1", roots=[])
+    assert (row["id"], row["solution"], row["thinking"]) == ("s-1", None, None)
+    for raw, reason in ((RawRow(images=nan, problem="?"), "no image"), (RawRow(problem=nan), "question missing")):
+        with pytest.raises(RowProblem, match=reason):
+            make_row(raw, source="s", fallback_id="s-1")
 
 
 def test_drops_count_every_record_and_keep_the_first_places():
