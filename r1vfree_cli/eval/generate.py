@@ -19,9 +19,9 @@ from ..config import schema as config
 from ..core import console
 from ..core.errors import DataError, UsageError
 from ..core.prompts import build_messages
+from ..models.adapter import load_adapter
 from ..models.load import load_policy, load_processor
-
-ADAPTER = "adapter_config.json"
+from ..run.checkpoint import adapter_base, is_adapter
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Generator:
         self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
         self.seed = seed
         local = Path(name).is_dir()
-        adapter = name if (Path(name) / ADAPTER).is_file() or (base and not local) else None
-        if adapter and not base:
-            base = adapter_base(Path(name))
+        adapter = name if is_adapter(name) or (base and not local) else None
+        if is_adapter(name):
+            base = adapter_base(name, base)
         wanted = config.Model(
             name=base if adapter and base else name,
             revision=revision,
@@ -100,7 +100,8 @@ class Generator:
         self.processor = load_processor(wanted.model_copy(update={"name": name}) if own else wanted, seed)
         self.model = load_policy(wanted, seed)
         if adapter:
-            self.model = _with_adapter(self.model, adapter)
+            # LoRA layers are put into the base model's modules: its own generate() runs with them.
+            self.model = load_adapter(self.model, adapter, base).get_base_model()
         self.model.eval().to(self.device)
         self.reuse = bool(self.model._supports_mm_encoder_outputs())
         self.settings = generation_config(self.model, self.processor, max_new_tokens, temperature)
@@ -264,33 +265,3 @@ def generation_config(model, processor, max_new_tokens: int, temperature: float)
         pad_token_id=pad,
         **(sampling or {"do_sample": False}),
     )
-
-
-def adapter_base(folder: Path) -> str:
-    """The base model that a LoRA folder names.
-
-    Raises:
-        DataError: it names none.
-    """
-    from ..core.files import read_object
-
-    base = read_object(folder / ADAPTER).get("base_model_name_or_path")
-    if not base:
-        raise DataError(f"{folder / ADAPTER} names no base model", hint="give it with --base")
-    return str(base)
-
-
-def _with_adapter(model, folder: str):
-    from peft import PeftModel
-
-    if not Path(folder, "adapter_model.safetensors").is_file():  # PEFT would take a pickle instead
-        raise DataError(f"the adapter {folder} has no adapter_model.safetensors")
-
-    try:
-        # LoRA layers are put into the base model's modules: its own generate() runs with them.
-        return PeftModel.from_pretrained(model, folder).get_base_model()
-    except Exception as e:  # damaged files raise anything
-        line = next(iter(str(e).strip().splitlines()), type(e).__name__)
-        raise DataError(
-            f"the adapter {folder} does not fit its base model: {line}", hint="name the base with --base"
-        ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import console, prompts
 from ..core.errors import DataError, UsageError
 from ..core.files import append_jsonl, read_json, read_jsonl, write_text
-from ..models import checkpoint
+from ..run import checkpoint
 from .endpoint import Endpoint, Reply
 from .hallusion.judge import content_key, repair_tail
 from .hallusion.questions import Question, QuestionSet
@@ -40,8 +40,8 @@ def plan(o: EvalOptions) -> Plan:
         DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels.
     """
     warnings: list[str] = []
-    found = checkpoint.find(o.checkpoint, o.seed) if o.checkpoint else None
-    if o.base and (found is None or (Path(found.path).is_dir() and not checkpoint.is_adapter(found.path))):
+    found = checkpoint.resolve(o.checkpoint, o.seed) if o.checkpoint else None
+    if o.base and (found is None or found.kind not in ("adapter", "hub")):
         raise UsageError("--base is the base model of a LoRA folder, and no LoRA folder is given")
     contract = found.contract if found else {}
     pixels = {}

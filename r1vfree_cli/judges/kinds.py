@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -44,13 +43,6 @@ def detect_kind(model: str, revision: str | None = None) -> Kind:
 def prompt_of(kind: Kind) -> PromptKind:
     """Reward models with a head were trained on conversations; other models are asked."""
     return "judge" if kind == "yes_no" else "conversation"
-
-
-def fingerprint(folder: Path) -> str:
-    """Hex digest of a model folder's file names, sizes and times: another model in the same place is another judge."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    stats = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def checkpoint_file(model: str, name: str, revision: str | None) -> Path | None:

@@ -34,7 +34,8 @@ from ..config.embedded import is_embedded, resolve_model
 from ..core import console
 from ..core.errors import R1VError, UsageError
 from ..core.process import gpu_count
-from .kinds import detect_kind, fingerprint, prompt_of
+from ..run.checkpoint import fingerprint
+from .kinds import detect_kind, prompt_of
 
 MAX_BATCH = 64
 BATCH_WAIT_S = 0.02  # how long the first request of a batch waits for more

@@ -19,6 +19,7 @@ from ..core import console, files
 from ..core import process as ranks
 from ..core.errors import GuardStop, Interrupted, R1VError, UsageError
 from ..run import contract, run_dir
+from ..run.checkpoint import adapter_base, resolve
 from ..run.run_dir import RunDir
 from . import plan as plans
 from . import preflight, watch
@@ -287,6 +288,9 @@ def serve_reward(
 
 def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
     """Merge in a process of its own (it loads the model three times); returns its summary."""
+    found = resolve(str(checkpoint), verify=False, shards=True)  # before torch is imported
+    if found.kind == "adapter":
+        adapter_base(found.path, base)
     args = [str(checkpoint), str(out)]
     args += ["--base", base] if base else []
     args += ["--dtype", dtype] if dtype else []

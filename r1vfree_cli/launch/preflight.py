@@ -6,7 +6,6 @@ Findings are errors (the run would fail), warnings, and what could not be checke
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from ..config.embedded import is_embedded, stages
 from ..config.schema import GrpoRecipe, SftRecipe
 from ..core.errors import R1VError, UsageError
 from ..core.process import gpu_count
+from ..run.checkpoint import merge_command, resolve
 from .plan import training_devices
 
 _TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
@@ -39,16 +39,16 @@ def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False) -> Findings:
     found = Findings()
     _devices(recipe, found, dry_run)
     _packages(recipe, found, dry_run)
-    _model(recipe.model.name, "model.name", found)
+    _model(recipe.model.name, "model.name", found, not dry_run)
     _data(recipe, found)
     if recipe.model.trust_remote_code:
         found.warnings.append("model.trust_remote_code is on: the checkpoint's own code will run")
     if isinstance(recipe, GrpoRecipe) and recipe.feedback:
         feedback = recipe.feedback
         if feedback.backend == "local":
-            _model(str(feedback.model), "rewards.feedback.model", found)
+            _model(str(feedback.model), "rewards.feedback.model", found, not dry_run)
         if feedback.serve:
-            _model(feedback.serve.model, "rewards.feedback.serve.model", found)
+            _model(feedback.serve.model, "rewards.feedback.serve.model", found, not dry_run)
         if feedback.base_url:
             found.unchecked.append(f"judge at {feedback.base_url}: r1v doctor asks it")
         if feedback.backend == "chat" and not os.environ.get(feedback.api_key_env):
@@ -110,23 +110,23 @@ def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) ->
             (found.warnings if dry_run else found.errors).append(message)
 
 
-def _model(name: str, key: str, found: Findings) -> None:
+def _model(name: str, key: str, found: Findings, verify: bool) -> None:
     if is_embedded(name):
         try:
             stages([name], 0)
         except R1VError as e:
             found.errors.append(f"{key}: {e.message}")
         return
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        if not any(os.path.isfile(os.path.join(path, f)) for f in ("config.json", "adapter_config.json")):
-            found.errors.append(f"{key}: the folder {name} holds no config.json, so it is no model")
-    elif os.path.exists(path):
-        found.errors.append(f"{key}: {name} is a file; a model is a folder or a hub name")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        found.errors.append(f"{key}: no folder {name}, and it is no hub name (organisation/model) either")
-    else:
+    try:
+        checkpoint = resolve(name, verify=verify)
+    except R1VError as e:
+        found.errors.append(f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else ""))
+        return
+    if checkpoint.kind == "hub":
         found.unchecked.append(f"{key}: {name} on the hub")
+    elif checkpoint.kind == "adapter":
+        merge = merge_command(checkpoint.path)
+        found.errors.append(f"{key}: {name} is a LoRA adapter; merge it first: {merge}, and name the merged model")
 
 
 def _data(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:

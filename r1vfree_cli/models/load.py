@@ -10,9 +10,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..config import schema as config
-from ..config.embedded import resolve_model
 from ..core.errors import DataError, R1VError, UsageError, first_line
+from ..core.process import time_limit
 from ..core.prompts import build_messages
+from ..run.checkpoint import merge_command, resolve
+
+TEMPLATE_S = 10.0  # of the chat template's trial: a program that may loop for ever
 
 
 def load_processor(model: config.Model, seed: int = 0):
@@ -21,7 +24,7 @@ def load_processor(model: config.Model, seed: int = 0):
     Raises:
         DataError: there is no processor at that place.
     """
-    where = resolve_model(model.name, seed)
+    where = resolve(model.name, seed, verify=False).path
     try:
         processor = AutoProcessor.from_pretrained(
             where, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -40,10 +43,11 @@ def check_template(processor, name: str) -> None:
     """Render a question about an image, and tokenise it.
 
     Raises:
-        DataError: there is no chat template, it or the tokenizer is broken, or it leaves out the image.
+        DataError: there is no chat template, it or the tokenizer is broken, it loops, or it leaves out the image.
     """
     try:
-        text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
+        with time_limit(TEMPLATE_S):
+            text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
     except Exception as e:  # a template is a program
         raise DataError(f"the chat template of {name} does not work: {first_line(e)}") from None
     if processor.image_token not in text:
@@ -70,7 +74,10 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
         DataError: no loadable vision-language model there.
         UsageError: flash_attention_2 was asked for and is not installed.
     """
-    where = resolve_model(model.name, seed)
+    found = resolve(model.name, seed, verify=False)
+    if found.kind == "adapter":  # transformers would load its base and ignore the keys that do not fit
+        raise DataError(f"model {model.name} is a LoRA adapter", hint=f"first: {merge_command(found.path)}")
+    where = found.path
     common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     options = {"attn_implementation": attention(model), "quantization_config": _quantization(model)}
     try:

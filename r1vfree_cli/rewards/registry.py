@@ -11,8 +11,8 @@ from ..config.embedded import is_embedded, resolve_model
 from ..config.schema import AnyReward, FeedbackReward, Reward
 from ..core.errors import UsageError
 from ..core.files import cache_dir
-from ..judges.kinds import fingerprint
 from ..judges.protocol import Backend
+from ..run.checkpoint import fingerprint
 from .feedback import Feedback
 from .text import accuracy_reward, format_reward
 

@@ -16,7 +16,7 @@ from ..core.files import read_object, write_json, write_text
 
 SAID = "said.jsonl"  # in an attempt's logs: what rank 0 says to people, for r1v to repeat
 
-FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = (
+STATES = FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = (
     "finished",
     "running",
     "starting",
@@ -51,15 +51,27 @@ class RunDir:
 
     @property
     def status(self) -> dict:
-        """`status.json`, or {} when there is none."""
-        return read_object(self.status_file) if self.status_file.is_file() else {}
+        """`status.json`, or {} when there is none.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        hint = "deleted, it costs nothing but the count of attempts: --resume goes on from the newest checkpoint"
+        try:
+            found = read_object(self.status_file) if self.status_file.is_file() else {}
+        except DataError as e:
+            raise DataError(e.message, hint=hint) from None
+        if found and found.get("state") not in STATES:
+            raise DataError(f"{self.status_file}: state is {str(found.get('state'))[:40]!r}", hint=hint)
+        for key, limit in (("attempt", 10**6), ("step", 10**12)):
+            number = found.get(key, 0)
+            if type(number) is not int or not 0 <= number < limit:
+                raise DataError(f"{self.status_file}: {key} is {str(number)[:40]!r}, not a count", hint=hint)
+        return found
 
     @property
     def attempt(self) -> int:
-        number = self.status.get("attempt", 0)
-        if not isinstance(number, int) or not 0 <= number < 10**6:
-            raise DataError(f"{self.status_file}: attempt is {str(number)[:40]!r}, not a count")
-        return number
+        return self.status.get("attempt", 0)
 
     @property
     def logs(self) -> Path:

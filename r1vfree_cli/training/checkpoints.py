@@ -1,89 +1,92 @@
-"""Checkpoints that are whole or not there: written aside and renamed; the newest whole one is where a run resumes."""
+"""Checkpoints that are complete or not there: a staging directory, an atomic rename; a run resumes at the newest."""
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import pickle
-import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+from safetensors.torch import save_model
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..core import console
 from ..core.errors import DataError, R1VError, UsageError, first_line
-from ..core.files import disk_full, no_space, read_object, write_json
+from ..core.files import disk_full, no_space, write_json
+from ..models.adapter import base_signature
 from ..run import contract
+from ..run.checkpoint import checkpoints, lacking, seal, sync
 from ..run.run_dir import RunDir
+from .worker import on_main
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
-ASIDE = ".writing"
-FILES = "r1v_files.json"  # name -> bytes of every file of a checkpoint, written when all ranks have written theirs
-_NAME = re.compile(r"checkpoint-(\d+)")
+STAGING = ".writing"
 
 
-class WholeCheckpoints(_Trainer):
+class AtomicCheckpoints(_Trainer):
     """Mixin before a `transformers.Trainer`: a checkpoint folder appears under its name only when it is complete.
 
-    Set `contract` (the run contract) to have it written into every checkpoint. `save_total_limit` counts whole
+    Set `contract` (the run contract) to have it written into every checkpoint. `save_total_limit` counts complete
     checkpoints; an old one is renamed before it is deleted, so a killed deletion leaves no half of one either.
     """
 
     contract: dict | None = None
-    _aside: Path | None = None
+    _staging: Path | None = None
 
     def _get_output_dir(self, trial):
-        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, folder):
-        if self._aside is None:  # else it is called again below, with the checkpoint in its place
+        if self._staging is None:  # else it is called again below, with the checkpoint in its place
             super()._push_from_checkpoint(folder)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(str(self.args.output_dir))
-        aside = folder / ASIDE
+        staging = folder / STAGING
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clean(folder)
         self.accelerator.wait_for_everyone()
-        self._aside = aside
+        self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
-                strip_pickles(aside / name)
+                strip_pickles(staging / name)
                 if self.contract is not None:
-                    contract.write(aside / name, self.contract)
+                    contract.write(staging / name, self.contract)
         except Exception as e:
             if no_space(e):
                 clean(folder)  # room for the reason to be written down
                 raise disk_full(folder / name) from e
             raise
         finally:
-            self._aside = None
+            self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.process_index == 0:
-            write_json(aside / name / FILES, _sizes(aside / name))
-            _move(aside / name, folder / name)
+            seal(staging / name)
+            _move(staging / name, folder / name)
         self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and (aside / name).is_dir():  # a node with a file system of its own
-            _move(aside / name, folder / name)
+        if self.args.local_process_index == 0 and (staging / name).is_dir():  # a node with a file system of its own
+            _move(staging / name, folder / name)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
         if self.args.should_save:
             clean(folder)
             limit = self.args.save_total_limit or 0  # 0: all are kept
-            for old in [path for _, path in checkpoints(folder) if is_whole(path)][:-limit]:
+            for old in [path for _, path in checkpoints(folder) if not lacking(path, verify=False)][:-limit]:
                 _remove(old)
 
     def _save(self, output_dir=None, state_dict=None):
@@ -138,63 +141,102 @@ class WholeCheckpoints(_Trainer):
         model.load_state_dict(saved.state_dict(), strict=True)
 
 
+def try_final_save(trainer) -> None:
+    """Write now, to a temporary folder, all that the end of a run writes but for the weights. Every rank calls it.
+
+    A generation config that `save_pretrained` would refuse is mended first, and the contract of an adapter gets a
+    signature of its base.
+
+    Raises:
+        DataError: something cannot be saved, so the run would end without its model.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    mend_generation_config(base)
+    adapted = getattr(model, "peft_config", {})
+    if adapted and (signature := base_signature(base)):
+        trainer.contract = trainer.contract | {"base_signature": signature}
+
+    def save() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for config in (base.config, base.generation_config, *adapted.values()):
+                    config.save_pretrained(folder)
+                trainer.processing_class.save_pretrained(folder)
+                write_json(Path(folder) / contract.FILE, trainer.contract)
+            except Exception as e:  # configs and processors of any class
+                if no_space(e):
+                    raise disk_full(folder) from e
+                raise DataError(f"the model's settings cannot be saved, nor could the trained model: {e}") from e
+
+    on_main(save)
+
+
+def mend_generation_config(model) -> None:
+    """Reset what `save_pretrained` refuses, as a temperature beside `do_sample: false` in published checkpoints.
+
+    Such a field has no effect on generation; each one that is reset is named in a warning.
+    """
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        return
+    kept, refused = GenerationConfig(), []
+    fields = {k: v for k, v in given.to_diff_dict().items() if k != "transformers_version"}
+    for key in sorted(fields, key=lambda k: k not in ("do_sample", "pad_token_id", "num_beams", "max_new_tokens")):
+        trial = copy.deepcopy(kept)
+        setattr(trial, key, fields[key])
+        try:
+            trial.validate(strict=True)
+            kept = trial
+        except ValueError:
+            refused.append(f"{key}={fields[key]}")
+    if refused:
+        console.warn(
+            f"the base's generation config contradicts itself; left out of what is saved: {', '.join(refused)}"
+        )
+        model.generation_config = kept
+
+
 def save_final(trainer, folder: Path) -> None:
-    """Write the trained model (or its adapter), processor and run contract to `folder`, whole or not at all.
+    """Write the trained model (or its adapter), processor and run contract to `folder`, complete or not at all.
 
     Every rank calls it. An earlier folder of the same run is replaced.
+
+    Raises:
+        DataError: it cannot be saved; says where the weights are.
     """
-    aside = folder.with_name(f".{folder.name}-writing")
+    staging = folder.with_name(f".{folder.name}-writing")
     if trainer.args.should_save:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.model.config.use_cache = True  # Trainer turned it off for training
     try:
-        trainer.save_model(str(aside), _internal_call=True)
+        trainer.save_model(str(staging), _internal_call=True)
         if trainer.args.should_save:
-            strip_pickles(aside)
-            contract.write(aside, trainer.contract)
+            strip_pickles(staging)
+            contract.write(staging, trainer.contract)
+            seal(staging)
     except Exception as e:
         if no_space(e):
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise disk_full(folder) from e
-        raise
+        raise _unsaved(trainer, folder, staging, e) from e
     if trainer.args.should_save:
-        _move(aside, folder)
+        _move(staging, folder)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of what is named like a checkpoint, oldest step first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
-    return sorted(found)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether all that was written into it is there, in its full length."""
-    return not lacking(checkpoint)
-
-
-def lacking(checkpoint: Path) -> list[str]:
-    """What of a checkpoint is not there, or not in its full length; [] when it is whole."""
-    weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*/*_states.pt"))
-    found = [] if weights else ["weights"]
-    files: dict = {"trainer_state.json": None}
-    if (checkpoint / FILES).is_file():
-        try:
-            files |= read_object(checkpoint / FILES)
-        except DataError:
-            return [FILES]
-    for name, size in files.items():
-        path = os.path.join(checkpoint, name)
-        if not os.path.isfile(path) or (size is not None and os.path.getsize(path) != size):
-            found.append(name)
-    return found
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+def _unsaved(trainer, folder: Path, staging: Path, error: Exception) -> DataError:
+    """The error of a final save that failed; the weights are kept, by a write of them alone if need be."""
+    if not any(staging.glob("*.safetensors")) and not is_deepspeed_zero3_enabled():  # there: sharded over the ranks
+        staging.mkdir(exist_ok=True)
+        save_model(trainer.accelerator.unwrap_model(trainer.model), str(staging / "weights.safetensors"))
+    places = [str(p) for p in staging.glob("*.safetensors")]
+    places += [str(p) for _, p in checkpoints(folder.parent / "checkpoints")[-1:] if not lacking(p)]
+    kept = f"the weights are in {' and in '.join(places)}" if places else "there is no checkpoint either"
+    return DataError(f"the trained model could not be saved to {folder}: {first_line(error)}", hint=kept)
 
 
 def _damaged(checkpoint: Path | str, error: BaseException) -> DataError:
@@ -214,23 +256,23 @@ def _readable(checkpoint: Path | str | None) -> Iterator[None]:
 
 
 def resume_point(run: RunDir) -> Path | None:
-    """The newest whole checkpoint to go on from when this attempt is a resume (`R1V_RESUME=1`), else None.
+    """The newest complete checkpoint to go on from when this attempt is a resume (`R1V_RESUME=1`), else None.
 
-    For rank 0 alone: the others are told. Half-written ones are skipped with a word. None also where the run was killed
-    before its first checkpoint.
+    For rank 0 alone: the others are told. Incomplete and damaged ones are skipped with a word. None also where the run
+    was killed before its first checkpoint.
 
     Raises:
         UsageError: the checkpoints were saved without optimizer state (`train.save_only_model`).
     """
     if os.environ.get("R1V_RESUME") != "1":
         return None
-    if (run.checkpoints / ASIDE).exists():
+    if (run.checkpoints / STAGING).exists():
         console.log("a checkpoint that was being written when the run ended is skipped")
     clean(run.checkpoints)
     for step, path in reversed(checkpoints(run.checkpoints)):
         if lacks := lacking(path):
             some = ", ".join(lacks[:3]) + (" ..." if len(lacks) > 3 else "")
-            console.warn(f"{path.name} is not whole ({some} missing or cut), it is skipped")
+            console.warn(f"{path.name} is not complete ({some}), it is skipped")
             continue
         if not (path / "optimizer.pt").is_file() and not any(path.glob("global_step*")):
             raise UsageError(
@@ -239,7 +281,7 @@ def resume_point(run: RunDir) -> Path | None:
             )
         console.log(f"resuming from step {step}: {path}")
         return path
-    console.log("no whole checkpoint yet: starting from step 0")
+    console.log("no complete checkpoint yet: starting from step 0")
     return None
 
 
@@ -271,7 +313,7 @@ def strip_pickles(folder: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what a killed save or deletion left behind."""
-    for path in (folder / ASIDE, *folder.glob(".old-*")):
+    for path in (folder / STAGING, *folder.glob(".old-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -287,6 +329,7 @@ def _move(source: Path, target: Path) -> None:
             raise
         _remove(target)
         os.replace(source, target)
+    sync(target.parent)
 
 
 def _remove(checkpoint: Path) -> None:

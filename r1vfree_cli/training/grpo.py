@@ -26,7 +26,7 @@ from ..rewards.registry import build_rewards
 from ..run import contract
 from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
 from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback, RunCallback
-from .checkpoints import resume_point, save_final
+from .checkpoints import resume_point, save_final, try_final_save
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
 from .recorder import summarise_metrics, truncate_lines, truncate_rollouts, update_summary
@@ -115,6 +115,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         rewards=[_identity(r, c.weight) for r, c in zip(rewards, recipe.rewards, strict=True)],
         sampling={k: getattr(args, k) for k in contract.SAMPLING} | {"stop_token_ids": trainer.eos_token_ids},
     )
+    try_final_save(trainer)
     if resume and is_main():
         contract.warn_of_changes(resume, trainer.contract)
     clock.lap("load")

@@ -1,4 +1,4 @@
-"""One loadable model from a LoRA adapter, ZeRO shards or a whole checkpoint, checked on an image before it is kept.
+"""One loadable model from a LoRA adapter, ZeRO shards or a complete checkpoint, checked on an image before it is kept.
 
 `python -m r1vfree_cli.training.merge CHECKPOINT OUT [--base B] [--dtype D] [--overwrite]` prints one JSON document on
 stdout: the summary, or `{"error": ...}` with the error's exit code. Everything runs in float32 on the CPU.
@@ -25,13 +25,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from ..core.errors import DataError, R1VError, UsageError, first_line
-from ..core.files import read_json
 from ..core.process import die_with_parent
 from ..core.prompts import build_messages, target_text
+from ..models.adapter import load_adapter
 from ..models.load import check_size, check_template
 from ..run import contract
-from ..run.run_dir import RunDir
-from .checkpoints import checkpoints, is_whole, tensors_only
+from ..run.checkpoint import adapter_base, adapter_settings, is_adapter, resolve, seal
+from .checkpoints import mend_generation_config, tensors_only
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are
@@ -46,9 +46,8 @@ def merge(
     """Write the model in `checkpoint` to `out`, so that `from_pretrained` loads it, and check what was written.
 
     Args:
-        checkpoint: a run dir (its final model, else its newest whole checkpoint), a LoRA adapter, a DeepSpeed
-            checkpoint, or a whole model.
-        out: the folder to make; it appears whole or not at all.
+        checkpoint: a run dir (its final model), a LoRA adapter, a DeepSpeed checkpoint, or a model.
+        out: the folder to make; it appears complete or not at all.
         base: the adapter's base model, where it is not the recorded one.
         dtype: of the written weights; None: the base's, or the checkpoint's own.
         overwrite: replace a model that is in `out`.
@@ -62,25 +61,29 @@ def merge(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
-    source = locate(Path(checkpoint))
-    out = Path(out)
+    given = resolve(str(checkpoint), shards=True)
+    source, kind, out = Path(given.path), given.kind, Path(out)
+    if kind == "hub":
+        raise DataError(
+            f"no checkpoint folder {source}", hint="a model of the hub needs no merge; fetch an adapter first"
+        )
     _check_out(out, source, overwrite)
-    kind = kind_of(source)
-    found = contract.read(source)
+    trained = contract.read(source)
     processor = _processor(source, base)
     inputs = probe(processor)
     if kind == "adapter":
-        model, base, stored = _adapter(source, base, found)
+        model, base, stored = _adapter(source, base, trained)
         before = logits(model, inputs)
         model = model.merge_and_unload()
         _compare(logits(model, inputs), before, EXACT, "merging the adapter changed the model")
     else:
-        model, stored = _shards(source) if kind == "shards" else _whole(str(source))
+        model, stored = _shards(source) if kind == "shards" else _model(str(source))
         before = logits(model, inputs)
     dtype = dtype or stored
+    mend_generation_config(model)
     _keep_end_tokens(model, processor)
     with _writing(out, overwrite) as folder:
-        files = _write(model, processor, folder, dtype)
+        _write(model, processor, folder, dtype)
         expected = logits(model, inputs)
         del model
         got = _reload(folder, processor, inputs)
@@ -88,54 +91,14 @@ def merge(
         difference, tolerance = _compare(got, before, ROUNDING[dtype], f"storing as {dtype} changed the model")
         summary: dict[str, Any] = {"kind": kind, "source": str(source), "base": base, "dtype": dtype}
         summary |= {"max_logit_difference": difference, "tolerance": tolerance}
-        if found is not None:
-            contract.write(folder, found | {"merge": summary})
-            files.append(contract.FILE)
-    return {"out": str(out), **summary, "files": sorted(files), "contract": found is not None}
+        if trained is not None:
+            contract.write(folder, trained | {"merge": summary})
+        seal(folder)
+        files = sorted(p.name for p in folder.iterdir())
+    return {"out": str(out), **summary, "files": files, "contract": trained is not None}
 
 
 # --- what there is ---------------------------------------------------------------------------------------------
-
-
-def locate(path: Path) -> Path:
-    """The model folder that is meant: of a run dir `final/`, else its newest whole checkpoint.
-
-    Raises:
-        DataError: there is no such folder, or the run has no model yet.
-    """
-    if not path.is_dir():
-        raise DataError(f"no checkpoint folder {path}")
-    run = RunDir(path)
-    if not run.holds_run:
-        return path
-    if run.final.is_dir():
-        return run.final
-    whole = [folder for _, folder in checkpoints(run.checkpoints) if is_whole(folder)]
-    if not whole:
-        raise DataError(f"the run in {path} has neither final/ nor a whole checkpoint yet")
-    return whole[-1]
-
-
-def kind_of(folder: Path) -> str:
-    """`adapter`, `whole` or `shards`.
-
-    Raises:
-        DataError: none of them; says what is there.
-    """
-    if (folder / "adapter_config.json").is_file():
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise DataError(f"{folder} is an adapter without its weights: adapter_model.safetensors is missing")
-        return "adapter"
-    has_config = (folder / "config.json").is_file()
-    if has_config and any(folder.glob("*.safetensors")):
-        return "whole"
-    if has_config and ((folder / "latest").is_file() or any(folder.glob("global_step*"))):
-        return "shards"
-    there = sorted(p.name for p in folder.iterdir())[:12]
-    hint = "a model folder has config.json and *.safetensors, an adapter adapter_config.json"
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in there):
-        hint = "weights in pickle files are not loaded: convert them to safetensors first"
-    raise DataError(f"{folder} holds no model; it holds {', '.join(there) or 'nothing'}", hint=hint)
 
 
 def _check_out(out: Path, source: Path, overwrite: bool) -> None:
@@ -152,8 +115,8 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 # --- loading, always in float32 --------------------------------------------------------------------------------
 
 
-def _whole(name: str, revision: str | None = None) -> tuple[Any, str]:
-    """(whole model, dtype of its files); weights that are missing or do not fit are errors, not random numbers."""
+def _model(name: str, revision: str | None = None) -> tuple[Any, str]:
+    """(model, dtype of its files); weights that are missing or do not fit are errors, not random numbers."""
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise DataError(f"no model folder {name}")
     try:
@@ -209,40 +172,20 @@ def _tag(folder: Path) -> str:
     return tag
 
 
-def _adapter(folder: Path, base: str | None, found: dict | None) -> tuple[Any, str, str]:
+def _adapter(folder: Path, base: str | None, trained: dict | None) -> tuple[Any, str, str]:
     """(base with the adapter on it, name of the base, dtype of its files)."""
-    from peft import LoraConfig, get_peft_model
-
-    settings = read_json(folder / "adapter_config.json")
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise DataError(f"{folder}/adapter_config.json does not describe a LoRA adapter")
-    name = base or settings.get("base_model_name_or_path")
-    if not name:
-        raise DataError(f"the adapter in {folder} does not name its base model", hint="give it with --base")
-    recorded = None if base else settings.get("revision") or (found or {}).get("revision")
+    name = adapter_base(folder, base)
+    recorded = None if base else adapter_settings(folder).get("revision") or (trained or {}).get("revision")
     try:
-        model, stored = _whole(str(name), recorded)
+        model, stored = _model(name, recorded)
     except DataError as e:
         raise DataError(f"the adapter's base model: {e.message}", hint=e.hint or "give its place with --base") from None
-    try:
-        wrapped = get_peft_model(model, LoraConfig.from_pretrained(str(folder)), autocast_adapter_dtype=False)
-        result = wrapped.load_adapter(str(folder), "default", torch_device="cpu")
-    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(
-            f"the adapter in {folder} does not fit its base {name}: {first_line(e)}", hint="is --base the right one?"
-        ) from None
-    wrong = [*result.missing_keys, *result.unexpected_keys]
-    if wrong:
-        raise DataError(f"the adapter in {folder} does not fit its base {name}", details=wrong[:5])
-    return wrapped.eval(), str(name), stored
+    return load_adapter(model, folder, name), name, stored
 
 
 def _processor(folder: Path, base: str | None):
     """The checkpoint's processor; of an adapter without one, the base's."""
-    places = [str(folder)]
-    if (folder / "adapter_config.json").is_file():
-        settings = read_json(folder / "adapter_config.json")
-        places.append(base or str(isinstance(settings, dict) and settings.get("base_model_name_or_path")))
+    places = [str(folder), *([adapter_base(folder, base)] if is_adapter(folder) else [])]
     error: Exception | None = None
     for place in places:
         try:
@@ -293,13 +236,12 @@ def _writing(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(model, processor, folder: Path, dtype: str) -> list[str]:
-    """Save model and processor; `model` is left rounded to `dtype`, in float32. Returns the names of the files."""
+def _write(model, processor, folder: Path, dtype: str) -> None:
+    """Save model and processor; `model` is left rounded to `dtype`, in float32."""
     _cast(model, getattr(torch, dtype))
     model.save_pretrained(folder)
     _cast(model, torch.float32)
     processor.save_pretrained(folder)
-    return [p.name for p in folder.iterdir()]
 
 
 def _cast(model, dtype: torch.dtype) -> None:
@@ -332,7 +274,7 @@ def logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _reload(folder: Path, processor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits of what was written, which must have the same end tokens, template and inputs too."""
-    model, _ = _whole(str(folder))
+    model, _ = _model(str(folder))
     written = _processor(folder, None)
     ends = model.generation_config.eos_token_id
     if written.tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):

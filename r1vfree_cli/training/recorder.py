@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.files import read_json, read_jsonl, write_bytes, write_json, write_text
+from ..core import console
+from ..core.files import parse_json, read_json, read_jsonl, write_bytes, write_json, write_text
 from ..core.prompts import parse
 from ..run.run_dir import RunDir
 
@@ -129,10 +130,20 @@ def truncate_rollouts(run_dir: RunDir, step: int) -> None:
 
 
 def truncate_lines(path: Path, step: int) -> None:
-    """Delete the lines of steps above `step` from a JSONL file, and the partial line that a killed run left."""
-    if path.is_file():
-        kept = [document for _, document in read_jsonl(path) if document["step"] <= step]
-        write_text(path, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in kept))
+    """Delete the lines of steps above `step` from a JSONL file, the partial line that a killed run left, and damaged
+    lines, each with a warning that names it."""
+    if not path.is_file():
+        return
+    kept = []
+    for number, line in enumerate(path.read_bytes().splitlines(True), 1):
+        try:
+            document = parse_json(line)
+            if document["step"] <= step:
+                kept.append(document)
+        except (ValueError, RecursionError, TypeError, KeyError):
+            if line.endswith(b"\n"):
+                console.warn(f"{path}, line {number} is damaged: it is left out")
+    write_text(path, "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in kept))
 
 
 def update_summary(run_dir: RunDir, fields: dict) -> dict:

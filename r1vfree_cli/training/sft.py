@@ -24,15 +24,15 @@ from ..models.load import load_policy, load_processor, peft_config, round_weight
 from ..run import contract
 from ..run.run_dir import FINISHED, INTERRUPTED, RunDir
 from .callbacks import RunCallback
-from .checkpoints import WholeCheckpoints, resume_point, save_final
+from .checkpoints import AtomicCheckpoints, resume_point, save_final, try_final_save
 from .worker import is_main, on_main, refusals, seconds_until_now, worker
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
 IGNORED = -100  # the label that cross-entropy skips
 
 
-class R1VSFTTrainer(WholeCheckpoints, SFTTrainer):
-    """TRL's trainer with whole checkpoints and a loss that is the mean over the tokens of the whole batch."""
+class R1VSFTTrainer(AtomicCheckpoints, SFTTrainer):
+    """TRL's trainer with atomic checkpoints and a loss that is the mean over the tokens of the whole batch."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -218,6 +218,7 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
             callbacks=[callback],
         )
     trainer.contract = contract.build("sft", recipe, data_sha256=data_sha256(path, recipe.data.split))
+    try_final_save(trainer)
     if resume and is_main():
         contract.warn_of_changes(resume, trainer.contract)
     prepared = time.perf_counter()

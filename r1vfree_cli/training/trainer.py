@@ -17,15 +17,16 @@ from ..config.schema import Guard
 from ..core.errors import GuardStop, R1VError, from_dict
 from ..models.sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
 from ..rewards.text import completion_text
+from ..run.checkpoint import lacking
 from ..shared_prefix.mixin import SharedPrefixMixin
 from .callbacks import any_rank
-from .checkpoints import WholeCheckpoints, is_whole
+from .checkpoints import AtomicCheckpoints
 from .guard import offenders
 from .recorder import Recorder, Rollout
 from .resume import ExactResumeMixin
 
 
-class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPOTrainer):
+class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPOTrainer):
     """GRPO as TRL does it, but:
 
     - a sample whose required reward is None is out of its group: no part in mean and spread, advantage exactly 0;
@@ -34,7 +35,7 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
     - sampling is the recipe's alone (`pin_generation`), visual tokens are never sampled, and transformers' sampling
       is keyed by seed, step and row (`keyed_draws`);
     - every rollout of all ranks goes to `recorder`;
-    - a resume is exact (`WholeCheckpoints`, `ExactResumeMixin`).
+    - a resume is exact (`AtomicCheckpoints`, `ExactResumeMixin`).
 
     A new sampling backend or loss needs no change here: everything that is not named is TRL's.
 
@@ -210,7 +211,8 @@ class R1VGRPOTrainer(WholeCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRPO
     def save_now(self) -> None:
         """Write a checkpoint of the last completed step unless there is one; all ranks must call it."""
         self.recorder.forget_after(self.state.global_step)
-        done = is_whole(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        done = not lacking(folder, verify=False)
         if not any_rank(done, self.accelerator.device):
             self._save_checkpoint(self.model, trial=None)
 

@@ -199,7 +199,7 @@ HAND = [
       for stage in ("judge", "score")),
     *(_going_on("out/predictions.jsonl", values.as_json({"id": id_, "model_prediction": "x"}) + b"\n", stage) for id_ in ({}, [], None, 7) for stage in ("judge", "score")),
     *(Case("a checkpoint of a damaged run", ["eval-hallusion", "run/checkpoints/checkpoint-5", "--questions", "q.json", "--images", "fig", "--estimate", "--json"],
-           {"run/recipe.yaml": c, "run/checkpoints/checkpoint-5/config.json": b"{}", "q.json": values.as_json(ASKED)} | FIGURES, names=("recipe.yaml", "max_pixels"))
+           {"run/recipe.yaml": c, "run/checkpoints/checkpoint-5/config.json": b"{}", "run/checkpoints/checkpoint-5/model.safetensors": b"", "q.json": values.as_json(ASKED)} | FIGURES, names=("recipe.yaml", "max_pixels"))
       for c in (b"", b"[]", b"\xff\xfe", b"model: {max_pixels: x}", b"model: {max_pixels: .inf}", b"model: {max_pixels: 784}", b"&a\nmodel: *a\n", b"[" * 20_000)),
     Case("a folder as judged file", ["eval-hallusion", "--judged", "d", "--json"], {"d/x": b""}, names=("d",)),
     Case("no such file", ["eval-hallusion", "--judged", "x" * 5000, "--json"], names=("xxx",)),

@@ -67,11 +67,11 @@ def _load() -> None:
 
 
 def _resume_point() -> None:
+    from r1vfree_cli.run.checkpoint import checkpoints, lacking
     from r1vfree_cli.run.run_dir import RunDir
-    from r1vfree_cli.training.checkpoints import checkpoints, is_whole
 
     for _, path in checkpoints(RunDir("run").checkpoints):
-        is_whole(path)
+        lacking(path)
 
 
 def _checkpoint(base: Path, name: str, content: bytes | Link, load: bool = False) -> Case:
@@ -208,7 +208,7 @@ def make(pieces: Path) -> SimpleNamespace:
         run_dirs=[
             *_overwritten(run),
             *(_run_dir(run, n, c, a) for n in names for c in rubbish for a in (REPORT, [*GO_ON, "--resume"])),
-            Case("whole checkpoints", [], base=run, call=_resume_point),
+            Case("complete checkpoints", [], base=run, call=_resume_point),
         ],
         checkpoints=[
             *_pickles(whole),

@@ -32,10 +32,10 @@ from r1vfree_cli.launch import processes as launch
 from r1vfree_cli.models.lengths import drop_long_prompts, prompt_lengths
 from r1vfree_cli.models.sampling import VISION_TOKENS, keyed_draws
 from r1vfree_cli.run import contract
+from r1vfree_cli.run.checkpoint import checkpoints, lacking
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import grpo
 from r1vfree_cli.training import worker as common
-from r1vfree_cli.training.checkpoints import checkpoints, is_whole
 from r1vfree_cli.training.recorder import rollout_file
 from r1vfree_cli.training.trainer import R1VGRPOTrainer, comparable
 from r1vfree_cli.training.worker import to_prompts
@@ -759,7 +759,7 @@ def test_two_nodes_of_one_process_take_the_first_step_of_one(home, tmp_path, one
     assert not errors
     same_first_step(run, one_process)
     AutoModelForImageTextToText.from_pretrained(run.final)
-    assert [step for step, path in checkpoints(run.checkpoints) if is_whole(path)] == [1, 2]
+    assert [step for step, path in checkpoints(run.checkpoints) if not lacking(path)] == [1, 2]
     assert (run.checkpoints / "checkpoint-2" / "r1v_state_1.pt").is_file()
 
 

@@ -15,8 +15,8 @@ from tiny_models import draw_rows, save_tiny, write_rows
 
 from r1vfree_cli.core import process as ranks
 from r1vfree_cli.core.files import read_json
+from r1vfree_cli.run.checkpoint import checkpoints
 from r1vfree_cli.run.run_dir import RunDir
-from r1vfree_cli.training.checkpoints import checkpoints
 from r1vfree_cli.training.recorder import rollout_file
 
 SEED = 7

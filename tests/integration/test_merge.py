@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from r1vfree_cli.core.errors import DataError, UsageError
-from r1vfree_cli.run import contract
+from r1vfree_cli.run import checkpoint, contract
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import merge
 
@@ -69,7 +69,7 @@ def leftovers(folder: Path) -> list[str]:
 # --- what comes out --------------------------------------------------------------------------------------------
 
 
-def test_adapter_becomes_a_whole_model_that_answers_the_same(adapter, base, tmp_path):
+def test_adapter_becomes_a_model_that_answers_the_same(adapter, base, tmp_path):
     summary = merge.merge(adapter, tmp_path / "out")
     assert (summary["kind"], summary["dtype"], summary["base"]) == ("adapter", "float32", str(base))
     assert summary["max_logit_difference"] <= summary["tolerance"] < 0.01
@@ -123,7 +123,7 @@ def test_dtype_is_the_bases_or_the_asked_one(adapter, base, tmp_path):
     assert 0 < summary["max_logit_difference"] <= summary["tolerance"]
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
     again = merge.merge(tmp_path / "out", tmp_path / "copy")  # a whole model: a verified copy, bit for bit
-    assert (again["kind"], again["dtype"], again["max_logit_difference"]) == ("whole", "bfloat16", 0.0)
+    assert (again["kind"], again["dtype"], again["max_logit_difference"]) == ("model", "bfloat16", 0.0)
     first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "copy"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     with pytest.raises(UsageError, match="unknown dtype 'int8'"):
@@ -137,18 +137,22 @@ def test_tied_weights_and_the_other_class(tmp_path):
     assert torch.equal(answers(tmp_path / "in"), answers(tmp_path / "out"))
 
 
-def test_run_dir_means_its_final_model_or_newest_whole_checkpoint(base, tmp_path):
+def test_run_dir_means_its_final_model_else_its_last_complete_checkpoint_is_named(base, tmp_path):
     run = RunDir(tmp_path / "run")
     run.begin("model: {}\n")
-    with pytest.raises(DataError, match="neither final"):
-        merge.locate(run.path)
+    with pytest.raises(DataError, match="has no final/ model") as e:
+        checkpoint.resolve(str(run.path))
+    assert "no complete checkpoint yet" in e.value.hint
     for step in (9, 10, 11):
         shutil.copytree(base, run.checkpoints / f"checkpoint-{step}")
         if step != 11:
             (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert merge.locate(run.path).name == "checkpoint-10"
+    with pytest.raises(DataError, match="has no final/ model") as e:  # as eval says it
+        merge.merge(run.path, tmp_path / "out")
+    last = run.checkpoints / "checkpoint-10"
+    assert str(last) in e.value.hint and checkpoint.resolve(str(last)).kind == "model"
     shutil.copytree(base, run.final)
-    assert merge.locate(run.path) == run.final
+    assert checkpoint.resolve(str(run.path)).path == str(run.final)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ def _break(case: str, folder: Path, base: Path, adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("missing folder", "no checkpoint folder"),
+        ("missing folder", "no checkpoint at"),
         ("empty", "holds no model; it holds nothing"),
         ("pickle", "holds no model"),
         ("truncated", "cannot load"),
@@ -314,4 +318,4 @@ def test_command_leaves_the_error_and_its_exit_code(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(merge.signal, "signal", lambda *args: None)
     assert merge.main([str(tmp_path / "none"), str(tmp_path / "out")]) == 3
     error = json.loads(capsys.readouterr().out)["error"]
-    assert error["exit_code"] == 3 and "no checkpoint folder" in error["message"]
+    assert error["exit_code"] == 3 and "no checkpoint at" in error["message"]

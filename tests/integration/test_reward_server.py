@@ -28,9 +28,9 @@ from trl.trainer.utils import is_async_callable
 from r1vfree_cli.config.schema import FeedbackReward, FormatReward
 from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.core.prompts import conversation_messages, judge_messages
-from r1vfree_cli.judges.kinds import fingerprint
 from r1vfree_cli.judges.local import LocalJudge
 from r1vfree_cli.rewards.registry import build_feedback, build_rewards
+from r1vfree_cli.run.checkpoint import fingerprint
 
 pytestmark = pytest.mark.xdist_group("reward_server")
 ANSWERS = ("red", "No, there is none of them <|im_end|> at all", "two")

@@ -18,9 +18,10 @@ from r1vfree_cli.core.files import read_jsonl
 from r1vfree_cli.launch import plan as plans
 from r1vfree_cli.launch import processes as launch
 from r1vfree_cli.models.load import load_processor
-from r1vfree_cli.run import contract
+from r1vfree_cli.run import checkpoint, contract
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
+from r1vfree_cli.training.recorder import truncate_lines
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -323,7 +324,7 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
             train(recipe, tmp_path / "run")
     run = RunDir(tmp_path / "run")
     assert run.status["state"] == "interrupted" and not run.final.exists()
-    assert [step for step, _ in checkpoints.checkpoints(run.checkpoints)] == [2, 3]
+    assert [step for step, _ in checkpoint.checkpoints(run.checkpoints)] == [2, 3]
     before = [line for _, line in read_jsonl(run.metrics)]
     # Beyond the checkpoint: a killed attempt had logged a step more, and half a line.
     with open(run.metrics, "a") as f:
@@ -339,25 +340,25 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run.final).items())
 
 
-def test_resume_point_skips_what_is_not_whole(finished, tmp_path, monkeypatch, capsys):
+def test_resume_point_skips_what_is_not_complete(finished, tmp_path, monkeypatch, capsys):
     run = RunDir(tmp_path)
     shutil.copytree(finished.checkpoints, run.checkpoints)
     assert checkpoints.resume_point(run) is None  # not a resume
     monkeypatch.setenv("R1V_RESUME", "1")
     assert checkpoints.resume_point(run).name == "checkpoint-4"
     (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
-    shutil.copytree(run.checkpoints / "checkpoint-2", run.checkpoints / checkpoints.ASIDE / "checkpoint-6")
+    shutil.copytree(run.checkpoints / "checkpoint-2", run.checkpoints / checkpoints.STAGING / "checkpoint-6")
     assert checkpoints.resume_point(run).name == "checkpoint-2"
     said = capsys.readouterr().err
     assert "that was being written when the run ended is skipped" in said
-    assert "checkpoint-4 is not whole (trainer_state.json missing or cut), it is skipped" in said
+    assert "checkpoint-4 is not complete (trainer_state.json missing), it is skipped" in said
     assert "resuming from step 2" in said
     optimizer = run.checkpoints / "checkpoint-2" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])  # copied in part
     assert checkpoints.resume_point(run) is None
-    assert "checkpoint-2 is not whole (optimizer.pt missing or cut), it is skipped" in capsys.readouterr().err
+    assert "checkpoint-2 is not complete (optimizer.pt cut), it is skipped" in capsys.readouterr().err
     optimizer.unlink()
-    files = run.checkpoints / "checkpoint-2" / checkpoints.FILES
+    files = run.checkpoints / "checkpoint-2" / checkpoint.FILES
     files.write_text(json.dumps({k: v for k, v in json.loads(files.read_text()).items() if k != "optimizer.pt"}))
     with pytest.raises(UsageError, match="save_only_model"):
         checkpoints.resume_point(run)
@@ -366,7 +367,7 @@ def test_resume_point_skips_what_is_not_whole(finished, tmp_path, monkeypatch, c
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named_and_no_bug(tiny, data, finished, tmp_path, monkeypatch):
-    """Damage that leaves a file its length; a pickle that holds more than tensors is not run."""
+    """Of an earlier version, whose list has sizes alone; a pickle that holds more than tensors is not run."""
     run = RunDir(tmp_path)
     monkeypatch.setenv("R1V_RESUME", "1")
     recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272))
@@ -374,11 +375,126 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_no_bug(tiny, data, finish
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         shutil.copytree(finished.checkpoints, run.checkpoints)
-        file = run.checkpoints / "checkpoint-4" / name
-        file.write_bytes(b"x" * file.stat().st_size)
+        last = run.checkpoints / "checkpoint-4"
+        (last / name).write_bytes(b"x" * (last / name).stat().st_size)
+        sizes = {n: entry["bytes"] for n, entry in json.loads((last / checkpoint.FILES).read_text()).items()}
+        (last / checkpoint.FILES).write_text(json.dumps(sizes))
         with pytest.raises(DataError, match=f"cannot resume from {run.checkpoints}/checkpoint-4: ") as e:
             train(recipe, run.path, resume=True)
         assert "deleted" in e.value.hint and not run.final.exists()
+
+
+def test_changed_bytes_are_noticed_in_every_file_and_the_run_goes_on_before_them(
+    tiny, data, finished, tmp_path, monkeypatch, capsys
+):
+    run = RunDir(tmp_path)
+    monkeypatch.setenv("R1V_RESUME", "1")
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272))
+    run.begin(recipes.to_yaml(recipe))
+    shutil.copytree(finished.checkpoints, run.checkpoints)
+    last = run.checkpoints / "checkpoint-4"
+    listed = json.loads((last / checkpoint.FILES).read_text())
+    assert sorted(listed) == sorted(p.name for p in last.iterdir() if p.name != checkpoint.FILES)
+    for name in listed:
+        content = (last / name).read_bytes()
+        middle = len(content) // 2
+        (last / name).write_bytes(content[:middle] + bytes(b ^ 1 for b in content[middle:]))
+        assert f"{name} has other bytes" in checkpoint.lacking(last)
+        assert checkpoints.resume_point(run).name == "checkpoint-2"
+        assert f"checkpoint-4 is not complete ({name} has other bytes), it is skipped" in capsys.readouterr().err
+        (last / name).write_bytes(content)
+    with open(last / "model.safetensors", "r+b") as f:
+        f.seek(9000)
+        f.write(bytes(4096))
+    train(recipe, run.path, resume=True)  # steps 3 and 4 again
+    expected = weights(finished.final)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(run.final).items())
+    assert not checkpoint.lacking(last)
+
+
+def test_what_a_run_leaves_has_usual_modes_and_is_checked_before_it_is_used(finished, tmp_path):
+    (tmp_path / "plain").touch()
+    modes = {p.stat().st_mode for folder in (finished.final, finished.checkpoints) for p in folder.rglob("*.*")}
+    assert {m for m in modes if m & 0o100000} == {(tmp_path / "plain").stat().st_mode}
+    shutil.copytree(finished.final, tmp_path / "final")
+    assert checkpoint.resolve(str(tmp_path / "final")).kind == "model"
+    with open(tmp_path / "final" / "model.safetensors", "r+b") as f:
+        f.seek(5000)
+        f.write(bytes(64))
+    assert checkpoint.resolve(str(tmp_path / "final"), verify=False)
+    with pytest.raises(DataError, match=r"is damaged: model\.safetensors has other bytes"):
+        checkpoint.resolve(str(tmp_path / "final"))
+    with pytest.raises(DataError, match=r"is damaged: model\.safetensors has other bytes"):
+        merge.merge(tmp_path / "final", tmp_path / "merged")
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------
+
+
+def with_generation_config(model: Path, folder: Path, **settings) -> Path:
+    shutil.copytree(model, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+def test_a_generation_config_that_contradicts_itself_costs_no_run(tiny, data, tmp_path, capsys):
+    """As published: greedy, with a temperature. transformers loads it and refuses to save it."""
+    base = with_generation_config(
+        tiny["qwen2_5_vl"], tmp_path / "base", do_sample=False, temperature=0.1, top_p=0.9, repetition_penalty=1.1
+    )
+    run = train(make_recipe(base, data, max_steps=1, save_steps=5), tmp_path / "run")
+    assert "contradicts itself" in capsys.readouterr().err
+    saved, given = (json.loads((d / "generation_config.json").read_text()) for d in (run.final, base))
+    assert saved["eos_token_id"] == given["eos_token_id"] and saved["pad_token_id"] == given["pad_token_id"]
+    assert saved["do_sample"] is False and saved["repetition_penalty"] == 1.1 and "temperature" not in saved
+    tiny_models.load_tiny(run.final)
+    merge.merge(base, tmp_path / "merged")
+
+
+def test_damaged_lines_of_metrics_are_named_and_left_out(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo\x00s": \n[]\n{"loss": 1}\n{"step": 3}\n{"step": 9}\n{"st'
+    )
+    truncate_lines(path, 3)
+    assert [line["step"] for _, line in read_jsonl(path)] == [1, 3]
+    said = capsys.readouterr().err
+    assert all(f"line {n} is damaged" in said for n in (2, 3, 4)) and "line 7" not in said
+
+
+def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", 0.5)
+    shutil.copytree(tiny["qwen2_5_vl"], tmp_path / "model")
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(loop)
+    with pytest.raises(DataError, match=f"chat template of {tmp_path}/model does not work: it took longer than 0.5"):
+        load_processor(make_recipe(tmp_path / "model", tmp_path).model)
+
+
+def test_what_cannot_be_saved_is_known_before_the_first_step(tiny, data, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ValueError("this processor cannot be saved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.Qwen2_5_VLProcessor.save_pretrained", refuse)
+        with pytest.raises(DataError, match="this processor cannot be saved"):
+            train(make_recipe(tiny["qwen2_5_vl"], data, max_steps=1), tmp_path / "early")
+    assert not RunDir(tmp_path / "early").metrics.exists()
+
+
+@pytest.mark.parametrize("what", ["transformers.Qwen2_5_VLProcessor", "transformers.GenerationConfig"])
+def test_a_failed_final_save_keeps_the_weights_and_says_where(what, tiny, data, tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise ValueError("cannot be saved")
+
+    monkeypatch.setattr(sft, "try_final_save", lambda trainer: monkeypatch.setattr(f"{what}.save_pretrained", refuse))
+    with pytest.raises(DataError, match=r"could not be saved to .*final: cannot be saved") as e:
+        train(make_recipe(tiny["qwen2_5_vl"], data, max_steps=1, save_strategy="no"), tmp_path / "run")
+    file = next(Path(word) for word in e.value.hint.split() if word.endswith(".safetensors"))
+    from safetensors.torch import load_file
+
+    assert len(load_file(file)) == len(weights(tiny["qwen2_5_vl"])) and not (tmp_path / "run" / "final").exists()
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_a_whole_one(tiny, data, finished, tmp_path, monkeypatch):
@@ -390,7 +506,7 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_a_whole_one(tiny, da
         shutil.copytree(finished.checkpoints / f"checkpoint-{of}", run.checkpoints / f"checkpoint-{step}")
     (run.checkpoints / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
     train(recipe, run.path, resume=True)
-    assert [step for step, path in checkpoints.checkpoints(run.checkpoints) if checkpoints.is_whole(path)] == [3]
+    assert [step for step, path in checkpoint.checkpoints(run.checkpoints) if not checkpoint.lacking(path)] == [3]
 
 
 def test_the_second_node_to_name_a_checkpoint_leaves_it_there(tmp_path):
@@ -407,7 +523,7 @@ def test_the_second_node_to_name_a_checkpoint_leaves_it_there(tmp_path):
 def test_a_killed_save_leaves_no_checkpoint_and_the_limit_bounds_the_rest(tiny, data, tmp_path, monkeypatch):
     recipe = make_recipe(tiny["qwen2_5_vl"], data, max_steps=4, save_steps=1, save_total_limit=2)
     run = train(recipe, tmp_path / "run")
-    assert [step for step, _ in checkpoints.checkpoints(run.checkpoints)] == [3, 4]
+    assert [step for step, _ in checkpoint.checkpoints(run.checkpoints)] == [3, 4]
 
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -415,23 +531,24 @@ def test_a_killed_save_leaves_no_checkpoint_and_the_limit_bounds_the_rest(tiny, 
     monkeypatch.setattr("transformers.Trainer._save_rng_state", no_space)
     with pytest.raises(UsageError, match="no space left"):
         train(recipe, tmp_path / "full")
-    assert checkpoints.checkpoints(tmp_path / "full" / "checkpoints") == []
+    assert checkpoint.checkpoints(tmp_path / "full" / "checkpoints") == []
 
 
 # --- several processes -----------------------------------------------------------------------------------------
 
 
-def merges_shards(checkpoint: Path, final: Path, out: Path) -> None:
+def merges_shards(shards: Path, final: Path, out: Path) -> None:
     """The shards alone give the trained model; one missing is a clear error."""
-    (checkpoint / "model.safetensors").unlink()
-    assert merge.kind_of(checkpoint) == "shards"
-    summary = merge.merge(checkpoint, out)
+    (shards / "model.safetensors").unlink()
+    (shards / checkpoint.FILES).unlink()
+    assert checkpoint.kind_of(shards) == "shards"
+    summary = merge.merge(shards, out)
     assert summary["dtype"] == "float32" and contract.read(out)["merge"]["kind"] == "shards"
     expected, got = weights(final), weights(out)
     assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in got)
-    next(checkpoint.glob("global_step2/*rank_1*optim*")).unlink()
+    next(shards.glob("global_step2/*rank_1*optim*")).unlink()
     with pytest.raises(DataError, match="cannot put the shards"):
-        merge.merge(checkpoint, out.with_name("none"))
+        merge.merge(shards, out.with_name("none"))
     assert not out.with_name("none").exists()
 
 
@@ -463,8 +580,8 @@ def test_two_processes_give_the_same_first_step_and_a_model_that_loads(
     assert len(changed) == len(base)
     # Under the names that published checkpoints have: other programs read the file too.
     assert weights(run.final).keys() == weights(tiny["qwen2_5_vl"]).keys()
-    checkpoint = run.checkpoints / "checkpoint-2"
-    assert checkpoints.is_whole(checkpoint)
-    assert any(checkpoint.glob("global_step2/*optim*")) == preset.startswith("zero")  # DeepSpeed did run
+    last = run.checkpoints / "checkpoint-2"
+    assert not checkpoint.lacking(last)
+    assert any(last.glob("global_step2/*optim*")) == preset.startswith("zero")  # DeepSpeed did run
     if preset == "zero3":
-        merges_shards(checkpoint, run.final, tmp_path / "merged")
+        merges_shards(last, run.final, tmp_path / "merged")

@@ -28,7 +28,7 @@ def imported(code):
 @pytest.mark.parametrize(
     "module",
     ["cli", "core.errors", "core.console", "core.prompts", "core.files", "core.process", "config.schema", "config.recipes",
-     "config.trl_keys", "config.embedded", "run.run_dir", "run.contract", "launch.plan", "launch.processes",
+     "config.trl_keys", "config.embedded", "run.run_dir", "run.contract", "run.checkpoint", "launch.plan", "launch.processes",
      "launch.preflight", "launch.job", "launch.watch", "data.rows", "eval.hallusion.score", "eval.stats"],
 )  # fmt: skip
 def test_import_law_no_torch(module):
@@ -173,7 +173,7 @@ def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(monkeypatch):
     assert sys.stderr.getvalue().endswith("later\n")
 
 
-def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
+def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch, tmp_path):
     from typer.testing import CliRunner
 
     from r1vfree_cli import cli
@@ -182,7 +182,9 @@ def test_merge_prints_what_it_checked_and_no_list_of_files(monkeypatch):
     summary = {"out": "o", "kind": "shards", "source": "c", "base": None, "dtype": "float32", "files": ["config.json"]}
     summary |= {"max_logit_difference": 1.234e-5, "tolerance": 0.5, "contract": True}
     monkeypatch.setattr(launch, "run_json", lambda plan: summary)
-    text = CliRunner().invoke(cli.app, ["merge", "c", "--out", "o"]).stdout
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "latest").write_text("global_step1")
+    text = CliRunner().invoke(cli.app, ["merge", str(tmp_path), "--out", "o"]).stdout
     assert "1.2e-05 (allowed 0.5)" in text and "shards" in text and "config.json" not in text and "None" not in text
 
 
@@ -220,3 +222,19 @@ def test_a_recipe_is_copied_with_its_comments_and_never_over_a_file(tmp_path):
     file.write_text("mine")
     done = r1v("recipes", "copy", "grpo/tiny", str(file))
     assert done.returncode == 2 and file.read_text() == "mine"
+
+
+def test_merge_checks_its_path_before_anything_is_started(monkeypatch, tmp_path):
+    from r1vfree_cli.core.errors import DataError
+    from r1vfree_cli.launch import job
+    from r1vfree_cli.launch import processes as launch
+
+    monkeypatch.setattr(launch, "run_json", lambda plan: pytest.fail("it was started"))
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/gone"}')
+    options = {"base": None, "dtype": None, "overwrite": False}
+    with pytest.raises(DataError, match="no model folder /gone") as e:
+        job.merge(tmp_path, tmp_path / "out", **options)
+    assert e.value.hint.startswith("give its place with --base")
+    with pytest.raises(DataError, match="no checkpoint at"):
+        job.merge(tmp_path / "none", tmp_path / "out", **options)

@@ -126,3 +126,18 @@ def test_a_killed_writers_last_line_is_left_out_but_a_broken_line_is_an_error(tm
     path.write_bytes(b'{"a": 1}\n{"a": \n{"a": 3}\n')
     with pytest.raises(DataError, match="line 2"):
         list(files.read_jsonl(path))
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"attempt": 1}', '{"state": "x"}', '{"state": "failed", "step": "3"}', '{"state": "failed", "attempt": -1}']
+)  # fmt: skip
+def test_a_damaged_status_is_named_and_says_the_way_out(tmp_path, content):
+    run = RunDir(tmp_path)
+    run.begin("a: 1\n")
+    run.status_file.write_text(content)
+    with pytest.raises(DataError, match=r"status\.json") as e:
+        run.begin("a: 1\n", resume=True)
+    assert "--resume" in e.value.hint
+    run.status_file.unlink()
+    run.begin("a: 1\n", resume=True)
+    assert run.attempt == 1

@@ -1,0 +1,129 @@
+"""The one loader of LoRA adapters: key names of older transformers and of wrapper classes are renamed, the rest fits
+or is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors.torch import load_file
+
+from ..core.errors import DataError, R1VError, first_line
+from ..run import contract
+from ..run.checkpoint import ADAPTER, ADAPTER_WEIGHTS, adapter_base, adapter_settings, same_weights
+
+# Parts of a key that differ between layouts of one model: PEFT's and other wrappers' prefixes, the adapter's name, and
+# `model.layers` (until transformers 4.51) against `model.language_model.layers`, `visual` against `model.visual`.
+_WRAPPERS = {"base_model", "model", "language_model", "module", "_orig_mod", "pretrained_model", "default"}
+
+
+def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
+    """The PEFT model of `model` with the LoRA adapter of a folder (or of the hub) on it.
+
+    Args:
+        model: the adapter's base, loaded.
+        base: the name that `model` was loaded by, for messages and to notice another base of the same shape.
+
+    Raises:
+        DataError: no LoRA adapter in safetensors, keys or shapes that do not fit, or it was trained on another base.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    folder = _fetched(str(folder))
+    recorded = adapter_settings(folder).get("base_model_name_or_path")
+    base = adapter_base(folder, base)
+    misfit = f"the adapter in {folder} does not fit its base {base}"
+    hint = "the base must be the model that it was trained on: name it with --base"
+    try:
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        settings = LoraConfig.from_pretrained(str(folder))
+    except Exception as e:  # damaged files raise anything
+        raise DataError(f"cannot read the adapter in {folder}: {first_line(e)}") from None
+    if _other_base(model, folder, base):
+        raise DataError(f"{misfit}: it was trained on {recorded}, another model", hint=hint)
+    _translate(settings, model, weights)
+    settings.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved
+    try:
+        wrapped: Any = get_peft_model(model, settings)
+        expected = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        known = {_bare(key): key for key in wrapped.state_dict() if "lora_" not in key}
+        known |= {_bare(key): key for key in expected}
+        renamed = {key if key in expected else known.get(_bare(key), key): value for key, value in weights.items()}
+        wrong = [f"missing: {key}" for key in sorted(expected - renamed.keys())]
+        wrong += [f"unexpected: {key}" for key in sorted(renamed.keys() - set(known.values()))]
+        if wrong or len(renamed) < len(weights):
+            raise DataError(misfit, details=wrong[:6], hint=hint)
+        unexpected = set_peft_model_state_dict(wrapped, renamed).unexpected_keys
+    except R1VError:
+        raise
+    except Exception as e:  # shapes, targets that the model has not
+        raise DataError(f"{misfit}: {first_line(e)}", hint=hint) from None
+    if unexpected:
+        raise DataError(misfit, details=[f"unexpected: {key}" for key in unexpected[:6]], hint=hint)
+    return wrapped.eval()
+
+
+def base_signature(model) -> str | None:
+    """A hash of one of the base's weights, in bfloat16: equal for equal models in whatever files and dtype.
+
+    None where they are not at hand as they were published: quantised, float16, or sharded by ZeRO-3.
+    """
+    sample = None
+    for name, parameter in model.named_parameters():
+        kept = parameter.dtype in (torch.float32, torch.bfloat16) and parameter.ndim == 2
+        if _bare(name.replace(".base_layer", "")) == "layers.0.self_attn.q_proj.weight" and kept:
+            sample = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+    return None if sample is None else xxhash.xxh3_64(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _fetched(name: str) -> Path:
+    """The adapter's folder, fetched when it is a hub name."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS, contract.FILE]))
+    except Exception as e:  # no network, no such repository
+        raise DataError(f"no adapter at {name}: {first_line(e)}") from None
+
+
+def _bare(key: str) -> str:
+    """A key without what only names its layout: `layers.0.mlp.up_proj.lora_A.weight`."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _translate(settings, model, weights: dict) -> None:
+    """Where the adapter speaks another layout, name its modules in `settings` as `model` does."""
+    modules = {name for name, _ in model.named_modules()}
+    adapted = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in weights if ".lora_" in key}
+    if adapted <= modules:
+        return
+    named = {_bare(name): name for name in modules}
+    targets = settings.target_modules
+    if isinstance(targets, str) or any("." in name for name in targets or ()):  # patterns of the old names
+        settings.target_modules = {named.get(_bare(name), name) for name in adapted}
+        settings.exclude_modules = None
+    for pattern in (settings.rank_pattern, settings.alpha_pattern):  # PEFT matches them at the end of a name
+        for name in [n for n in pattern if n not in modules]:
+            pattern[_bare(name)] = pattern.pop(name)
+
+
+def _other_base(model, folder: Path, base: str) -> bool:
+    """Whether `model`, loaded from `base`, is known to be another one than the adapter was trained on.
+
+    Told by the signature that r1v puts into an adapter's contract, else by the base that the adapter names: where both
+    places are there their files are compared, and of two hub names the repository's.
+    """
+    trained_on = (contract.read(folder) or {}).get("base_signature")
+    if trained_on and (here := base_signature(model)):
+        return here != trained_on
+    recorded = str(adapter_settings(folder).get("base_model_name_or_path") or base)
+    if Path(recorded).is_dir() and Path(base).is_dir():
+        return not same_weights(Path(recorded), Path(base))
+    hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() for name in (recorded, base))
+    plain = [re.sub(r"(-unsloth)?-bnb-\dbit$", "", name.rpartition("/")[2].lower()) for name in (recorded, base)]
+    return bool(hub) and plain[0] != plain[1]
