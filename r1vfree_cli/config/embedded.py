@@ -3,9 +3,7 @@ each is built. No torch here: the launcher builds what is missing before it star
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import Literal
 from urllib.parse import parse_qsl, urlencode
 
 from ..core.errors import DataError, UsageError, nearest
-from ..core.files import cache_dir
+from ..core.files import cache_dir, lock, staged
 from . import recipes
 
 PREFIX = "embedded:"
@@ -130,19 +128,14 @@ def building(stage: Stage) -> Iterator[Path | None]:
     Raises:
         DataError: the body left no model in `final/`.
     """
-    stage.folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(stage.folder.with_name(f".{stage.folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock(stage.folder, "embedded model", wait=True):
         if stage.ready:
             yield None
             return
-        unfinished = stage.folder.with_name(f"{stage.folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        yield unfinished
-        if not (unfinished / "final" / "config.json").is_file():
-            raise DataError(f"{stage.name}: the build left no model in {unfinished / 'final'}")
-        unfinished.rename(stage.folder)
+        with staged(stage.folder) as staging:
+            yield staging
+            if not (staging / "final" / "config.json").is_file():
+                raise DataError(f"{stage.name}: the build left no model in {staging / 'final'}")
 
 
 def _stage(name: str, seed: int) -> Stage:

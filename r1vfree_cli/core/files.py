@@ -11,9 +11,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .errors import DataError, UsageError
 
@@ -123,6 +127,55 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, document
     except OSError as e:
         raise DataError(f"cannot read {path}: {e}") from None
+
+
+@contextmanager
+def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, whatever it is called; it lies beside the folder, which may be deleted and made again.
+
+    A killed process lets go of it. With `wait`, another holder is waited for.
+
+    Raises:
+        UsageError: another process holds it, which is named; or the lock cannot be written.
+    """
+    path = path.resolve()
+    file = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(file, timeout=-1 if wait else 0)
+        held.acquire()
+    except Timeout:
+        if not file.exists():  # a place like /proc, where no file can be made
+            raise UsageError(f"cannot write {file}", hint="name another folder") from None
+        pid = file.read_text(encoding="utf-8", errors="replace").strip()
+        who = f"another r1v process (pid {pid})" if pid.isdigit() else "another r1v process"
+        raise UsageError(f"{who} is using the {what} {path}", hint="wait for it, or name another folder") from None
+    except OSError as e:
+        raise UsageError(f"cannot write {file}: {e.strerror}", hint="name another folder") from e
+    try:
+        with suppress(OSError):
+            file.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # while it is held: who waits for it sees that the file is another one
+        held.release()
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield an empty staging directory that becomes `folder` by one rename when the body ends; else it stays aside.
+
+    Raises:
+        UsageError: `folder` is there already, or the place cannot be written.
+    """
+    staging = folder.with_name(f".{folder.name}.staging")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as e:
+        raise UsageError(f"cannot write {staging}: {e.strerror}") from e
+    yield staging
+    staging.rename(folder)
 
 
 def no_space(error: BaseException) -> bool:

@@ -36,17 +36,17 @@ def grace_s() -> float:
     return float(text)
 
 
-def orphaned() -> bool:
+def orphaned(launcher: int | None) -> bool:
     """Whether the r1v process that had this rank started is gone. Asked once the rank dies with its own parent."""
-    r1v, pid = os.environ.get("R1V_PID"), os.getpid()
-    if r1v is None or not Path("/proc/self/stat").exists():
+    pid = os.getpid()
+    if launcher is None or not Path("/proc/self/stat").exists():
         return False
-    while pid > 1 and str(pid) != r1v:
+    while pid > 1 and pid != launcher:
         try:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         except OSError:  # it died meanwhile
             return True
-    return str(pid) != r1v
+    return pid != launcher
 
 
 def hold_pid_file(file: Path) -> TextIO:

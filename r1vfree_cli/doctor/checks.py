@@ -9,7 +9,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,6 @@ from ..config.schema import GrpoRecipe, SftRecipe
 from ..core import console, files
 from ..core.errors import R1VError, UsageError
 from ..launch import job as jobs
-from ..launch import plan as plans
 from ..launch import preflight
 from ..launch import processes as launch
 from ..launch.plan import module_plan
@@ -179,11 +178,11 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
             args += ["--stage", stage, "--recipe", str(Path(folder) / "recipe.yaml")]
             args += [] if judge else ["--without-judge"]
         try:
-            plan = module_plan("r1vfree_cli.doctor.checks.probe", *args)
+            plan = module_plan("r1vfree_cli.doctor.probe", *args)
             logs = Path(folder) / "logs"
             with ExitStack() as stack:
-                env = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else {}
-                launch.execute(plans.Plan(plan.argv, {**plan.env, **env}), logs)
+                url = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else None
+                launch.execute(replace(plan, argv=[*plan.argv, *(["--reward-url", url] if url else [])]), logs)
             return [Check(**line) for line in files.read_json(out)]
         except R1VError as e:
             lines = [Check(**line) for line in files.read_json(out)] if out.is_file() else []
@@ -200,13 +199,10 @@ def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
         trial.data.heldout = None
         for key, value in sets.items():
             setattr(trial.train, key, value)
-        os.environ["R1V_LONGEST_FIRST"] = "1"
         try:
-            summary = jobs.run(stage, trial, run_dir.RunDir(Path(folder) / "run"))
+            summary = jobs.run(stage, trial, run_dir.RunDir(Path(folder) / "run"), longest_first=True)
         except R1VError as e:
             return Check("one step", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)
-        finally:
-            del os.environ["R1V_LONGEST_FIRST"]
         return Check("one step", OK, f"{summary.get('seconds', {}).get(stage, 0):.0f} s, start included")
 
 

@@ -1,6 +1,6 @@
 """The part of `r1v doctor` that needs torch: CUDA, the rows' lengths, memory, and the judge's own test.
 
-`python -m r1vfree_cli.doctor.checks.probe OUT.json [--stage grpo --recipe FILE]` writes a list of checks.
+`python -m r1vfree_cli.doctor.probe OUT.json [--stage grpo --recipe FILE]` writes a list of checks.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def memory_check(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict:
     return _check("memory", "warning" if need > 0.85 * have else "ok", f"{found}; a GPU has {have:.0f}")
 
 
-def judge_check(recipe: GrpoRecipe) -> list[dict]:
+def judge_check(recipe: GrpoRecipe, url: str | None) -> list[dict]:
     """The judge answers, and passes the recipe's canaries."""
     from ..rewards import canaries
     from ..rewards.registry import build_feedback
@@ -160,7 +160,7 @@ def judge_check(recipe: GrpoRecipe) -> list[dict]:
     if recipe.feedback is None:
         return []
     settings = recipe.feedback.canaries
-    judge = build_feedback(recipe.feedback, seed=recipe.seed)
+    judge = build_feedback(recipe.feedback, seed=recipe.seed, served_url=url)
     try:
         judge.probe()
         checks = [_check("judge", "ok", ", ".join(f"{k} {v}" for k, v in judge.identity().items() if v is not None))]
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=["grpo", "sft"])
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--without-judge", action="store_true")
+    parser.add_argument("--reward-url")
     args = parser.parse_args()
     checks = cuda_checks()
     if args.recipe:
@@ -204,7 +205,11 @@ def main() -> None:
             "attention": lambda: [_check("attention", "ok", attention(recipe.model))],
             "prompt tokens": lengths,
             "memory": lambda: [memory_check(recipe, longest)],
-            "judge": lambda: judge_check(recipe) if isinstance(recipe, GrpoRecipe) and not args.without_judge else [],
+            "judge": lambda: (
+                judge_check(recipe, args.reward_url)
+                if isinstance(recipe, GrpoRecipe) and not args.without_judge
+                else []
+            ),
         }
         for name, part in parts.items():
             try:

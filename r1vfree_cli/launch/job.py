@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shlex
 import sys
@@ -18,7 +16,9 @@ from ..config.schema import GrpoRecipe, SftRecipe
 from ..core import console, files
 from ..core import process as ranks
 from ..core.errors import GuardStop, Interrupted, R1VError, UsageError
+from ..core.files import lock
 from ..run import contract, run_dir
+from ..run.attempt import Attempt
 from ..run.checkpoint import adapter_base, resolve
 from ..run.run_dir import RunDir
 from . import plan as plans
@@ -47,9 +47,8 @@ def train(
     recipe = recipes.load(stage, name, overrides)
     findings = preflight.check(recipe, dry_run=dry_run)
     where = RunDir(path or Path("runs") / Path(name).stem)
-    plan = plans.plan(stage, recipe, where.path)
     if dry_run:
-        return _dry_run(recipe, findings, plan)
+        return _dry_run(recipe, findings, plans.plan(stage, recipe, where.path))
     findings.raise_errors(f"recipe {name}")
     for line in findings.warnings:
         console.warn(line)
@@ -64,7 +63,7 @@ def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan:
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": shlex.join(plan.argv),
-        "env": plan.env | ({"R1V_REWARD_URL": f"http://127.0.0.1:{port}"} if server else {}),
+        "env": plan.env,
         "processes_here": plan.processes,
         "server": {"command": shlex.join(server.argv), "env": server.env} if server else None,
         "errors": findings.errors,
@@ -93,31 +92,38 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     commit: str | None = None,
+    longest_first: bool = False,
 ) -> dict:
     """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary.
 
-    `commit`: of the repository that holds the recipe, for the run contract.
+    `commit`: of the repository that holds the recipe, for the run contract. `longest_first`: rows by length.
     """
     node = recipe.launch.node_rank
-    with _locked(where.path) if node == 0 else nullcontext():
+    with lock(where.path, "run dir") if node == 0 else nullcontext():
         if node == 0:
             if where.holds_run:
                 ranks.end_orphans(where.logs)
             if resume:
                 _tell_changes(where, stage, recipe)
             where.begin(recipes.to_yaml(recipe), resume=resume, overwrite=overwrite)
-            logs, recipe_file = where.logs, where.recipe
+            folder, logs = where.path, where.logs
         else:
             # Node 0 owns the run dir; the others keep their recipe and logs apart.
-            logs = where.path / "nodes" / str(node)
+            folder = logs = where.path / "nodes" / str(node)
             ranks.end_orphans(logs)
             for old in logs.glob("rank-*.error.json"):  # of an earlier attempt: its cause is not this one's
                 old.unlink()
-            recipe_file = logs / "recipe.yaml"
-            files.write_text(recipe_file, recipes.to_yaml(recipe))
+            files.write_text(folder / "recipe.yaml", recipes.to_yaml(recipe))
+        attempt = Attempt(
+            run_dir=str(where.path),
+            logs=str(logs),
+            resume=resume,
+            launcher_pid=os.getpid(),
+            git_commit=commit,
+            longest_first=longest_first,
+        )
         try:
-            env = {"R1V_RECIPE": str(recipe_file), "R1V_GIT_COMMIT": commit or ""}
-            _launch(stage, recipe, where, logs, env | ({"R1V_RESUME": "1"} if resume else {}))
+            _launch(stage, recipe, where, folder, attempt)
         except BaseException as e:
             error = Interrupted("interrupted") if isinstance(e, KeyboardInterrupt) else e
             if node == 0:
@@ -158,32 +164,6 @@ def _failed(where: RunDir, error: BaseException) -> None:
         where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
     except R1VError as e:  # a full disk, most likely: the error itself is what matters
         console.warn(e.message)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Two processes never write one run dir, whatever they call it. The lock lies beside the folder, which may be
-    deleted and made anew."""
-    path = path.resolve()
-    lock = path.with_name(f".{path.name}.lock")
-    busy = UsageError(f"another r1v process is using {path}", hint="wait for it, or choose another --run-dir")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115
-    except OSError as e:
-        raise UsageError(f"cannot write {lock}: {e.strerror}", hint="choose another --run-dir") from e
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy from None
-        # Its last holder may have deleted it meanwhile, and a third process have made another one.
-        if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-            raise busy
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -240,28 +220,29 @@ def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
         seconds["prepare data"] = round(time.monotonic() - start, 1)
 
 
-def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, logs: Path, env: dict[str, str]) -> None:
+def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, folder: Path, attempt: Attempt) -> None:
     seconds: dict[str, float] = {}
     prepare(recipe, seconds)
-    with launch.serving(recipe, logs) as served:
-        base = plans.plan(stage, recipe, where.path)
-        told = {"R1V_SECONDS": json.dumps({"before": seconds, "launched": time.monotonic()})}
-        plan = replace(base, env={**base.env, **env, **told, **served})
+    logs = Path(attempt.logs)
+    with launch.serving(recipe, logs) as url:
+        plan = plans.plan(stage, recipe, folder)
+        replace(attempt, reward_url=url, seconds=seconds, launched=time.monotonic()).write(folder)
         if recipe.launch.node_rank == 0:
-            files.write_json(where.launch, _launch_document(plan))
-        console.log(f"{stage}: {where.path}, {plan.processes} process(es) here, logs in {logs}")
+            files.write_json(where.launch, _launch_document(plan, attempt.git_commit))
+        processes = f"{plan.processes} process{'es' * (plan.processes != 1)}"
+        console.log(f"{stage}: {where.path}, {processes} here, logs in {logs}")
         with _timed(stage, seconds), watch.RunView(stage, where) as view:
             launch.execute(plan, logs, watch=view.update)
 
 
-def _launch_document(plan: plans.Plan) -> dict:
+def _launch_document(plan: plans.Plan, commit: str | None) -> dict:
     """launch.json: how this attempt was started. The environment holds only what r1v itself set: no keys."""
     return {
         "command": shlex.join(["r1v", *sys.argv[1:]]),
         "argv": plan.argv,
         "env": plan.env,
         "versions": contract.versions(),
-        "git_commit": plan.env["R1V_GIT_COMMIT"] or None,
+        "git_commit": commit,
         "started": round(time.time(), 3),
     }
 

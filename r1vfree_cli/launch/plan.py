@@ -65,7 +65,12 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
 def _common() -> dict[str, str]:
     # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
     do_not_track = os.environ.get("DO_NOT_TRACK") or "1"
-    return {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "DO_NOT_TRACK": do_not_track}
+    return {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a folder vllm/ or wandb/ in the working directory is no module
+        "DO_NOT_TRACK": do_not_track,
+    }
 
 
 def _threads(n: int) -> dict[str, str]:

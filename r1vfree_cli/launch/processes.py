@@ -1,4 +1,4 @@
-"""From a recipe to running processes: `plan` is pure, `execute` is the only place that starts any.
+"""Starts processes and waits for them: the launcher, a reward server, a module that prints one JSON document.
 
 Ranks write their own logs, pid and error files into `logs/attempt-N/`; the launcher's exit code is 1 whatever
 happened, so the cause is read from those files.
@@ -14,12 +14,13 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ..config.schema import GrpoRecipe, SftRecipe
 from ..core import process as ranks
@@ -39,27 +40,18 @@ def run_json(plan: Plan) -> dict:
         R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document.
         Interrupted: stopped by a signal.
     """
-    with _Signals() as signals:
-        process = subprocess.Popen(
-            plan.argv,
-            env={**os.environ, **plan.env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            preexec_fn=functools.partial(die_with_parent, signal.SIGTERM),
-        )
+    with _Signals() as signals, tempfile.TemporaryFile() as out:
+        process = _start(plan, out, stderr=None)
         try:
-            while True:
-                try:
-                    out, _ = process.communicate(timeout=POLL_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    if signals.count:
-                        raise Interrupted("interrupted") from None
+            for _ in _ticks(process):
+                if signals.count:
+                    raise Interrupted("interrupted")
         finally:
             _kill(process)
+        out.seek(0)
+        printed = out.read()
     try:
-        document = json.loads(out)
+        document = json.loads(printed)
     except ValueError:
         raise R1VError(
             f"{shlex.join(plan.argv[1:4])} ended with exit code {process.returncode} and no result"
@@ -108,13 +100,11 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
     grace_s = 1.25 * ranks.grace_s()
     logs.mkdir(parents=True, exist_ok=True)
     with _Signals() as signals:
-        main = _start(plan, logs / "launcher.log", launcher=True)
+        with open(logs / "launcher.log", "ab") as out:
+            main = _start(plan, out, launcher=True)
         try:
             stopping: float | None = None
-            while main.poll() is None:
-                time.sleep(POLL_S)
-                if watch:
-                    watch()
+            for _ in _ticks(main, watch):
                 if signals.count and stopping is None:
                     stopping = time.monotonic()
                     if not ranks.signal_all(logs, signal.SIGTERM):
@@ -122,8 +112,6 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
                 elif stopping is not None and (signals.again or time.monotonic() - stopping > grace_s):
                     ranks.signal_all(logs, signal.SIGKILL)
                     _kill(main, signal.SIGKILL)
-            if watch:
-                watch()
             if signals.count and main.returncode:
                 raise Interrupted("interrupted", hint="--resume continues from the last checkpoint")
             if main.returncode:
@@ -134,39 +122,50 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[dict[str, str]]:
-    """Run the recipe's reward server, if it has one, while the body runs; yields what tells workers where it is.
+def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[str | None]:
+    """Run the recipe's reward server, if it has one, while the body runs; yields its URL.
 
     Raises:
         UsageError: it ended, or was not healthy in time; with its log's tail.
         Interrupted: a signal came while it was starting.
     """
     if recipe.served is None:
-        yield {}
+        yield None
         return
     logs.mkdir(parents=True, exist_ok=True)
     port = recipe.served.port or free_port()
     log = logs / "reward-server.log"
-    process = _start(server_plan(recipe, port), log)
+    with open(log, "ab") as out:
+        process = _start(server_plan(recipe, port), out)
     try:
         with _Signals() as signals:
             _wait_healthy(process, port, log, signals)
-        yield {"R1V_REWARD_URL": f"http://127.0.0.1:{port}"}
+        yield f"http://127.0.0.1:{port}"
     finally:
         _kill(process)
 
 
-def _start(plan: Plan, log: Path, *, launcher: bool = False) -> subprocess.Popen:
-    with open(log, "ab") as out:
-        return subprocess.Popen(
-            plan.argv,
-            env={**os.environ, **plan.env, "R1V_LOGS": str(log.parent), "R1V_PID": str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
-            preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
-        )
+def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT, launcher: bool = False):
+    return subprocess.Popen(
+        plan.argv,
+        env={**os.environ, **plan.env},
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=stderr,
+        start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
+        preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
+    )
+
+
+def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:
+    """A few times a second as long as the process runs; `watch` is called each time, and once after its end."""
+    while process.poll() is None:
+        time.sleep(POLL_S)
+        if watch:
+            watch()
+        yield
+    if watch:
+        watch()
 
 
 def _outlive_signals() -> None:
@@ -193,19 +192,15 @@ def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals) -> None:
     deadline = time.monotonic() + SERVER_START_S
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
-    while time.monotonic() < deadline:
+    for _ in _ticks(process):
         if signals.count:
             raise Interrupted("interrupted while the reward server was starting")
-        if process.poll() is not None:
-            raise _not_ready("the reward server ended before it was ready", log)
-        try:
-            with direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-                if reply.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
-        time.sleep(POLL_S)
-    raise _not_ready(f"the reward server was not ready after {SERVER_START_S} s", log)
+        with contextlib.suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
+            if reply.status == 200:
+                return
+        if time.monotonic() > deadline:
+            raise _not_ready(f"the reward server was not ready after {SERVER_START_S} s", log)
+    raise _not_ready("the reward server ended before it was ready", log)
 
 
 def _not_ready(message: str, log: Path) -> UsageError:

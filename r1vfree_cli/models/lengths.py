@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from typing import Any
 
 from PIL import Image
@@ -76,8 +75,8 @@ def _key(rows, processor) -> str:
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
-def drop_long_prompts(rows, processor, limit: int | None):
-    """Keep rows whose prompt has at most `limit` tokens (all for None).
+def drop_long_prompts(rows, processor, limit: int | None, *, longest_first: bool = False):
+    """Keep rows whose prompt has at most `limit` tokens (all for None); `longest_first`: what fits first fits later.
 
     Returns:
         (rows that fit, number dropped).
@@ -85,7 +84,6 @@ def drop_long_prompts(rows, processor, limit: int | None):
     Raises:
         DataError: nothing is left.
     """
-    longest_first = os.environ.get("R1V_LONGEST_FIRST") == "1"  # r1v doctor --step: what fits first fits later
     if limit is None and not longest_first:
         return rows, 0
     lengths = prompt_lengths(rows, processor)

@@ -62,8 +62,8 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
     axes.yaxis.label.set_color(_INK)
     if share:
         axes.set_ylim(-0.03, 1.03)
-    elif known := [v for s in series for v in s.y if v is not None]:
-        low, high = min(known), max(known)
+    elif values := [v for s in series for v in s.y if v is not None]:
+        low, high = min(values), max(values)
         room = max(0.1 * max(abs(low), abs(high)) - (high - low), 0) / 2 + 0.05 * (high - low)
         axes.set_ylim(low - (room or 0.5), high + (room or 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)

@@ -112,8 +112,8 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
             )
     for c in comparisons:
         name, paired = next(iter(c.result["metrics"].items()))
-        low, high = paired.get("interval") or (None, None)
-        if paired.get("difference") is None or low is None:
+        low, high = (number(v) for v in paired.get("interval") or (None, None))
+        if paired.get("difference") is None or low is None or high is None:
             continue
         word = "established" if low > 0 or high < 0 else "not established: the interval holds 0"
         said.append(

@@ -104,7 +104,7 @@ def curves(runs: list[Run]) -> list[Figure]:
         *sorted(k for k in names if _REWARD.fullmatch(k)),
         *[k for k in names if not _REWARD.fullmatch(k)],
     ]
-    figures = []
+    figures: list[Figure] = []
     for key in dict.fromkeys(order):
         series = [
             Series(run.label, [x for x, _ in points], [y for _, y in points], style=i)

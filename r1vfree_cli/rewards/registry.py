@@ -16,8 +16,6 @@ from ..run.checkpoint import fingerprint
 from .feedback import Feedback
 from .text import accuracy_reward, format_reward
 
-URL_VARIABLE = "R1V_REWARD_URL"  # set by the launcher, which starts the server of `serve`
-
 
 class TextReward:
     """A pure function of the text, with the name and weight of the recipe."""
@@ -40,6 +38,7 @@ def build_rewards(
     *,
     seed: int = 42,
     cache_root: Path | None = None,
+    served_url: str | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[TextReward | Feedback]:
     """The callables of a recipe's rewards, in order, after TRL's protocol; each with `__name__` and `weight`.
@@ -48,6 +47,7 @@ def build_rewards(
         rewards: as validated.
         seed: the run's, which names embedded judges.
         cache_root: folder of the judgement cache; by default the user's.
+        served_url: where the server of `serve` listens, which the launcher has started.
         stopping: whether the run is asked to end; then a judge that is down is not waited for.
 
     Raises:
@@ -55,7 +55,7 @@ def build_rewards(
     """
     functions: dict[str, Callable[..., list]] = {"format": format_reward, "accuracy": accuracy_reward}
     return [
-        build_feedback(reward, seed=seed, cache_root=cache_root, stopping=stopping)
+        build_feedback(reward, seed=seed, cache_root=cache_root, served_url=served_url, stopping=stopping)
         if isinstance(reward, FeedbackReward)
         else TextReward(reward, reward.name, functions[reward.name])
         for reward in rewards
@@ -67,6 +67,7 @@ def build_feedback(
     *,
     seed: int = 42,
     cache_root: Path | None = None,
+    served_url: str | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Feedback:
     """One AI feedback reward; connects to nothing and loads nothing yet. Arguments as of `build_rewards`."""
@@ -74,9 +75,9 @@ def build_feedback(
     revision = reward.serve.revision if reward.serve else reward.revision
     if is_embedded(model):
         model = resolve_model(model, seed)
-    url = os.environ.get(URL_VARIABLE) if reward.serve else reward.base_url
+    url = served_url if reward.serve else reward.base_url
     if reward.serve and not url:
-        raise UsageError(f"rewards.feedback.serve: no server was started ({URL_VARIABLE} is not set)")
+        raise UsageError("rewards.feedback.serve: no server was started")
     folder: Path | None = None
     if reward.cache:
         folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")

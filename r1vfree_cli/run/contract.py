@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +36,7 @@ def build(
     data_sha256: str | None,
     rewards: list[dict] | None = None,
     sampling: dict[str, Any] | None = None,
+    git_commit: str | None = None,
 ) -> dict:
     """The contract of a run. `rewards` are the rewards' identities, `sampling` the resolved sampling fields."""
     return {
@@ -51,7 +51,7 @@ def build(
         "rewards": rewards or [],
         "data": {"path": recipe.data.path, "split": recipe.data.split, "sha256": data_sha256},
         "versions": versions(),
-        "git_commit": os.environ.get("R1V_GIT_COMMIT") or None,
+        "git_commit": git_commit,
     }
 
 

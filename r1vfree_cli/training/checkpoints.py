@@ -23,8 +23,8 @@ from ..core.errors import DataError, R1VError, UsageError, first_line
 from ..core.files import disk_full, no_space, write_json
 from ..models.adapter import base_signature
 from ..run import contract
+from ..run.attempt import Attempt
 from ..run.checkpoint import checkpoints, lacking, seal, sync
-from ..run.run_dir import RunDir
 from .worker import on_main
 
 if TYPE_CHECKING:
@@ -255,8 +255,8 @@ def _readable(checkpoint: Path | str | None) -> Iterator[None]:
         raise _damaged(checkpoint or "the checkpoint", e) from e
 
 
-def resume_point(run: RunDir) -> Path | None:
-    """The newest complete checkpoint to go on from when this attempt is a resume (`R1V_RESUME=1`), else None.
+def resume_point(attempt: Attempt) -> Path | None:
+    """The newest complete checkpoint to go on from when this attempt is a resume, else None.
 
     For rank 0 alone: the others are told. Incomplete and damaged ones are skipped with a word. None also where the run
     was killed before its first checkpoint.
@@ -264,8 +264,9 @@ def resume_point(run: RunDir) -> Path | None:
     Raises:
         UsageError: the checkpoints were saved without optimizer state (`train.save_only_model`).
     """
-    if os.environ.get("R1V_RESUME") != "1":
+    if not attempt.resume:
         return None
+    run = attempt.run
     if (run.checkpoints / STAGING).exists():
         console.log("a checkpoint that was being written when the run ended is skipped")
     clean(run.checkpoints)

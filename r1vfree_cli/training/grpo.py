@@ -24,6 +24,7 @@ from ..models.load import load_policy, load_processor, peft_config, round_weight
 from ..rewards import canaries
 from ..rewards.registry import build_rewards
 from ..run import contract
+from ..run.attempt import Attempt
 from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
 from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback, RunCallback
 from .checkpoints import resume_point, save_final, try_final_save
@@ -31,7 +32,7 @@ from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
 from .recorder import summarise_metrics, truncate_lines, truncate_rollouts, update_summary
 from .trainer import R1VGRPOTrainer
-from .worker import is_main, on_main, refusals, seconds_until_now, stop_requested, to_prompts, worker
+from .worker import is_main, on_main, refusals, stop_requested, to_prompts, worker
 
 
 def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
@@ -66,7 +67,7 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     return args
 
 
-def main(recipe: GrpoRecipe, run: RunDir) -> None:
+def main(recipe: GrpoRecipe, attempt: Attempt) -> None:
     """Train, and leave `final/`, `summary.json` and the status. Runs on every rank.
 
     Raises:
@@ -75,19 +76,22 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         UsageError, DataError: nothing to train on, or a reward that cannot work.
     """
     clock = _Clock()
+    run = attempt.run
     args = grpo_config(recipe, run)
-    resume = on_main(lambda: resume_point(run))  # other nodes have no run dir to see that it is a resume
+    resume = on_main(lambda: resume_point(attempt))  # other nodes have no run dir to see that it is a resume
     processor = load_processor(recipe.model, args.seed)
     path = with_seed(recipe.data.path, args.seed)
     split, limit = recipe.data.split, recipe.data.max_prompt_tokens
     with PartialState().local_main_process_first():  # the others find the lengths in the cache
-        rows, dropped = drop_long_prompts(load_rows(path, split, recipe.data.limit), processor, limit)
+        rows, dropped = drop_long_prompts(
+            load_rows(path, split, recipe.data.limit), processor, limit, longest_first=attempt.longest_first
+        )
         heldout = heldout_rows(recipe.data.heldout, processor, limit, args.seed) if recipe.data.heldout else None
     if dropped:
         console.log(f"dropped {dropped} rows: prompt longer than {limit} tokens; {len(rows)} are left")
     _enough(rows, args)
 
-    rewards = build_rewards(recipe.rewards, seed=args.seed, stopping=stop_requested)
+    rewards = build_rewards(recipe.rewards, seed=args.seed, served_url=attempt.reward_url, stopping=stop_requested)
     on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
     done = int(resume.name.rpartition("-")[2]) if resume else 0
     if is_main():
@@ -112,6 +116,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
         "grpo",
         recipe,
         data_sha256=data_sha256(path, split),
+        git_commit=attempt.git_commit,
         rewards=[_identity(r, c.weight) for r, c in zip(rewards, recipe.rewards, strict=True)],
         sampling={k: getattr(args, k) for k in contract.SAMPLING} | {"stop_token_ids": trainer.eos_token_ids},
     )
@@ -167,7 +172,7 @@ def main(recipe: GrpoRecipe, run: RunDir) -> None:
     if is_main():
         figures = summarise_metrics(run)
         dropped_rows = {"prompt too long": dropped} if dropped else {}
-        seconds = seconds_until_now("grpo") | clock.laps
+        seconds = attempt.seconds_until_now("grpo") | clock.laps
         update_summary(run, figures | {"rows": len(rows), "dropped": dropped_rows, "seconds": seconds})
         _state(run, FINISHED, trainer, None)
 

@@ -22,10 +22,11 @@ from ..data.load import data_sha256, load_rows
 from ..models.lengths import prompt_lengths
 from ..models.load import load_policy, load_processor, peft_config, round_weights
 from ..run import contract
+from ..run.attempt import Attempt
 from ..run.run_dir import FINISHED, INTERRUPTED, RunDir
 from .callbacks import RunCallback
 from .checkpoints import AtomicCheckpoints, resume_point, save_final, try_final_save
-from .worker import is_main, on_main, refusals, seconds_until_now, worker
+from .worker import is_main, on_main, refusals, worker
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
 IGNORED = -100  # the label that cross-entropy skips
@@ -190,11 +191,12 @@ def sft_config(recipe: SftRecipe, run: RunDir) -> SFTConfig:
         )
 
 
-def main(recipe: SftRecipe, run: RunDir) -> None:
+def main(recipe: SftRecipe, attempt: Attempt) -> None:
     """Train, and leave `final/`, `summary.json` and the status. Runs on every rank."""
     started = time.perf_counter()
+    run = attempt.run
     args = sft_config(recipe, run)
-    resume = on_main(lambda: resume_point(run))  # other nodes have no run dir to see that it is a resume
+    resume = on_main(lambda: resume_point(attempt))  # other nodes have no run dir to see that it is a resume
     processor = load_processor(recipe.model, args.seed)
     path = with_seed(recipe.data.path, args.seed)
     rows, dropped = select_rows(
@@ -217,7 +219,9 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
             peft_config=peft_config(recipe.model),
             callbacks=[callback],
         )
-    trainer.contract = contract.build("sft", recipe, data_sha256=data_sha256(path, recipe.data.split))
+    trainer.contract = contract.build(
+        "sft", recipe, data_sha256=data_sha256(path, recipe.data.split), git_commit=attempt.git_commit
+    )
     try_final_save(trainer)
     if resume and is_main():
         contract.warn_of_changes(resume, trainer.contract)
@@ -233,7 +237,7 @@ def main(recipe: SftRecipe, run: RunDir) -> None:
     save_final(trainer, run.final)
     if is_main():
         times = {"prepare": prepared - started, "train": trained - prepared, "save": time.perf_counter() - trained}
-        write_json(run.summary, summary(run, trainer, len(rows), dropped, times))
+        write_json(run.summary, summary(run, trainer, len(rows), dropped, attempt.seconds_until_now("sft") | times))
         run.set_status(FINISHED, step=trainer.state.global_step, reason=None)
 
 
@@ -246,7 +250,7 @@ def summary(run: RunDir, trainer, rows: int, dropped: dict[str, int], times: dic
         "steps": trainer.state.global_step,
         "rows": rows,
         "dropped": dropped,
-        "seconds": seconds_until_now("sft") | {name: round(seconds, 2) for name, seconds in times.items()},
+        "seconds": {name: round(seconds, 2) for name, seconds in times.items()},
         **{key: {"first": values[0], "last": values[-1]} for key, values in ends.items() if values},
     }
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,7 +25,8 @@ from ..core.errors import Interrupted, R1VError, UsageError, from_dict
 from ..core.files import append_jsonl, disk_full, no_space, write_json
 from ..core.process import die_with_parent, grace_s, hold_pid_file, orphaned
 from ..core.prompts import build_messages
-from ..run.run_dir import SAID, RunDir
+from ..run.attempt import Attempt
+from ..run.run_dir import SAID
 
 _stop = threading.Event()
 
@@ -67,40 +66,30 @@ def on_main(work: Callable[[], Any]) -> Any:
     return told[0]
 
 
-def seconds_until_now(stage: str) -> dict[str, float]:
-    """Seconds of what came before the ranks, and of `stage` since r1v launched it; {} where r1v did not start this.
+def worker(stage: str, main: Callable[[Any, Attempt], None]) -> None:
+    """Run `main(recipe, attempt)` as one rank: own log file, errors as files, signals as a flag.
 
-    The rank writes them down: r1v may be killed between the end of its ranks and its own.
+    argv[1] is the folder that holds recipe.yaml and attempt.json. Exit code: that of the `R1VError`, else 1. The
+    cause is left in the attempt's logs, as `rank-K.error.json`, for the launcher to show.
     """
-    told = json.loads(os.environ.get("R1V_SECONDS", "null"))
-    if told is None:
-        return {}
-    return {**told["before"], stage: round(time.monotonic() - told["launched"], 1)}
-
-
-def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
-    """Run `main(recipe, run_dir)` as one rank: own log file, errors as files, signals as a flag.
-
-    The recipe is `RUN_DIR/recipe.yaml` (argv[1]), or `$R1V_RECIPE` on nodes above 0. Exit code: that of the
-    `R1VError`, else 1. The cause is left in `logs/attempt-N/rank-K.error.json` for the launcher to show.
-    """
-    run_dir = RunDir(sys.argv[1])
+    folder = Path(sys.argv[1])
+    attempt = Attempt.read(folder)
     rank = int(os.environ.get("RANK", "0"))
-    logs = Path(os.environ.get("R1V_LOGS") or run_dir.logs)
+    logs = Path(attempt.logs)
     logs.mkdir(parents=True, exist_ok=True)
     _redirect(logs / f"rank-{rank}.log")
     if rank == 0:
         console.repeat = functools.partial(_say, logs / SAID)
     _signals()
-    if orphaned():
+    if orphaned(attempt.launcher_pid):
         os._exit(130)
     pid_file = hold_pid_file(logs / f"rank-{rank}.pid")
     code = 0
     try:
-        recipe_file = Path(os.environ.get("R1V_RECIPE") or run_dir.recipe)
+        recipe_file = folder / "recipe.yaml"
         recipe = recipes.validate(stage, recipes.load_document(recipe_file), str(recipe_file))
         _init_distributed(recipe.launch)
-        main(recipe, run_dir)
+        main(recipe, attempt)
     except R1VError as e:
         traceback.print_exc()
         write_json(logs / f"rank-{rank}.error.json", e.to_dict())
@@ -110,7 +99,7 @@ def worker(stage: str, main: Callable[[Any, RunDir], None]) -> None:
         text = "".join(traceback.format_exception_only(type(e), e)).strip()
         error: R1VError = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
         if no_space(e):
-            error = disk_full(run_dir.path)
+            error = disk_full(attempt.run_dir)
         write_json(logs / f"rank-{rank}.error.json", error.to_dict())
         code = error.exit_code
     sys.stdout.flush()

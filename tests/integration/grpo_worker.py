@@ -6,6 +6,7 @@
 
 import os
 import zlib
+from dataclasses import replace
 
 from r1vfree_cli.core.errors import UsageError
 from r1vfree_cli.rewards.text import completion_text
@@ -54,6 +55,7 @@ def build(*_, **__):
 
 if __name__ == "__main__":
     grpo.build_rewards = build
+    main = grpo.main
     if os.environ.get("RANK", "0") != "0":  # as on a second node, which does not know that the run is resumed
-        os.environ.pop("R1V_RESUME", None)
-    worker("grpo", grpo.main)
+        main = lambda recipe, attempt: grpo.main(recipe, replace(attempt, resume=False))  # noqa: E731
+    worker("grpo", main)

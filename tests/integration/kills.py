@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from r1vfree_cli.config import recipes
 from r1vfree_cli.core.files import read_json, read_jsonl
+from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.run_dir import RunDir
 
 HERE = Path(__file__).parent
@@ -95,7 +96,8 @@ def _worker(stage: str, recipe_file: str, where: str, env: dict[str, str]) -> No
     recipe = recipes.load(stage, recipe_file)
     resume = run.holds_run
     run.begin(recipes.to_yaml(recipe), resume=resume)
-    os.environ.update({"ACCELERATE_USE_CPU": "true", "R1V_RESUME": str(int(resume)), "R1V_LOGS": str(run.logs)} | env)
+    os.environ.update({"ACCELERATE_USE_CPU": "true"} | env)
+    Attempt.of(run, resume=resume).write(run.path)
     grpo.build_rewards = grpo_worker.build
     if "R1V_TEST_FILE_LIMIT" in env:  # bytes a file may have: what a full disk does to whoever writes
         limit = int(env["R1V_TEST_FILE_LIMIT"])

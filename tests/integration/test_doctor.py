@@ -5,13 +5,13 @@ from collections import namedtuple
 
 import pytest
 import yaml
-from r1vfree_cli.doctor.checks.probe import memory_estimate
 from tiny_models import draw_rows, save_tiny, write_rows
 from transformers import Qwen2_5_VLConfig
 
 from r1vfree_cli.config import recipes
 from r1vfree_cli.doctor.checks import checks as doctor
 from r1vfree_cli.doctor.checks import diagnose, probe
+from r1vfree_cli.doctor.probe import memory_estimate
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -73,7 +73,7 @@ def test_what_would_stop_the_run_is_an_error(recipe, monkeypatch):
 
 def test_the_canaries_that_failed_are_a_table(recipe, capsys):
     judge = f"{{name: feedback, backend: local, model: {recipe.parent / 'model'}, canaries: {{max_empty_score: -1, samples: 4}}}}"
-    asked, canaries = probe.judge_check(recipes.load("grpo", str(recipe), [f"rewards=[{judge}]"]))
+    asked, canaries = probe.judge_check(recipes.load("grpo", str(recipe), [f"rewards=[{judge}]"]), None)
     assert (asked["state"], canaries["state"]) == ("ok", "error") and "max_empty_score" in canaries["hint"]
     doctor.show({"checks": [canaries]})
     told = capsys.readouterr().out.splitlines()

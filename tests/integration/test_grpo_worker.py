@@ -1,7 +1,6 @@
 """GRPO with tiny real models: the worker in this process, and as several ranks through the real launcher."""
 
 import asyncio
-import json
 import math
 import os
 import socket
@@ -32,6 +31,7 @@ from r1vfree_cli.launch import processes as launch
 from r1vfree_cli.models.lengths import drop_long_prompts, prompt_lengths
 from r1vfree_cli.models.sampling import VISION_TOKENS, keyed_draws
 from r1vfree_cli.run import contract
+from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.checkpoint import checkpoints, lacking
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import grpo
@@ -358,11 +358,11 @@ def test_long_prompts_are_dropped_and_counted_never_cut(home):
 
 
 def test_a_whole_run(home, tmp_path, made_up, monkeypatch):
-    launched = {"before": {"train the judge": 60.2}, "launched": time.monotonic() - 100}
-    monkeypatch.setenv("R1V_SECONDS", json.dumps(launched))  # whoever started this may be gone before its end
     heldout = {"path": str(home / "data"), "split": "test", "limit": 5}
     recipe, run = start(home, tmp_path / "run", show_rollouts=2, **{"data.heldout": heldout})
-    grpo.main(recipe, run)
+    # Whoever started this may be gone before its end.
+    told = replace(Attempt.of(run), seconds={"train the judge": 60.2}, launched=time.monotonic() - 100)
+    grpo.main(recipe, told)
     assert run.status["state"] == "finished" and run.status["step"] == 2
     lines = metrics(run)
     assert [line["step"] for line in lines] == [1, 2]
@@ -400,7 +400,7 @@ def test_a_whole_run(home, tmp_path, made_up, monkeypatch):
 def test_lora_trains_an_adapter_that_loads(home, tmp_path, made_up, shared_prefix):
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     recipe, run = start(home, tmp_path, shared_prefix=shared_prefix, beta=0.1, **{"model.lora": lora})
-    grpo.main(recipe, run)
+    grpo.main(recipe, Attempt.of(run))
     assert metrics(run)[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics(run)[1]["grad_norm"] > 0
     assert (run.final / "adapter_model.safetensors").is_file() and not (run.final / "model.safetensors").exists()
     model = AutoModelForImageTextToText.from_pretrained(run.final)
@@ -416,7 +416,7 @@ TINY_STEPS = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "save_step
 def test_steps_smaller_than_a_16_bit_weight_can_tell_are_not_lost(home, tmp_path, made_up, dtype, shared_prefix):
     """Weights in bfloat16 without 32-bit copies would keep 99 of 100 steps of 1e-6 from ever being taken."""
     recipe, run = start(home, tmp_path, shared_prefix=shared_prefix, **TINY_STEPS, **{"model.dtype": dtype})
-    grpo.main(recipe, run)
+    grpo.main(recipe, Attempt.of(run))
     before, saved, final = (
         weights_of(home / "model"),
         weights_of(run.checkpoints / "checkpoint-2"),
@@ -433,7 +433,7 @@ def test_steps_smaller_than_a_16_bit_weight_can_tell_are_not_lost(home, tmp_path
 def test_an_adapter_on_16_bit_weights_is_trained_in_32(home, tmp_path, made_up):
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     recipe, run = start(home, tmp_path, **TINY_STEPS, **{"model.dtype": "bfloat16", "model.lora": lora})
-    grpo.main(recipe, run)
+    grpo.main(recipe, Attempt.of(run))
     saved = load_file(run.checkpoints / "checkpoint-2" / "adapter_model.safetensors")
     assert {v.dtype for v in saved.values()} == {torch.float32}
     assert all(0 < v.abs().max() < 1e-5 for k, v in saved.items() if "lora_B" in k)
@@ -444,7 +444,7 @@ def test_measuring_does_not_disturb_training(home, tmp_path, made_up):
     heldout = {"path": str(home / "data"), "split": "test", "limit": 3}
     measured = start(home, tmp_path / "measured", **{"data.heldout": heldout})
     for recipe, run in (plain, measured):
-        grpo.main(recipe, run)
+        grpo.main(recipe, Attempt.of(run))
     a, b = (load_file(run.final / "model.safetensors") for _, run in (plain, measured))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -452,21 +452,20 @@ def test_measuring_does_not_disturb_training(home, tmp_path, made_up):
 def test_a_signal_ends_with_a_checkpoint_and_resume_equals_the_uninterrupted_run(home, tmp_path, made_up, monkeypatch):
     """The trap: `--resume` read and ignored."""
     whole = start(home, tmp_path / "whole", max_steps=4)
-    grpo.main(*whole)
+    grpo.main(whole[0], Attempt.of(whole[1]))
     recipe, run = start(home, tmp_path / "run", max_steps=4)
     with monkeypatch.context() as m:
         m.setattr(grpo, "build_rewards", lambda *a, **k: [grpo_worker.Letters(), SignalInStep(2)])
         with pytest.raises(Interrupted):
-            grpo.main(recipe, run)
+            grpo.main(recipe, Attempt.of(run))
     assert run.status["state"] == "interrupted" and [line["step"] for line in metrics(run)] == [1, 2]
     assert (run.checkpoints / "checkpoint-2" / contract.FILE).is_file()
     common._stop.clear()
     rollout_file(run, 3).write_bytes(b"of a step whose checkpoint was never written")
     run.begin(recipes.to_yaml(recipe), resume=True)
-    monkeypatch.setenv("R1V_RESUME", "1")
     judge = SignalInStep(99)
     monkeypatch.setattr(grpo, "build_rewards", lambda *a, **k: [grpo_worker.Letters(), judge])
-    grpo.main(recipe, run)
+    grpo.main(recipe, Attempt.of(run, resume=True))
     assert judge.seen == [2, 3]  # the first two steps were not taken again
     pairs = list(zip(metrics(run), metrics(whole[1]), strict=True))
     assert [a["step"] for a, _ in pairs] == [1, 2, 3, 4]
@@ -523,7 +522,7 @@ def with_rewards(made_up, monkeypatch):
 def stopped_run(home, where: Path, error, match: str, **changes):
     recipe, run = start(home, where, **changes)
     with pytest.raises(error, match=match) as caught:
-        grpo.main(recipe, run)
+        grpo.main(recipe, Attempt.of(run))
     return run, caught.value
 
 
@@ -558,7 +557,7 @@ def test_failed_scores_below_the_limit_do_not_stop(home, tmp_path, with_rewards)
         reward_of("feedback", lambda i, **_: None if i < 2 else i / 8, required=True, max_failed_fraction=0.25),
     )
     recipe, run = start(home, tmp_path)
-    grpo.main(recipe, run)
+    grpo.main(recipe, Attempt.of(run))
     assert run.status["state"] == "finished"
     assert rollouts(run, 1)["advantage"][:2] == [0.0, 0.0]
 
@@ -604,11 +603,11 @@ def test_a_judge_that_fails_its_canaries_is_refused_or_stops_the_run(home, tmp_p
     run = RunDir(tmp_path)
     run.begin(recipes.to_yaml(recipe))
     if until == 3:
-        grpo.main(recipe, run)
+        grpo.main(recipe, Attempt.of(run))
         assert judge.asked == 3 and run.status["state"] == "finished"
     else:
         with pytest.raises(GuardStop if until else UsageError, match="fails its canaries") as caught:
-            grpo.main(recipe, run)
+            grpo.main(recipe, Attempt.of(run))
         assert any("FAILED" in line and "right over wrong" in line for line in caught.value.details)
         assert (run.checkpoints / "checkpoint-1").is_dir() == bool(until)
         assert run.metrics.exists() == bool(until)
@@ -631,7 +630,7 @@ def test_the_guard_stops_a_collapsed_run(home, tmp_path, with_rewards, guard):
     settings = {"patience": 2, "clipped_fraction": 1.0} if guard else None
     if not guard:  # one key turns it off
         recipe, run = start(home, tmp_path, max_steps=3, guard=None)
-        grpo.main(recipe, run)
+        grpo.main(recipe, Attempt.of(run))
         assert run.status["state"] == "finished"
         return
     run, error = stopped_run(home, tmp_path, GuardStop, "equal rewards", max_steps=5, guard=settings)
@@ -670,13 +669,15 @@ def test_trl_refusals_are_usage_errors(home, tmp_path, made_up):
 # --- several ranks ---------------------------------------------------------------------------------------------
 
 
-def launched(recipe, run: RunDir, *, env: dict | None = None, logs: Path | None = None) -> None:
-    """The recipe through the real launcher, with the rewards of `grpo_worker`."""
-    plan = plans.plan("grpo", recipe, run.path)
-    argv = [*plan.argv[:-3], grpo_worker.__file__, str(run.path)]
+def launched(recipe, run: RunDir, *, env: dict | None = None, folder: Path | None = None, resume: bool = False) -> None:
+    """The recipe through the real launcher, with the rewards of `grpo_worker`; `folder`: of a node above 0."""
+    logs = folder or run.logs
+    Attempt(str(run.path), str(logs), resume=resume).write(folder or run.path)
+    plan = plans.plan("grpo", recipe, folder or run.path)
+    argv = [*plan.argv[:-3], grpo_worker.__file__, plan.argv[-1]]
     path = os.pathsep.join([str(Path(launch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     added = {"R1V_CACHE": os.environ["R1V_CACHE"], "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    launch.execute(replace(plan, argv=argv, env={**plan.env, **added, **(env or {})}), logs or run.logs)
+    launch.execute(replace(plan, argv=argv, env={**plan.env, **added, **(env or {})}), logs)
 
 
 FIRST = ("loss", "grad_norm", "reward", "reward_std", "rewards/feedback/mean", "completions/mean_length")
@@ -688,7 +689,7 @@ def one_process(home, tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(grpo, "build_rewards", grpo_worker.build)
         recipe, run = start(home, tmp_path_factory.mktemp("one"), **EVERY_LAYOUT, prompts_per_device=2)
-        grpo.main(recipe, run)
+        grpo.main(recipe, Attempt.of(run))
     return run
 
 
@@ -745,7 +746,7 @@ def test_two_nodes_of_one_process_take_the_first_step_of_one(home, tmp_path, one
 
     def node():
         try:
-            launched(second, run, env={"R1V_RECIPE": str(logs / "recipe.yaml")}, logs=logs)
+            launched(second, run, folder=logs)
         except Exception as e:
             errors.append(e)
 
@@ -789,5 +790,5 @@ def test_ranks_stop_together(home, tmp_path, mode, error, match):
     if mode == "failing":
         assert [v is None for v in rollouts(run, 2)["rewards/feedback"]] == [False] * 4 + [True] * 4
         run.begin(recipes.to_yaml(recipe), resume=True)
-        launched(recipe, run, env={"R1V_TEST_JUDGE": "some", "R1V_RESUME": "1"})  # the judge is back
+        launched(recipe, run, env={"R1V_TEST_JUDGE": "some"}, resume=True)  # the judge is back
         assert [line["step"] for line in metrics(run)] == [1, 2] and run.status["state"] == "finished"

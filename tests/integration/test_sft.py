@@ -19,6 +19,7 @@ from r1vfree_cli.launch import plan as plans
 from r1vfree_cli.launch import processes as launch
 from r1vfree_cli.models.load import load_processor
 from r1vfree_cli.run import checkpoint, contract
+from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
 from r1vfree_cli.training.recorder import truncate_lines
@@ -79,7 +80,7 @@ def train(recipe, path: Path, *, resume: bool = False) -> RunDir:
     """The worker's main, in this process."""
     run = RunDir(path)
     run.begin(recipes.to_yaml(recipe), resume=resume)
-    sft.main(recipe, run)
+    sft.main(recipe, Attempt.of(run, resume=resume))
     return run
 
 
@@ -329,7 +330,6 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
     # Beyond the checkpoint: a killed attempt had logged a step more, and half a line.
     with open(run.metrics, "a") as f:
         f.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
-    monkeypatch.setenv("R1V_RESUME", "1")
     train(recipe, run.path, resume=True)
     after = [line for _, line in read_jsonl(run.metrics)]
     assert [line["step"] for line in after] == [1, 2, 3, 4]
@@ -343,33 +343,31 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_
 def test_resume_point_skips_what_is_not_complete(finished, tmp_path, monkeypatch, capsys):
     run = RunDir(tmp_path)
     shutil.copytree(finished.checkpoints, run.checkpoints)
-    assert checkpoints.resume_point(run) is None  # not a resume
-    monkeypatch.setenv("R1V_RESUME", "1")
-    assert checkpoints.resume_point(run).name == "checkpoint-4"
+    assert checkpoints.resume_point(Attempt.of(run)) is None  # not a resume
+    assert checkpoints.resume_point(Attempt.of(run, resume=True)).name == "checkpoint-4"
     (run.checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
     shutil.copytree(run.checkpoints / "checkpoint-2", run.checkpoints / checkpoints.STAGING / "checkpoint-6")
-    assert checkpoints.resume_point(run).name == "checkpoint-2"
+    assert checkpoints.resume_point(Attempt.of(run, resume=True)).name == "checkpoint-2"
     said = capsys.readouterr().err
     assert "that was being written when the run ended is skipped" in said
     assert "checkpoint-4 is not complete (trainer_state.json missing), it is skipped" in said
     assert "resuming from step 2" in said
     optimizer = run.checkpoints / "checkpoint-2" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])  # copied in part
-    assert checkpoints.resume_point(run) is None
+    assert checkpoints.resume_point(Attempt.of(run, resume=True)) is None
     assert "checkpoint-2 is not complete (optimizer.pt cut), it is skipped" in capsys.readouterr().err
     optimizer.unlink()
     files = run.checkpoints / "checkpoint-2" / checkpoint.FILES
     files.write_text(json.dumps({k: v for k, v in json.loads(files.read_text()).items() if k != "optimizer.pt"}))
     with pytest.raises(UsageError, match="save_only_model"):
-        checkpoints.resume_point(run)
+        checkpoints.resume_point(Attempt.of(run, resume=True))
     shutil.rmtree(run.checkpoints)
-    assert checkpoints.resume_point(run) is None
+    assert checkpoints.resume_point(Attempt.of(run, resume=True)) is None
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named_and_no_bug(tiny, data, finished, tmp_path, monkeypatch):
     """Of an earlier version, whose list has sizes alone; a pickle that holds more than tensors is not run."""
     run = RunDir(tmp_path)
-    monkeypatch.setenv("R1V_RESUME", "1")
     recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272))
     run.begin(recipes.to_yaml(recipe))
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -388,7 +386,6 @@ def test_changed_bytes_are_noticed_in_every_file_and_the_run_goes_on_before_them
     tiny, data, finished, tmp_path, monkeypatch, capsys
 ):
     run = RunDir(tmp_path)
-    monkeypatch.setenv("R1V_RESUME", "1")
     recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272))
     run.begin(recipes.to_yaml(recipe))
     shutil.copytree(finished.checkpoints, run.checkpoints)
@@ -400,7 +397,7 @@ def test_changed_bytes_are_noticed_in_every_file_and_the_run_goes_on_before_them
         middle = len(content) // 2
         (last / name).write_bytes(content[:middle] + bytes(b ^ 1 for b in content[middle:]))
         assert f"{name} has other bytes" in checkpoint.lacking(last)
-        assert checkpoints.resume_point(run).name == "checkpoint-2"
+        assert checkpoints.resume_point(Attempt.of(run, resume=True)).name == "checkpoint-2"
         assert f"checkpoint-4 is not complete ({name} has other bytes), it is skipped" in capsys.readouterr().err
         (last / name).write_bytes(content)
     with open(last / "model.safetensors", "r+b") as f:
@@ -499,7 +496,6 @@ def test_a_failed_final_save_keeps_the_weights_and_says_where(what, tiny, data, 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_a_whole_one(tiny, data, finished, tmp_path, monkeypatch):
     run = RunDir(tmp_path)
-    monkeypatch.setenv("R1V_RESUME", "1")
     recipe = make_recipe(tiny["qwen2_5_vl"], data, pixels=(1568, 6272), max_steps=3, save_total_limit=1)
     run.begin(recipes.to_yaml(recipe))
     for step, of in ((2, 2), (9, 4)):

@@ -47,7 +47,7 @@ def test_dry_run_on_a_laptop_imports_no_torch_and_prints_the_command():
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert "--num_processes 6" in plan["command"] and "judges.server" in plan["server"]["command"]
-    assert plan["env"]["R1V_REWARD_URL"] == "http://127.0.0.1:8000" and "--port 8000" in plan["server"]["command"]
+    assert "--port 8000" in plan["server"]["command"] and not any(name.startswith("R1V_") for name in plan["env"])
     assert any("8 GPUs" in line for line in plan["unchecked"])
     modules = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "pydantic" in modules and not modules & set(HEAVY)

@@ -1,6 +1,7 @@
 """A run from the launcher's side: its lock, its end however it comes, and what a resume may change."""
 
 import subprocess
+import sys
 
 import pytest
 
@@ -31,21 +32,40 @@ def test_two_names_of_a_run_dir_are_one_run(tmp_path, monkeypatch):
     link = tmp_path / "other" / "link"
     link.symlink_to("../run")
     ends(monkeypatch)
-    with jobs._locked(tmp_path / "run"), pytest.raises(UsageError, match="another r1v process is using"):
+    with (
+        files.lock(tmp_path / "run", "run dir"),
+        pytest.raises(UsageError, match=r"another r1v process \(pid \d+\) is using the run dir"),
+    ):
         jobs.run("grpo", TINY, RunDir(link))
     monkeypatch.chdir(tmp_path / "run")
     assert jobs.run("grpo", TINY, RunDir("."))["seconds"] == {"grpo": 1.5}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "run"]  # no lock is left
 
 
-def test_a_lock_that_its_last_holder_deleted_is_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs.fcntl, "flock", lambda file, how: (tmp_path / ".run.lock").unlink())
-    with pytest.raises(UsageError, match="another r1v process"), jobs._locked(tmp_path / "run"):
+def test_one_lock_has_one_holder_although_holders_delete_its_file(tmp_path):
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom r1vfree_cli.core.files import lock\n"
+        "for _ in range(60):\n"
+        "    with lock(Path(sys.argv[1]), 'folder', wait=True):\n"
+        "        os.close(os.open(sys.argv[2], os.O_CREAT | os.O_EXCL))\n"
+        "        os.unlink(sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "held")]
+    assert [p.wait(60) for p in [subprocess.Popen(command) for _ in range(4)]] == [0] * 4
+
+
+def test_a_killed_holder_lets_go(tmp_path):
+    code = "import os, sys; from pathlib import Path; from r1vfree_cli.core.files import lock\nwith lock(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")]).returncode == -9
+    with files.lock(tmp_path / "run", "run dir"):
         pass
 
 
 def test_a_folder_that_cannot_be_written_is_told():
-    with pytest.raises(UsageError, match=r"cannot write /proc/\.run\.lock"), jobs._locked(run_dir.Path("/proc/run")):
+    with (
+        pytest.raises(UsageError, match=r"cannot write /proc/\.run\.lock"),
+        files.lock(run_dir.Path("/proc/run"), "run dir"),
+    ):
         pass
 
 
@@ -119,12 +139,13 @@ def test_the_commit_is_that_of_the_recipes_repository(tmp_path, monkeypatch):
 
 
 def test_a_resume_tells_that_data_or_versions_have_changed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("R1V_GIT_COMMIT", "abc")
-    now = contract.build("grpo", TINY, data_sha256="1")
+    now = contract.build("grpo", TINY, data_sha256="1", git_commit="abc")
     contract.write(tmp_path, now)
     contract.warn_of_changes(tmp_path, now)
     assert capsys.readouterr().err == ""
-    contract.warn_of_changes(tmp_path, contract.build("grpo", TINY, data_sha256="2") | {"versions": {"trl": "9"}})
+    contract.warn_of_changes(
+        tmp_path, contract.build("grpo", TINY, data_sha256="2", git_commit="abc") | {"versions": {"trl": "9"}}
+    )
     said = capsys.readouterr().err
     assert "data has changed" in said and '"sha256": "1"' in said and "versions has changed" in said
     assert "git_commit" not in said and now["git_commit"] == "abc"

@@ -75,7 +75,7 @@ def test_nothing_is_reported_to_anybody_unless_asked(tmp_path, monkeypatch):
 def script(tmp_path, text):
     file = tmp_path / "r1vfree_cli_rank.py"
     head = "import os, sys, time, signal\nfrom pathlib import Path\nfrom r1vfree_cli.core import process as ranks\n"
-    file.write_text(head + "logs = os.environ['R1V_LOGS']\n" + textwrap.dedent(text))
+    file.write_text(head + f"logs = {str(tmp_path / 'logs')!r}\n" + textwrap.dedent(text))
     return plans.Plan([sys.executable, str(file)], {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
@@ -228,8 +228,8 @@ def test_a_server_on_this_machine_is_not_looked_for_through_a_proxy(tmp_path, mo
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr(launch, "SERVER_START_S", 5)
     monkeypatch.setattr(launch, "server_plan", lambda _, port: plans.Plan([sys.executable, "-c", code, str(port)]))
-    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as env:
-        assert env["R1V_REWARD_URL"].startswith("http://127.0.0.1:")
+    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as url:
+        assert url.startswith("http://127.0.0.1:")
 
 
 def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypatch):

@@ -51,13 +51,11 @@ def test_an_orphan_may_finish_its_checkpoint_and_is_killed_when_it_takes_too_lon
     assert time.monotonic() - begin < 1
 
 
-def test_a_process_knows_that_its_r1v_is_gone(monkeypatch):
-    monkeypatch.setenv("R1V_PID", str(os.getppid()))
-    assert not ranks.orphaned()
+def test_a_process_knows_that_its_r1v_is_gone():
+    assert not ranks.orphaned(os.getppid()) and not ranks.orphaned(None)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    monkeypatch.setenv("R1V_PID", str(gone.pid))
-    assert ranks.orphaned()
+    assert ranks.orphaned(gone.pid)
 
 
 def test_a_grace_time_that_is_none_is_told(monkeypatch):
