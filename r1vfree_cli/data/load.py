@@ -208,10 +208,12 @@ def _content(path: Path) -> list[list[str]]:
         DataError: it names its images by path, so that the files' content says nothing about them; or it is no data.
     """
     try:
-        if path.is_dir():
-            files = sorted(path.rglob("*.arrow")) if is_saved(path) else data_files(path)
-        else:
+        if not path.is_dir():
             files = [path]
+        elif is_saved(path):
+            files = sorted(path.rglob("*.arrow"))
+        else:  # looked for close by first: a mistaken `~` or `/` is not searched through
+            files = data_files(path) if any(any(path.glob(p)) for p in ("*.parquet", "*/*.parquet")) else []
         if not files or {file.suffix for file in files} - {".parquet", ".arrow"}:
             raise DataError(
                 f"{path} holds no rows: neither {SUMMARY} nor parquet files",

@@ -87,15 +87,17 @@ def is_saved(path: Path) -> bool:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of the first kind that there is, hidden ones left out."""
+    """The files of the first kind that there is, hidden ones left out.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
     for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json", "*.csv", "*.tsv"):
-        files = [
-            file
-            for file in sorted(folder.rglob(pattern))
-            if file.is_file()
-            and file.name not in _NOT_ROWS
-            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        ]
+        try:
+            found = sorted(file for file in folder.rglob(pattern) if file.is_file() and file.name not in _NOT_ROWS)
+        except OSError as e:
+            raise DataError(f"cannot read {folder}: {e}") from None
+        files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
         if files:
             return files
     return []
