@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -103,7 +104,7 @@ class Generator:
             # LoRA layers are put into the base model's modules: its own generate() runs with them.
             self.model = load_adapter(self.model, adapter, base).get_base_model()
         self.model.eval().to(self.device)
-        self.reuse = bool(self.model._supports_mm_encoder_outputs())
+        self.reuse = "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters  # since transformers 5.19
         self.settings = generation_config(self.model, self.processor, max_new_tokens, temperature)
         # generate() fills what a given config leaves open from the model's: the checkpoint's sampling must not return.
         self.model.generation_config = self.settings
