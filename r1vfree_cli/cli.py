@@ -4,10 +4,11 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -190,11 +191,14 @@ def merge(
         console.emit_table(str(out), ["", ""], [[key, value] for key, value in shown.items()])
 
 
-@app.command("eval-hallusion")
-def eval_hallusion(
+def _eval_options(
     checkpoint: Annotated[
         str | None, typer.Argument(help="A model folder, a run dir, a hub name or a LoRA folder.")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Options from recipes/eval/ or a YAML file; those given win.")
+    ] = None,
+    set: Set = None,
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", help="Base URL of an OpenAI-compatible server instead.")
     ] = None,
@@ -202,73 +206,134 @@ def eval_hallusion(
     base: Annotated[str | None, typer.Option("--base", help="The base of a LoRA folder, when it moved.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="The hub revision of the checkpoint.")] = None,
     questions: Annotated[
-        str | None,
-        typer.Option("--questions", help="HallusionBench.json, a TSV, or a folder or hub name of the data set."),
+        str | None, typer.Option("--questions", help="The question file, a folder, or (hallusion) a hub name.")
     ] = None,
-    images: Annotated[Path | None, typer.Option("--images", help="Folder or zip of the figures.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder (or hallusion: zip) of the figures.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The eval dir. Default: evals/NAME.")] = None,
-    stage: Annotated[str, typer.Option("--stage", help="generate, judge, score or all.")] = "all",
+    stage: Annotated[
+        Literal["generate", "judge", "score", "all"] | None, typer.Option("--stage", help="Default: all.")
+    ] = None,
     predictions: Annotated[
         Path | None, typer.Option("--predictions", help="Judge and score these outputs; no model needed.")
     ] = None,
     judged: Annotated[
-        Path | None, typer.Option("--judged", help="Score a file in the official result format; nothing else needed.")
+        Path | None, typer.Option("--judged", help="Score a file of verdicts (judged.json); nothing else needed.")
     ] = None,
     protocol: Annotated[
-        str, typer.Option("--protocol", help="official (1129 questions) or vlmevalkit (951).")
-    ] = "official",
-    judge: Annotated[str, typer.Option("--judge", help="rule (offline) or chat (OpenAI-compatible).")] = "rule",
+        str | None,
+        typer.Option("--protocol", help="hallusion: official (1129 questions, default) or vlmevalkit (951)."),
+    ] = None,
+    judge: Annotated[
+        Literal["rule", "chat"] | None, typer.Option("--judge", help="rule (offline, default) or chat.")
+    ] = None,
     judge_model: Annotated[str | None, typer.Option("--judge-model")] = None,
     judge_base_url: Annotated[
         str | None, typer.Option("--judge-base-url", help="Default: the openai client's.")
     ] = None,
     judge_prompt: Annotated[Path | None, typer.Option("--judge-prompt", help="Another wording for the judge.")] = None,
-    judge_input: Annotated[str, typer.Option("--judge-input", help="answer (extracted) or reply (whole).")] = "answer",
+    judge_input: Annotated[
+        Literal["answer", "reply"] | None,
+        typer.Option("--judge-input", help="answer (extracted, default) or reply (whole)."),
+    ] = None,
     api_key_env: Annotated[
-        str, typer.Option("--api-key-env", help="The variable that holds the key.")
-    ] = "OPENAI_API_KEY",
+        str | None, typer.Option("--api-key-env", help="Variable with the --endpoint's key. Default: OPENAI_API_KEY.")
+    ] = None,
+    judge_api_key_env: Annotated[
+        str | None, typer.Option("--judge-api-key-env", help="Variable with the judge's. Default: OPENAI_API_KEY.")
+    ] = None,
     allow_unjudged: Annotated[
-        bool, typer.Option("--allow-unjudged", help="Score although judge calls failed.")
-    ] = False,
+        bool | None, typer.Option("--allow-unjudged", help="Score although judge calls failed.")
+    ] = None,
+    count_unanswered_wrong: Annotated[
+        bool | None,
+        typer.Option("--count-unanswered-wrong", help="Questions that the endpoint refuses count as not right."),
+    ] = None,
+    max_empty: Annotated[
+        float | None, typer.Option("--max-empty", min=0, max=100, help="Percent of empty replies. Default: 10.")
+    ] = None,
     fail_under: Annotated[
         list[str] | None, typer.Option("--fail-under", help="METRIC=PERCENT, exit 4 below it. Repeatable.")
     ] = None,
     compare_to: Annotated[
         Path | None, typer.Option("--compare-to", help="An eval dir to compare with, question by question.")
     ] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Print calls and tokens, ask nothing.")] = False,
+    estimate: Annotated[bool | None, typer.Option("--estimate", help="Print calls and tokens, ask nothing.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first questions; for a try.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 1024,
-    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
-    min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Default: as trained.")] = None,
-    max_pixels: Annotated[int | None, typer.Option("--max-pixels", help="Default: as trained.")] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1)] = 16,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds a request may take.")] = 60.0,
-    max_retries: Annotated[int, typer.Option("--max-retries", min=0)] = 4,
-    seed: Annotated[int, typer.Option("--seed", help="Of sampling and of the bootstrap.")] = 0,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Default: 32.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Default: 1024.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="Default: 0, which is greedy.")
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option("--min-pixels", min=784, help="Default: as trained.")] = None,
+    max_pixels: Annotated[int | None, typer.Option("--max-pixels", min=784, help="Default: as trained.")] = None,
+    max_image_bytes: Annotated[
+        int | None, typer.Option("--max-image-bytes", min=1000, help="Larger images go to the endpoint as JPEG.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto (default), cpu or cuda.")] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"] | None,
+        typer.Option("--dtype", help="Default: float32 on the CPU, bfloat16 on a GPU."),
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option("--concurrency", min=1, help="Default: 16.")] = None,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds a request may take. Default: 60.")
+    ] = None,
+    max_retries: Annotated[int | None, typer.Option("--max-retries", min=0, help="Default: 4.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of sampling and of the bootstrap. Default: 0.")] = None,
     json: Json = False,
 ) -> None:
-    """HallusionBench: generate, judge, score.
+    """The options that both eval commands have. None is not given: the recipe's value counts, else the default."""
+
+
+def _with_eval_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, its `**options` written out for Typer."""
+    own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    shared = signature(_eval_options).parameters.values()
+    command.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}
+    return command
+
+
+@app.command("eval")
+@_with_eval_options
+def eval_benchmark(
+    benchmark: Annotated[
+        str, typer.Argument(help="hallusion, pope, counting, geoqa, or your own: my_bench.py:BENCHMARK.")
+    ],
+    **options: Any,
+) -> None:
+    """A benchmark: generate, judge, score.
 
     Each stage resumes where it stopped.
     """
-    given = dict(locals())  # the options by name, before anything else is
+    _evaluate(benchmark, **options)
+
+
+@app.command("eval-hallusion")
+@_with_eval_options
+def eval_hallusion(**options: Any) -> None:
+    """HallusionBench: `r1v eval hallusion`.
+
+    Each stage resumes where it stopped.
+    """
+    _evaluate("hallusion", **options)
+
+
+def _evaluate(benchmark: str, recipe: str | None, set: list[str] | None, json: bool, **options: Any) -> None:
     from .core import console
-    from .eval.options import EvalOptions, check_gates
+    from .eval.options import check_gates, load
     from .eval.runner import evaluate
     from .eval.show import print_scores
 
-    del given["json"]
-    gates = given.pop("fail_under") or []
-    result = evaluate(EvalOptions(timeout_s=given.pop("timeout"), fail_under=gates, **given))
+    given = {key: value for key, value in ({"benchmark": benchmark} | options).items() if value not in (None, [])}
+    asked = load(recipe, set or [], given)
+    result = evaluate(asked)
     if json:
         console.emit_json(result)
     else:
         print_scores(result)
     if "metrics" in result:
-        check_gates(result, gates)
+        check_gates(result, asked.fail_under)
 
 
 @app.command()

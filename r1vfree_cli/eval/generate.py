@@ -19,7 +19,6 @@ from transformers import GenerationConfig
 from ..config import schema as config
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..core.prompts import build_messages
 from ..models.adapter import load_adapter
 from ..models.load import load_policy, load_processor
 from ..run.checkpoint import adapter_base, is_adapter
@@ -27,10 +26,10 @@ from ..run.checkpoint import adapter_base, is_adapter
 
 @dataclass(frozen=True)
 class Job:
-    """One question for the model: its text and, where it has one, its figure (PNG or JPEG bytes)."""
+    """One question for the model: its conversation and, where it has one, its figure (PNG or JPEG bytes)."""
 
     id: str
-    text: str
+    messages: list[dict]
     image: bytes | None
 
 
@@ -71,6 +70,7 @@ class Generator:
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         device: str = "auto",
+        dtype: str = "auto",
         seed: int = 0,
     ):
         """Load model and processor.
@@ -84,7 +84,7 @@ class Generator:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UsageError(f"device {device} cannot be used: no CUDA device", hint="--device cpu")
         self.device = torch.device(device)
-        self.dtype = "float32" if self.device.type == "cpu" else "bfloat16"
+        self.dtype = dtype if dtype != "auto" else "float32" if self.device.type == "cpu" else "bfloat16"
         self.seed = seed
         local = Path(name).is_dir()
         adapter = name if is_adapter(name) or (base and not local) else None
@@ -179,10 +179,7 @@ class Generator:
 
     def _inputs(self, jobs: list[Job]) -> dict[str, Any]:
         texts = [
-            self.processor.apply_chat_template(
-                build_messages(job.text, int(job.image is not None)), tokenize=False, add_generation_prompt=True
-            )
-            for job in jobs
+            self.processor.apply_chat_template(job.messages, tokenize=False, add_generation_prompt=True) for job in jobs
         ]
         images = [Image.open(io.BytesIO(job.image)).convert("RGB") for job in jobs if job.image]
         try:

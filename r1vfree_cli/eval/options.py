@@ -1,27 +1,33 @@
-"""What `r1v eval-hallusion` can be asked for, checked as far as it can be before any work."""
+"""What an evaluation can be asked for, from a recipe and the command line, checked before any work."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..config import recipes
 from ..core.errors import GateError, UsageError, nearest
-from .hallusion.score import METRICS
-
-PROTOCOLS = ("official", "vlmevalkit")
-STAGES = ("generate", "judge", "score", "all")
+from ..core.redact import secrets_in
 
 
-@dataclass
-class EvalOptions:
+class EvalOptions(BaseModel):
     """One evaluation. Exactly one of `checkpoint`, `endpoint`, `predictions`, `judged` says what is evaluated; the
     stages judge and score alone go on with what is in `out`.
 
-    None for pixels, `judge_input`, ... means the run contract's value, else the default that the result prints.
+    None for pixels, `protocol`, ... means the run contract's value, else the default that the result prints.
+
+    Raises:
+        UsageError: unknown keys, wrong types, impossible values, all at once; or what contradicts itself.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
+    benchmark: str = "hallusion"  # a room, or my_bench.py:BENCHMARK
     checkpoint: str | None = None
     endpoint: str | None = None  # base URL, OpenAI-compatible
     model: str | None = None  # the model's name at the endpoint
@@ -33,28 +39,43 @@ class EvalOptions:
     images: Path | None = None
     out: Path | None = None
     stage: Literal["generate", "judge", "score", "all"] = "all"
-    protocol: Literal["official", "vlmevalkit"] = "official"
+    protocol: str | None = None
     judge: Literal["rule", "chat"] = "rule"
     judge_model: str | None = None
     judge_base_url: str | None = None
     judge_prompt: Path | None = None
     judge_input: Literal["answer", "reply"] = "answer"
     allow_unjudged: bool = False
-    fail_under: list[str] = field(default_factory=list)
+    count_unanswered_wrong: bool = False
+    max_empty: float = Field(10.0, ge=0, le=100)  # percent of empty replies
+    fail_under: list[str] = []
     compare_to: Path | None = None
     estimate: bool = False
-    limit: int | None = None
-    batch_size: int = 32
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    limit: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    min_pixels: int | None = Field(None, ge=784)
+    max_pixels: int | None = Field(None, ge=784)
     device: str = "auto"
-    concurrency: int = 16
-    timeout_s: float = 60.0
-    max_retries: int = 4
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    concurrency: int = Field(16, ge=1)
+    timeout_s: float = Field(60.0, gt=0, allow_inf_nan=False)
+    max_retries: int = Field(4, ge=0)
+    max_image_bytes: int | None = Field(None, ge=1000)
     seed: int = 0
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = "OPENAI_API_KEY"  # of --endpoint
+    judge_api_key_env: str = "OPENAI_API_KEY"  # of the judge; never sent to --endpoint
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tell(cls, given: Any, build: Any) -> EvalOptions:
+        try:
+            return build(given)
+        except ValidationError as e:
+            raise UsageError(
+                "the options of the evaluation are wrong", details=[_explain(x) for x in e.errors()]
+            ) from None
 
     @property
     def asks_judge(self) -> bool:
@@ -66,7 +87,48 @@ class EvalOptions:
         return [name for name in ("checkpoint", "endpoint", "predictions", "judged") if getattr(self, name) is not None]
 
 
-def parse_gates(fail_under: list[str]) -> dict[str, float]:
+def flag(key: str) -> str:
+    """The option of the command line for a key."""
+    return {"timeout_s": "--timeout", "checkpoint": "CKPT"}.get(key, "--" + key.replace("_", "-"))
+
+
+def _explain(error: Any) -> str:
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        near = nearest(key, EvalOptions.model_fields)
+        return f"{key}: unknown key" + (
+            f"; nearest is {near}" if near else f"; allowed: {', '.join(EvalOptions.model_fields)}"
+        )
+    found, message = error.get("input"), error["msg"]
+    if error["type"] == "literal_error" and (near := nearest(str(found), re.findall(r"'([^']*)'", message))):
+        message += f"; did you mean {near}?"
+    return f"{key} ({flag(key)}): {message[:1].lower()}{message[1:]}; found {found!r}"
+
+
+def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) -> EvalOptions:
+    """The options of a recipe (a name in recipes/eval/, or a path), then `--set`, then what the command line gives.
+
+    Raises:
+        UsageError: no such recipe, or as `EvalOptions`.
+    """
+    document: dict[str, Any] = {}
+    if recipe:
+        document = recipes.load_document(recipes.find("eval", recipe), overrides)
+    elif overrides:
+        raise UsageError("--set needs --recipe", hint="without one, use the options: --max-new-tokens 256")
+    if secrets := secrets_in(document):
+        raise UsageError(
+            f"recipe {recipe} holds what looks like a key or password",
+            details=[f"{place}: not shown" for place in secrets],
+            hint="keys come from the environment: api_key_env, judge_api_key_env",
+        )
+    asked, own = given.get("benchmark"), document.get("benchmark")
+    if asked and own and asked != own:
+        raise UsageError(f"recipe {recipe} is for the benchmark {own}, not for {asked}")
+    return EvalOptions(**document | given)
+
+
+def parse_gates(fail_under: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
     """`aAcc=50` and the like -> metric -> least percent.
 
     Raises:
@@ -76,11 +138,11 @@ def parse_gates(fail_under: list[str]) -> dict[str, float]:
     for text in fail_under:
         metric, _, value = text.partition("=")
         metric = metric.strip()
-        if metric not in METRICS:
-            near = nearest(metric, METRICS)
+        if metric not in metrics:
+            near = nearest(metric, metrics)
             raise UsageError(
-                f"--fail-under {text}: unknown metric {metric!r}; known are {', '.join(METRICS)}",
-                hint=f"did you mean {near}?" if near else "write it like aAcc=50",
+                f"--fail-under {text}: unknown metric {metric!r}; known are {', '.join(metrics)}",
+                hint=f"did you mean {near}?" if near else f"write it like {metrics[0]}=50",
             )
         try:
             least = float(value)
@@ -92,53 +154,27 @@ def parse_gates(fail_under: list[str]) -> dict[str, float]:
     return gates
 
 
-def check_gates(doc: dict, fail_under: list[str]) -> None:
+def check_gates(doc: dict, fail_under: Sequence[str]) -> None:
     """Compare a result with the gates; call it after the result is printed.
 
     Raises:
         GateError: naming each gate that is not met.
     """
     missed = []
-    for metric, least in parse_gates(fail_under).items():
-        found = (doc.get("metrics") or {}).get(metric)
+    for metric, least in parse_gates(fail_under, list(doc["metrics"])).items():
+        found = doc["metrics"][metric]
         if found is None or found < least:
             missed.append(
                 f"{metric} is {'not measured' if found is None else f'{found:.2f}'}, wanted at least {least:g}"
             )
     if missed:
-        raise GateError(f"{len(missed)} gates are not met", details=missed)
+        raise GateError(f"{len(missed)} gate{'s are' if len(missed) > 1 else ' is'} not met", details=missed)
 
 
 def check(o: EvalOptions) -> None:
-    """Raises UsageError for what can be known to be wrong before any file is read."""
-    parse_gates(o.fail_under)
+    """Raises UsageError for what contradicts itself; a recipe may leave what a command completes."""
     if o.fail_under and (o.estimate or o.stage in ("generate", "judge")):
         raise UsageError("--fail-under needs scores, which --estimate and the stages generate and judge do not give")
-    for name, value, allowed in (
-        ("--protocol", o.protocol, PROTOCOLS),
-        ("--stage", o.stage, STAGES),
-        ("--judge", o.judge, ("rule", "chat")),
-        ("--judge-input", o.judge_input, ("answer", "reply")),
-    ):
-        if value not in allowed:
-            near = nearest(value, allowed)
-            raise UsageError(
-                f"{name} is {value!r}; allowed: {', '.join(allowed)}", hint=f"did you mean {near}?" if near else None
-            )
-    for name, number, least in (
-        ("--limit", o.limit, 1),
-        ("--batch-size", o.batch_size, 1),
-        ("--max-new-tokens", o.max_new_tokens, 1),
-        ("--min-pixels", o.min_pixels, 784),
-        ("--max-pixels", o.max_pixels, 784),
-        ("--concurrency", o.concurrency, 1),
-        ("--max-retries", o.max_retries, 0),
-        ("--temperature", o.temperature, 0),
-    ):
-        if number is not None and number < least:
-            raise UsageError(f"{name} is {number}; it must be at least {least}")
-    if not 0 < o.timeout_s < math.inf:
-        raise UsageError(f"--timeout is {o.timeout_s}; it must be a number of seconds above 0")
     _check_sources(o)
     if o.asks_judge:
         if o.protocol == "vlmevalkit":
@@ -154,19 +190,12 @@ def check(o: EvalOptions) -> None:
 
 
 def _check_sources(o: EvalOptions) -> None:
-    names = {
-        "checkpoint": "CKPT",
-        "endpoint": "--endpoint",
-        "predictions": "--predictions",
-        "judged": "--judged",
-    }
     if len(o.sources) > 1:
         raise UsageError(
-            f"{' and '.join(names[s] for s in o.sources)} exclude each other",
+            f"{' and '.join(flag(s) for s in o.sources)} exclude each other",
             hint="one of them says what is evaluated",
         )
-    going_on = o.stage in ("judge", "score") and o.out is not None
-    if not o.sources and not going_on:
+    if not o.sources and not (o.stage in ("judge", "score") and o.out):
         raise UsageError(
             "nothing to evaluate",
             hint="give a checkpoint, --endpoint with --model, --predictions, --judged, or --stage judge with --out",

@@ -6,30 +6,34 @@ import contextlib
 import hashlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..core import console, prompts
 from ..core.errors import DataError, UsageError
 from ..core.files import append_jsonl, read_json, read_jsonl, write_text
 from ..run import checkpoint
-from .endpoint import Endpoint, Reply
-from .hallusion.judge import content_key, repair_tail
-from .hallusion.questions import Question, QuestionSet
+from .benchmark import Benchmark, QuestionSet, content_key
+from .endpoint import CallFailed, Endpoint, Reply
+from .judgements import repair_tail
 from .options import EvalOptions
-from .remote import Remote, fitted
+from .remote import data_url, fitted, with_image
 
 
 @dataclass
 class Plan:
     """What will generate, and how. `identity` is everything that decides a reply, apart from the question.
 
+    prompt: the instruction and system message that the model was trained with.
     runtime: where a local model ran (device, dtype), known once it is loaded.
     """
 
     identity: dict
     checkpoint: checkpoint.Checkpoint | None = None
     warnings: list[str] = field(default_factory=list)
+    prompt: prompts.Prompt = prompts.DEFAULT
     runtime: dict = field(default_factory=dict)
 
 
@@ -55,8 +59,9 @@ def plan(o: EvalOptions) -> Plan:
             warnings.append(f"{key} is {asked} as asked; the model was trained with {trained}")
     if pixels["min_pixels"] > pixels["max_pixels"]:
         raise UsageError(f"min_pixels ({pixels['min_pixels']}) is above max_pixels ({pixels['max_pixels']})")
+    prompt = prompts.Prompt(**contract.get("prompt") or {})
     trained_hash = contract.get("template_hash")
-    if trained_hash and trained_hash != prompts.template_hash():
+    if trained_hash and trained_hash != prompts.template_hash(prompt):
         warnings.append("the model was trained with another prompt template than this version of r1v asks with")
     identity = {
         "model": o.checkpoint or o.model,
@@ -64,18 +69,13 @@ def plan(o: EvalOptions) -> Plan:
         "base": o.base,
         "revision": o.revision,
         "fingerprint": found.fingerprint if found else None,
-        "template_hash": prompts.template_hash(),
+        "template_hash": prompts.template_hash(prompt),
         **pixels,
         "max_new_tokens": o.max_new_tokens,
         "temperature": o.temperature,
         "seed": o.seed if o.temperature else None,
     }
-    return Plan(identity, found, warnings)
-
-
-def question_key(identity: dict, question: Question, image: bytes | None) -> str:
-    """Content key of one reply."""
-    return content_key(identity, question.text, hashlib.sha256(image).hexdigest() if image else None)
+    return Plan(identity, found, warnings, prompt)
 
 
 def read_predictions(path: Path) -> dict[str, dict]:
@@ -97,10 +97,31 @@ def write_predictions(path: Path, records: dict[str, dict]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
 
 
-def generate(o: EvalOptions, planned: Plan, questions: QuestionSet, path: Path) -> dict[str, dict]:
+@dataclass(frozen=True)
+class Task:
+    """One question as it is asked: the conversation, its figure, and the content key of the reply."""
+
+    question: Any
+    messages: list[dict]
+    image: bytes | None
+    key: str
+
+
+def tasks(benchmark: Benchmark, planned: Plan, questions: QuestionSet) -> Iterator[Task]:
+    """All questions as they are asked."""
+    for q in questions.questions:
+        messages, image = benchmark.messages(q, planned.prompt), questions.image(q)
+        key = content_key(planned.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
+        yield Task(q, messages, image, key)
+
+
+def generate(
+    o: EvalOptions, benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path
+) -> dict[str, dict]:
     """Answer what is not in `path` yet; each answer is on disk as soon as its batch or call is finished.
 
-    Returns question id -> record, the official result format plus id, key, finish and token counts.
+    Returns question id -> record: the question's, plus id, key, finish, token counts, `cause` of an empty reply, and
+    `unanswered` (why) where there is none; such a question is asked again the next time.
 
     Raises:
         UsageError: `path` holds answers made with other settings; or the endpoint is down.
@@ -108,39 +129,37 @@ def generate(o: EvalOptions, planned: Plan, questions: QuestionSet, path: Path) 
     """
     repair_tail(path)
     before = read_predictions(path)
-    keys = {q.id: question_key(planned.identity, q, questions.image(q)) for q in questions.questions}
-    stale = [id_ for id_, record in before.items() if id_ in keys and record.get("key") != keys[id_]]
+    asked = {t.question.id: t for t in tasks(benchmark, planned, questions)}
+    stale = [id_ for id_, record in before.items() if id_ in asked and record.get("key") != asked[id_].key]
     if stale:
         raise UsageError(
             f"{path} holds answers of another model, other figures or other settings",
             details=stale[:3],
             hint="choose another --out, or delete the file",
         )
-    found = {id_: record for id_, record in before.items() if id_ in keys}
-    todo = [q for q in questions.questions if q.id not in found]
+    found = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
+    todo = [t for t in asked.values() if t.question.id not in found]
     if found and todo:
         console.log(f"{len(found)} answers are there already, {len(todo)} to go")
 
-    def keep(q: Question, text: str, finish: str | None, prompt_tokens: int, completion_tokens: int) -> None:
-        found[q.id] = {
-            "id": q.id,
-            "key": keys[q.id],
-            **q.record(),
+    def keep(t: Task, text: str, **more: Any) -> None:
+        found[t.question.id] = {
+            "id": t.question.id,
+            "key": t.key,
+            **t.question.record(),
             "model_prediction": text,
-            "finish": finish,
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
+            **more,
         }
-        append_jsonl(path, found[q.id])
+        append_jsonl(path, found[t.question.id])
 
     if todo and o.endpoint:
-        _remote(o, planned, questions, todo, keep)
+        _remote(o, planned, todo, keep)
     elif todo:
-        _local(o, planned, questions, todo, keep)
-    return {q.id: found[q.id] for q in questions.questions}
+        _local(o, planned, todo, keep)
+    return {id_: found[id_] for id_ in asked}
 
 
-def _local(o: EvalOptions, planned: Plan, questions: QuestionSet, todo: list[Question], keep) -> None:
+def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None]) -> None:
     assert planned.checkpoint is not None
     # Libraries print on import and while loading; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -155,6 +174,7 @@ def _local(o: EvalOptions, planned: Plan, questions: QuestionSet, todo: list[Que
             max_new_tokens=o.max_new_tokens,
             temperature=o.temperature,
             device=o.device,
+            dtype=o.dtype,
             seed=o.seed,
         )
         planned.runtime = {
@@ -162,38 +182,56 @@ def _local(o: EvalOptions, planned: Plan, questions: QuestionSet, todo: list[Que
             "dtype": generator.dtype,
             "figures_encoded_once": generator.reuse,
         }
-        by_id = {q.id: q for q in todo}
+        by_id = {t.question.id: t for t in todo}
 
-        def done(job: Job, answer: Answer) -> None:
-            keep(by_id[job.id], answer.text, answer.finish, answer.prompt_tokens, answer.completion_tokens)
+        def done(job: Job, a: Answer) -> None:
+            cause = None if a.text.strip() else "empty"
+            counts = {"prompt_tokens": a.prompt_tokens, "completion_tokens": a.completion_tokens}
+            keep(by_id[job.id], a.text, finish=a.finish, cause=cause, **counts)
 
-        generator.run([Job(q.id, q.text, questions.image(q)) for q in todo], o.batch_size, done)
+        generator.run([Job(t.question.id, t.messages, t.image) for t in todo], o.batch_size, done)
 
 
-def _remote(o: EvalOptions, planned: Plan, questions: QuestionSet, todo: list[Question], keep) -> None:
-    remote = Remote(
-        Endpoint(o.endpoint, o.model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env),
-        planned.identity["min_pixels"],
-        planned.identity["max_pixels"],
-        o.max_new_tokens,
-        o.temperature,
-    )
+def _remote(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None]) -> None:
+    endpoint = Endpoint(o.endpoint, o.model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env)
+    limits = planned.identity["min_pixels"], planned.identity["max_pixels"]
+    left = {t.question.id: t for t in todo}
+    why: dict[str, str] = {}
     with console.progress("generate", len(todo)) as bar:
 
-        def done(question: Question, reply: Reply) -> None:
-            keep(question, reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens)
+        async def work(t: Task) -> Reply:
+            url = data_url(t.image, *limits) if t.image else None
+            try:
+                return await endpoint.ask(with_image(t.messages, url), o.max_new_tokens, o.temperature)
+            except CallFailed as e:
+                why[t.question.id] = e.kind
+                raise
+
+        def done(t: Task, r: Reply) -> None:
+            cause = getattr(r, "cause", None) or (None if r.text.strip() else "empty")
+            counts = {"prompt_tokens": r.prompt_tokens, "completion_tokens": r.completion_tokens}
+            keep(t, r.text, finish=r.finish, cause=cause, **counts)
+            left.pop(t.question.id)
             bar.advance()
 
-        failed = remote.run(todo, questions.image, done)
-    if failed:
+        failed = endpoint.run(todo, work, done)
+    if failed and not o.count_unanswered_wrong:
         raise DataError(
-            f"{sum(failed.values())} of {len(todo)} questions got no answer from {o.endpoint}",
+            f"{len(left)} of {len(todo)} questions got no answer from {o.endpoint}",
             details=[f"{count} x {kind}" for kind, count in failed.items()],
-            hint="the others are kept; the same command asks only for these again",
+            hint="the others are kept; the same command asks only for these again, and "
+            "--count-unanswered-wrong counts them as not right",
         )
+    if len(left) == len(todo) > 1:
+        raise DataError(
+            f"none of {len(todo)} questions got an answer from {o.endpoint}",
+            details=[f"{count} x {kind}" for kind, count in failed.items()],
+        )
+    for id_, t in left.items():
+        keep(t, "", unanswered=why[id_])
 
 
-def estimate(planned: Plan, questions: QuestionSet, path: Path) -> dict:
+def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path) -> dict:
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
     import io
 
@@ -201,13 +239,13 @@ def estimate(planned: Plan, questions: QuestionSet, path: Path) -> dict:
 
     done = read_predictions(path)
     text = images = calls = 0
-    for q in questions.questions:
-        if q.id in done:
+    for t in tasks(benchmark, planned, questions):
+        if t.question.id in done and not done[t.question.id].get("unanswered"):
             continue
         calls += 1
-        text += len(prompts.user_text(q.text)) // 4
-        if image := questions.image(q):
-            with Image.open(io.BytesIO(image)) as opened:
+        text += sum(len(part.get("text", "")) for m in t.messages for part in m["content"]) // 4
+        if t.image:
+            with Image.open(io.BytesIO(t.image)) as opened:
                 width, height = fitted(*opened.size, planned.identity["min_pixels"], planned.identity["max_pixels"])
             images += width * height // 784
     return {

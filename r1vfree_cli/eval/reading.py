@@ -90,18 +90,3 @@ def judged_text(reply: str, judge_input: str) -> str:
         return reply
     answer = parse(reply).answer
     return reply if answer is None else answer
-
-
-def agreement(replies: dict[str, str], gts: dict[str, int], codes: dict[str, int | None]) -> dict:
-    """Judge against rule: how often the judge's verdict is the rule's, over judged questions.
-
-    `readable` counts only replies in which the rule finds a yes or no.
-    """
-    rule = {key: rule_code(reply, gts[key]) for key, reply in replies.items() if codes[key] is not None}
-    readable = [key for key, code in rule.items() if code != UNCLEAR]
-    return {
-        "n": len(rule),
-        "agree": sum(code == codes[key] for key, code in rule.items()),
-        "readable": len(readable),
-        "agree_readable": sum(rule[key] == codes[key] for key in readable),
-    }

@@ -5,12 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from ..core.prompts import build_messages
-from .endpoint import Endpoint, Reply
-from .hallusion.questions import Question
 
 _FACTOR = 28  # pixels a side of one visual token of Qwen2-VL and Qwen2.5-VL
 
@@ -42,40 +36,7 @@ def data_url(image: bytes, min_pixels: int, max_pixels: int) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def messages(text: str, url: str | None) -> list[dict]:
-    """The conversation of `prompts.build_messages`, its image placeholder replaced by the image."""
-    found = build_messages(text, int(url is not None))
-    for part in found[0]["content"]:
-        if part["type"] == "image":
-            part.update(type="image_url", image_url={"url": url})
-    return found
-
-
-@dataclass(frozen=True)
-class Remote:
-    """How to ask an endpoint for answers."""
-
-    endpoint: Endpoint
-    min_pixels: int
-    max_pixels: int
-    max_new_tokens: int
-    temperature: float
-
-    def run(
-        self,
-        questions: list[Question],
-        image: Callable[[Question], bytes | None],
-        done: Callable[[Question, Reply], None],
-    ) -> dict[str, int]:
-        """Ask all questions; returns how many failed for good, by kind.
-
-        Raises:
-            UsageError: the endpoint is down or refuses.
-        """
-
-        async def work(question: Question) -> Reply:
-            figure = image(question)
-            url = data_url(figure, self.min_pixels, self.max_pixels) if figure else None
-            return await self.endpoint.ask(messages(question.text, url), self.max_new_tokens, self.temperature)
-
-        return dict(self.endpoint.run(questions, work, done))
+def with_image(messages: list[dict], url: str | None) -> list[dict]:
+    """The conversation, its image placeholder replaced by the image."""
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    return [m | {"content": [picture if part["type"] == "image" else part for part in m["content"]]} for m in messages]

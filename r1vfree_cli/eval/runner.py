@@ -1,7 +1,7 @@
-"""`r1v eval-hallusion`: generate, judge, score. Stages exchange files in the eval dir, so each can be run alone.
+"""`r1v eval NAME`: generate, judge, score. Stages exchange files in the eval dir, so each can be run alone.
 
-The eval dir: `eval.json` (what and how), `predictions.jsonl`, `judgements.jsonl`, `judged.json` (the official result
-format), `scores.json` (what `--json` prints).
+The eval dir: `eval.json` (what and how), `predictions.jsonl`, `judgements.jsonl`, `judged.json` (questions, replies and
+verdicts; HallusionBench's in the official result format), `scores.json` (what `--json` prints).
 """
 
 from __future__ import annotations
@@ -10,24 +10,40 @@ import re
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core import console
-from ..core.errors import DataError
-from ..core.files import read_json, write_json, write_text
+from ..core.errors import DataError, UsageError, nearest
+from ..core.files import read_object, write_json, write_text
 from ..core.prompts import template_hash
 from ..run import contract
-from . import predict, reading
+from . import judgements, predict, reading
+from .benchmark import Benchmark, QuestionSet, content_key, find
 from .endpoint import Endpoint
-from .hallusion import judge, questions, score
-from .hallusion.judge import Outcome
-from .hallusion.questions import Question, QuestionSet
-from .hallusion.result import Other, build, dump_judged, load_other, same_questions
-from .options import EvalOptions, check, check_gates
+from .judgements import Outcome
+from .lock import lock
+from .options import EvalOptions, check, check_gates, parse_gates
+from .result import Evidence, Other, build, dump_judged, load_other, same_questions
 from .show import print_scores
 
 __all__ = ["EvalOptions", "check_gates", "evaluate", "print_scores"]
+
+
+@dataclass
+class Work:
+    """One evaluation under way. `records` (question id -> reply) is None when they have to be generated."""
+
+    o: EvalOptions
+    benchmark: Benchmark
+    protocol: str
+    out: Path
+    plan: predict.Plan = field(default_factory=lambda: predict.Plan({}))
+    asked: QuestionSet = field(default_factory=lambda: QuestionSet([]))
+    records: dict[str, dict] | None = None
+    other: Other | None = None
 
 
 def evaluate(o: EvalOptions) -> dict:
@@ -36,82 +52,61 @@ def evaluate(o: EvalOptions) -> dict:
     Call `check_gates(doc, o.fail_under)` after printing.
 
     Raises:
-        UsageError: wrong options, an endpoint that is down, an eval dir of something else.
-        DataError: bad questions, figures, predictions or checkpoint; unjudged questions without `allow_unjudged`.
+        UsageError: wrong options, an endpoint that is down, an eval dir of something else or in use.
+        DataError: bad questions, figures, predictions or checkpoint; unjudged questions without `allow_unjudged`;
+            too many empty replies.
     """
     check(o)
-    other = load_other(o.compare_to, o.protocol) if o.compare_to else None
-    if o.judged:
-        return _score_judged(o, o.judged, other)
-    out = o.out or _default_out(o)
-    chat = _chat(o) if o.asks_judge else None
-    if chat and not o.estimate:
-        chat.endpoint.check()
-    planned, asked, records = _open(o, out)
-    if chat:
-        judge.check_references(asked.questions)  # known before anything is generated
-    if other:
-        same_questions([q.item for q in asked.questions], other)
-    if o.estimate:
-        return {"estimate": _estimate(o, out, planned, asked, records)}
-    return _stages(o, out, planned, asked, records, other)
+    benchmark = find(o.benchmark)
+    parse_gates(o.fail_under, benchmark.metrics)
+    if o.judge == "chat" and not benchmark.chat:
+        raise UsageError(f"the benchmark {o.benchmark} has no chat judge", hint="leave out --judge chat")
+    protocol = _protocol(o, benchmark)
+    w = Work(o, benchmark, protocol, o.out or _default_out(o, protocol))
+    if o.compare_to:
+        w.other = load_other(o.compare_to, benchmark, protocol)
+    writes = bool(o.out) if o.judged else not o.estimate
+    with lock(w.out, "eval dir") if writes else nullcontext():
+        if o.judged:
+            return _score_judged(w, o.judged)
+        if o.asks_judge:
+            chat = _chat(o)
+            if not o.estimate:
+                chat.endpoint.check()
+        _open(w)
+        if o.asks_judge:
+            benchmark.check_chat(w.asked.questions)  # known before anything is generated
+        if w.other:
+            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other)
+        return {"estimate": _estimate(w)} if o.estimate else _stages(w)
 
 
-def _stages(
-    o: EvalOptions,
-    out: Path,
-    planned: predict.Plan,
-    asked: QuestionSet,
-    records: dict[str, dict] | None,
-    other: Other | None,
-) -> dict:
-    state = _state(out) | {
-        "schema": 1,
-        "identity": planned.identity,
-        "versions": contract.versions(),
-        "git_commit": contract.git_commit(Path.cwd()),
-    }
-    times, commands = state.setdefault("times", {}), state.setdefault("commands", {})
-    started = time.monotonic()
-
-    def save(stage: str) -> None:
-        nonlocal started
-        times[f"{stage}_s"] = round(times.get(f"{stage}_s", 0) + time.monotonic() - started, 3)
-        commands[stage] = sys.argv  # by stage: judging again must not hide how the replies were made
-        started = time.monotonic()
-        write_json(out / "eval.json", state)
-
-    if records is None:
-        state |= {
-            "contract": planned.checkpoint.contract if planned.checkpoint else {},
-            "warnings": planned.warnings,
+def _stages(w: Work) -> dict:
+    o, out = w.o, w.out
+    log = _Log(w)
+    if w.records is None:
+        log.state |= {
+            "contract": w.plan.checkpoint.contract if w.plan.checkpoint else {},
+            "warnings": w.plan.warnings,
             "asked": {
-                "source": asked.source,
+                "source": w.asked.source,
                 "images": str(o.images) if o.images else None,
-                "n": len(asked.questions),
-                "sha256": asked.sha256,
+                "n": len(w.asked.questions),
+                "sha256": w.asked.sha256,
             },
         }
-        save("generate")
-        records = predict.generate(o, planned, asked, out / "predictions.jsonl")
-        state["runtime"] = planned.runtime or state.get("runtime", {})
-        save("generate")
+        log.save("generate")
+        w.records = predict.generate(o, w.benchmark, w.plan, w.asked, out / "predictions.jsonl")
+        log.state["runtime"] = w.plan.runtime or log.state.get("runtime", {})
+        log.save("generate")
     if o.stage == "generate":
-        return {"stage": "generate", "out": str(out), "n_questions": len(records)}
+        return {"stage": "generate", "out": str(out), "n_questions": len(w.records)}
 
-    outcome = _judge(o, out, asked.questions, records, state)
+    outcome = _judge(w, w.records, log.state)
     if o.stage != "score":
-        save("judge")
-    items = outcome.items(asked.questions)
-    official = [
-        {k: v for k, v in records[i.id].items() if k not in ("id", "key")}
-        | {score.CODE: None if i.code is None else str(i.code), score.SAME: None if i.same is None else str(i.same)}
-        for i in items
-    ]
-    text = dump_judged(official)
-    if not (out / "judged.json").is_file() or (out / "judged.json").read_text(encoding="utf-8") != text:
-        (out / "scores.json").unlink(missing_ok=True)  # of other verdicts
-        write_text(out / "judged.json", text)
+        log.save("judge")
+    judged = outcome.judged(w.benchmark, w.asked.questions)
+    _store_judged(out, w.benchmark, judged, w.records)
     if outcome.unjudged and not o.allow_unjudged:
         raise DataError(
             f"{out}: {len(outcome.unjudged)} questions are unjudged, so there is no score",
@@ -119,112 +114,169 @@ def _stages(
             hint="the same command asks only for these again; --allow-unjudged counts them as not right",
         )
     if o.stage == "judge":
-        return {"stage": "judge", "out": str(out), "n_questions": len(items), "unjudged": len(outcome.unjudged)}
+        return {"stage": "judge", "out": str(out), "n_questions": len(judged), "unjudged": len(outcome.unjudged)}
 
-    settings = {**planned.identity, **state.get("runtime", {}), "judge": state["judge"], "questions": asked.source}
-    doc = build(o, items, records, settings, other, list(state.get("warnings") or []), len(outcome.unjudged))
-    doc["times"] = times
-    doc["out"] = str(out)
+    state = log.state
+    settings = {**w.plan.identity, **state.get("runtime", {}), "judge": state["judge"], "questions": w.asked.source}
+    warnings = list(state.get("warnings") or [])
+    found = Evidence(w.asked.questions, judged, w.records, settings, warnings, len(outcome.unjudged))
+    doc = build(o, w.benchmark, w.protocol, found, w.other)
+    doc |= {"times": state["times"], "out": str(out)}
     write_json(out / "scores.json", doc)
     return doc
+
+
+class _Log:
+    """`eval.json`: what was run how, and how long each stage took."""
+
+    def __init__(self, w: Work):
+        self.file = w.out / "eval.json"
+        self.started = time.monotonic()
+        self.state: dict[str, Any] = _state(w.out) | {
+            "schema": 1,
+            "benchmark": w.o.benchmark,
+            "identity": w.plan.identity,
+            "options": w.o.model_dump(mode="json"),
+            "versions": contract.versions(),
+            "git_commit": contract.git_commit(Path.cwd()),
+        }
+        for key in ("times", "commands"):
+            self.state.setdefault(key, {})
+
+    def save(self, stage: str) -> None:
+        now, times = time.monotonic(), self.state["times"]
+        times[f"{stage}_s"] = round(times.get(f"{stage}_s", 0) + now - self.started, 3)
+        self.state["commands"][stage] = sys.argv  # by stage: judging again must not hide how the replies were made
+        self.started = now
+        write_json(self.file, self.state)
+
+
+def _store_judged(out: Path, benchmark: Benchmark, judged: list[Any], records: dict[str, dict]) -> None:
+    """Write judged.json; scores of other verdicts go."""
+    kept = [{k: v for k, v in records[j.id].items() if k not in ("id", "key")} | benchmark.verdict(j) for j in judged]
+    text, file = dump_judged(kept), out / "judged.json"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        (out / "scores.json").unlink(missing_ok=True)
+        write_text(file, text)
 
 
 # --- what to work on -------------------------------------------------------------------------------------------
 
 
-def _state(out: Path) -> dict:
-    """`eval.json`, {} when there is none."""
-    file = out / "eval.json"
-    found = read_json(file) if file.is_file() else {}
-    if not isinstance(found, dict):
-        raise DataError(f"{file} is damaged: it holds no object")
+def _protocol(o: EvalOptions, benchmark: Benchmark) -> str:
+    if not benchmark.protocols:
+        if o.protocol:
+            raise UsageError(f"--protocol is {o.protocol!r}; the benchmark {o.benchmark} has one way to score only")
+        return benchmark.name
+    found = o.protocol or benchmark.protocols[0]
+    if found not in benchmark.protocols:
+        near = nearest(found, benchmark.protocols)
+        raise UsageError(
+            f"--protocol is {found!r}; allowed: {', '.join(benchmark.protocols)}",
+            hint=f"did you mean {near}?" if near else None,
+        )
     return found
 
 
-def _open(o: EvalOptions, out: Path) -> tuple[predict.Plan, QuestionSet, dict[str, dict] | None]:
-    """(plan, questions, records); records are None when they have to be generated."""
-    file = out / "predictions.jsonl"
+def _state(out: Path) -> dict:
+    """`eval.json`, {} when there is none."""
+    file = out / "eval.json"
+    return read_object(file) if file.is_file() else {}
+
+
+def _open(w: Work) -> None:
+    """Set plan, asked and records; the latter stay None when they have to be generated."""
+    o, file = w.o, w.out / "predictions.jsonl"
     if o.predictions:
-        planned = predict.Plan(predict.identity_of_file(o.predictions) | {"protocol": o.protocol})
-        predict.claim(out, planned.identity)
-        known = _given(o) or questions.from_records(o.predictions)
-        asked = _chosen(o, known)
-        found = questions.load_predictions(o.predictions, known.questions, asked.questions)
-        records = {q.id: {"id": q.id, **q.record(), **found[q.id]} for q in asked.questions}
+        w.plan = predict.Plan(predict.identity_of_file(o.predictions) | {"protocol": w.protocol})
+        predict.claim(w.out, w.plan.identity)
+        _take(w, o.predictions)
         if not o.estimate:
-            predict.write_predictions(file, records)
-        return planned, asked, records
-    if not o.sources:
-        return _go_on(o, out, file)
-    planned = predict.plan(o)
-    planned.identity["protocol"] = o.protocol
-    predict.claim(out, planned.identity)
-    for warning in planned.warnings:
-        console.warn(warning)
-    if o.stage in ("judge", "score"):
-        return _go_on(o, out, file)
-    return planned, _chosen(o, questions.load(o.questions, o.images, needed=lambda q: _wanted(o, q))), None
+            predict.write_predictions(file, w.records or {})
+        return
+    if o.sources:
+        w.plan = predict.plan(o)
+        w.plan.identity["protocol"] = w.protocol
+        predict.claim(w.out, w.plan.identity)
+        for warning in w.plan.warnings:
+            console.warn(warning)
+        if o.stage in ("generate", "all"):
+            asked = w.benchmark.questions(o.questions, o.images, lambda q: w.benchmark.wanted(q, w.protocol))
+            w.asked = _chosen(w, asked)
+            return
+    _go_on(w, file)
 
 
-def _go_on(o: EvalOptions, out: Path, file: Path) -> tuple[predict.Plan, QuestionSet, dict[str, dict]]:
+def _go_on(w: Work, file: Path) -> None:
     """What an earlier generate stage left in the eval dir."""
-    state = _state(out)
+    state = _state(w.out)
     if not isinstance(state.get("identity"), dict) or not file.is_file():
-        raise DataError(f"{out} holds no predictions", hint="run --stage generate first, or give --predictions")
-    planned = predict.Plan(state["identity"])
-    if planned.identity.get("protocol") != o.protocol:
-        predict.claim(out, planned.identity | {"protocol": o.protocol})
+        raise DataError(f"{w.out} holds no predictions", hint="run --stage generate first, or give --predictions")
+    w.plan = predict.Plan(state["identity"])
+    if w.plan.identity.get("protocol") != w.protocol:
+        predict.claim(w.out, w.plan.identity | {"protocol": w.protocol})
     found = predict.read_predictions(file)
     if len(found) < (state.get("asked") or {}).get("n", 0):
         raise DataError(
             f"{file} holds {len(found)} of {state['asked']['n']} answers", hint="run the generate stage to its end"
         )
-    known = _given(o) or questions.from_records(file)
-    asked = _chosen(o, known)
-    return planned, asked, questions.load_predictions(file, known.questions, asked.questions)
+    _take(w, file)
+    unanswered = sum(bool(r.get("unanswered")) for r in (w.records or {}).values())
+    if unanswered and not w.o.count_unanswered_wrong:
+        raise DataError(
+            f"{unanswered} questions of {w.out} have no answer",
+            hint="run the generate stage again, or --count-unanswered-wrong counts them as not right",
+        )
 
 
-def _given(o: EvalOptions) -> QuestionSet | None:
-    return questions.load(o.questions, needed=lambda q: False) if o.questions else None
+def _take(w: Work, file: Path) -> None:
+    """Questions and records of a file of predictions; the questions are `--questions`', else those it carries."""
+    o = w.o
+    known = w.benchmark.questions(o.questions, None, lambda q: False) if o.questions else w.benchmark.carried(file)
+    w.asked = _chosen(w, known)
+    found = w.benchmark.load_predictions(file, known.questions, w.asked.questions)
+    w.records = {q.id: {"id": q.id, **q.record(), **found[q.id]} for q in w.asked.questions}
 
 
-def _wanted(o: EvalOptions, question: Question) -> bool:
-    return o.protocol == "official" or question.needs_image
-
-
-def _chosen(o: EvalOptions, known: QuestionSet) -> QuestionSet:
+def _chosen(w: Work, known: QuestionSet) -> QuestionSet:
     """The protocol's questions, the first `limit` of them."""
-    asked = known.only(lambda q: _wanted(o, q))
+    asked = known.only(lambda q: w.benchmark.wanted(q, w.protocol), w.o.limit)
     if not asked.questions:
-        raise DataError(f"{known.source} has no image questions, which protocol {o.protocol} is about")
-    asked.questions = asked.questions[: o.limit]
+        raise DataError(f"{known.source} has no image questions, which protocol {w.protocol} is about")
     return asked
 
 
-def _default_out(o: EvalOptions) -> Path:
+def _default_out(o: EvalOptions, protocol: str) -> Path:
     name = str(o.checkpoint or o.model or o.predictions)
     parts = [p for p in re.split(r"[^\w.-]+", name) if p.strip(".")]
-    suffix = "" if o.protocol == "official" else f"-{o.protocol}"
+    suffix = "" if protocol == "official" else f"-{protocol}"
     return Path("evals", "-".join(parts[-2:]) + suffix)
 
 
 # --- judging ---------------------------------------------------------------------------------------------------
 
 
-def _judge(
-    o: EvalOptions, out: Path, asked: list[Question], records: dict[str, dict], state: dict[str, Any]
-) -> Outcome:
+def _replies(w: Work, records: dict[str, dict]) -> dict[str, str | None]:
+    """Question id -> the text to be judged, None where there is no answer."""
+    return {
+        id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], w.o.judge_input)
+        for id_, r in records.items()
+    }
+
+
+def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
     """Judge what is not judged yet; `state["judge"]` says by whom."""
-    file = out / "judgements.jsonl"
+    o, file, asked = w.o, w.out / "judgements.jsonl", w.asked.questions
     if o.stage == "score":
         if not file.is_file() or not isinstance(state.get("judge"), dict):
-            raise DataError(f"{out} holds no judgements", hint="run --stage judge first")
-        return judge.as_judged(asked, judge.read_judgements(file))
-    replies = {q.id: reading.judged_text(records[q.id]["model_prediction"], o.judge_input) for q in asked}
+            raise DataError(f"{w.out} holds no judgements", hint="run --stage judge first")
+        return judgements.as_judged(w.benchmark, asked, judgements.read(file))
+    replies = _replies(w, records)
     if o.judge == "rule":
-        outcome = judge.by_rule(asked, replies, file)
         state["judge"] = {"kind": "rule", "judge_input": o.judge_input}
-        return outcome
+        return judgements.by_rule(w.benchmark, asked, replies, file)
+    from .hallusion import judge
+
     chat = _chat(o)
     # Said before the first call, so that a stage score after a kill knows whose verdicts these are.
     state["judge"] = {
@@ -232,70 +284,76 @@ def _judge(
         "model": o.judge_model,
         "base_url": o.judge_base_url,
         "judge_input": o.judge_input,
-        "prompt_sha256": judge.content_key(chat.prompt),
+        "prompt_sha256": content_key(chat.prompt),
     }
-    write_json(out / "eval.json", state)
-    outcome = judge.by_chat(asked, replies, file, chat)
+    write_json(w.out / "eval.json", state)
+    outcome = judge.by_chat(w.benchmark, asked, replies, file, chat)
     answered = Counter(j.judge for j in outcome.judgements.values() if j.code is not None)
     state["judge"] |= {"answered_as": dict(answered), **outcome.cost()}
     return outcome
 
 
-def _chat(o: EvalOptions) -> judge.ChatJudge:
-    endpoint = Endpoint(o.judge_base_url, o.judge_model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env)
-    return judge.ChatJudge(endpoint, judge.load_prompt(o.judge_prompt))
+def _chat(o: EvalOptions) -> Any:
+    from .hallusion.judge import ChatJudge, load_prompt
+
+    model, key = o.judge_model or "", o.judge_api_key_env
+    endpoint = Endpoint(o.judge_base_url, model, o.timeout_s, o.max_retries, o.concurrency, key)
+    return ChatJudge(endpoint, load_prompt(o.judge_prompt))
 
 
-def _estimate(
-    o: EvalOptions, out: Path, planned: predict.Plan, asked: QuestionSet, records: dict[str, dict] | None
-) -> dict:
+def _estimate(w: Work) -> dict:
     """Calls and tokens by stage; nothing is asked and nothing is written."""
-    found: dict[str, Any] = {"n_questions": len(asked.questions)}
+    found: dict[str, Any] = {"n_questions": len(w.asked.questions)}
+    file, records = w.out / "predictions.jsonl", w.records
     if records is None:
-        found["generate"] = predict.estimate(planned, asked, out / "predictions.jsonl")
-        records = predict.read_predictions(out / "predictions.jsonl")
-    if o.judge == "chat" and o.stage != "generate":
-        replies = {id_: reading.judged_text(r["model_prediction"], o.judge_input) for id_, r in records.items()}
-        found["judge"] = judge.estimate(asked.questions, replies, out / "judgements.jsonl", _chat(o))
+        found["generate"] = predict.estimate(w.benchmark, w.plan, w.asked, file)
+        records = predict.read_predictions(file)
+    if w.o.asks_judge:
+        from .hallusion import judge
+
+        replies = {id_: text for id_, text in _replies(w, records).items() if text is not None}
+        found["judge"] = judge.estimate(w.asked.questions, replies, w.out / "judgements.jsonl", _chat(w.o))
     return found
 
 
 # --- a file judged elsewhere -----------------------------------------------------------------------------------
 
 
-def _score_judged(o: EvalOptions, path: Path, other: Other | None) -> dict:
-    items, records = questions.load_judged(path)
+def _score_judged(w: Work, path: Path) -> dict:
+    o, benchmark = w.o, w.benchmark
+    judged, records = benchmark.load_judged(path)
     if o.questions:
-        known = {q.id: q.item for q in questions.load(o.questions, needed=lambda q: False).questions}
-        wrong = [i.id for i in items if i.id not in known or (known[i.id].gt, known[i.id].visual_input) != (i.gt, i.visual_input)]  # fmt: skip
-        missing = known.keys() - {i.id for i in items}
-        if wrong or missing:
-            raise DataError(
-                f"{path} is about another question set: {len(wrong)} questions unknown or different, "
-                f"{len(missing)} missing",
-                details=[*wrong[:3], *sorted(missing)[:3]],
-            )
-    if o.limit:
-        items = items[: o.limit]
-    unjudged = sum(i.code is None for i in items)
+        _same_set(benchmark, o.questions, judged, path)
+    judged, records = judged[: o.limit], records[: o.limit]
+    unjudged = sum(j.code is None for j in judged)
     if unjudged and not o.allow_unjudged:
         raise DataError(
-            f"{path}: {unjudged} questions are unjudged ({score.CODE} missing or null), so there is no score",
+            f"{path}: {unjudged} questions are unjudged (verdict missing or null), so there is no score",
             hint="--allow-unjudged counts them as not right",
         )
-    by_id = {i.id: r for i, r in zip(items, records)}
+    questions = [benchmark.from_record(r, str(path)) for r in records]
     settings = {"model": path.stem, "judged": str(path), "judge": {"kind": "file"}}
-    doc = build(o, items, by_id, settings, other, [], unjudged)
+    by_id = {j.id: r for j, r in zip(judged, records)}
+    doc = build(o, benchmark, w.protocol, Evidence(questions, judged, by_id, settings, [], unjudged), w.other)
     if o.out:
         doc["out"] = str(o.out)
-        identity = {"model": path.stem, "judged": judge.content_key(records), "protocol": o.protocol}
-        predict.claim(o.out, identity)
-        write_json(
-            o.out / "eval.json",
-            _state(o.out)
-            | {"schema": 1, "identity": identity, "commands": {"score": sys.argv}, "template_hash": template_hash()}
-            | {"judge": settings["judge"], "versions": contract.versions()},
-        )
+        w.plan = predict.Plan({"model": path.stem, "judged": content_key(records), "protocol": w.protocol})
+        predict.claim(o.out, w.plan.identity)
+        log = _Log(w)
+        log.state |= {"template_hash": template_hash(), "judge": settings["judge"]}
+        log.save("score")
         write_text(o.out / "judged.json", dump_judged(records))
         write_json(o.out / "scores.json", doc)
     return doc
+
+
+def _same_set(benchmark: Benchmark, source: str, judged: list[Any], path: Path) -> None:
+    """Raises DataError unless the file is about exactly these questions."""
+    known = {q.id: benchmark.judged(q, None) for q in benchmark.questions(source, None, lambda q: False).questions}
+    wrong = [j.id for j in judged if j.id not in known or known[j.id].key != j.key]
+    missing = known.keys() - {j.id for j in judged}
+    if wrong or missing:
+        raise DataError(
+            f"{path} is about another question set: {len(wrong)} questions unknown or different, {len(missing)} missing",
+            details=[*wrong[:3], *sorted(missing)[:3]],
+        )

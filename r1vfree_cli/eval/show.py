@@ -1,9 +1,11 @@
-"""A result for people: tables on stdout."""
+"""A result for people: tables on stdout, what makes it mean little before them."""
 
 from __future__ import annotations
 
 from ..core import console
-from .hallusion.score import METRICS
+from .result import causes
+
+LARGE = 0.05  # share of unreadable replies that belongs above the table
 
 
 def print_scores(doc: dict) -> None:
@@ -17,32 +19,28 @@ def print_scores(doc: dict) -> None:
 
 
 def _scores(doc: dict) -> None:
-    settings = doc["settings"]
+    for line in _doubts(doc):
+        console.emit(line)
+    metrics, name = list(doc["metrics"]), doc["title"]
+    protocol = f", protocol {doc['protocol']}" if "diagnostics" in doc else ""
     console.emit_table(
-        f"HallusionBench, protocol {doc['protocol']}: {settings.get('model')}",
-        ["", *METRICS],
+        f"{name}{protocol}: {doc['settings'].get('model')}",
+        ["", *metrics],
         [
-            ["right / total", *(f"{right}/{total}" for right, total in doc["counts"].values())],
-            ["percent", *(_percent(doc["metrics"][m]) for m in METRICS)],
-            ["95 % interval", *(_interval(doc["intervals"][m]) for m in METRICS)],
+            ["count", *(f"{right}/{total}" for right, total in doc["counts"].values())],
+            ["percent", *(_percent(doc["metrics"][m]) for m in metrics)],
+            ["95 % interval", *(_interval(doc["intervals"][m]) for m in metrics)],
             *(
-                [name.replace("_", "-"), *(_percent(base["metrics"][m]) for m in METRICS)]
+                [name.replace("_", "-"), *(_percent(base["metrics"][m]) for m in metrics)]
                 for name, base in doc["baselines"].items()
             ),
         ],
     )
-    console.emit_table(
-        "By category",
-        ["", *(m.removesuffix("_aAcc") for m in METRICS), "language", "illusion", "mixed"],
-        [
-            [
-                name,
-                *(_percent(part["metrics"][m]) for m in METRICS),
-                *(part["diagnostics"][k] for k in ("language_hallucination", "visual_illusion", "mixed")),
-            ]
-            for name, part in {**doc["by_category"], **doc["by_subcategory"], "all": doc}.items()
-        ],
-    )
+    if "diagnostics" in doc:
+        _categories(doc)
+    elif doc["by_part"]:
+        rows = [[name, *(_percent(part["metrics"][m]) for m in metrics)] for name, part in doc["by_part"].items()]
+        console.emit_table("By part", ["", *metrics], rows)
     for line in _notes(doc):
         console.emit(line)
     if "comparison" in doc:
@@ -51,7 +49,47 @@ def _scores(doc: dict) -> None:
         console.warn(warning)
 
 
-def _notes(doc: dict) -> list[str]:
+def _doubts(doc: dict) -> list[str]:
+    """The first lines: when the table below them means little."""
+    found = []
+    f = doc.get("answer_format")
+    if f and f["unreadable"] > LARGE * f["n"]:
+        found.append(f"{f['unreadable']} of {f['n']} replies unreadable: no answer could be found in them")
+    if doc["unanswered"]["n"]:
+        n = doc["unanswered"]["n"]
+        found.append(
+            f"{n} of {doc['n_questions']} questions have no answer and count as not right: {causes(doc['unanswered'])}"
+        )
+    below = below_constant(doc)
+    if below:
+        found.append("no better than always giving one answer: " + ", ".join(below))
+    return found
+
+
+def below_constant(doc: dict) -> list[str]:
+    """Metrics in which a constant reply is at least as good; those that every constant reply fills are left out."""
+    found = []
+    for metric, value in doc["metrics"].items():
+        constant = [base["metrics"][metric] for base in doc["baselines"].values()]
+        best = max((c for c in constant if c is not None), default=None)
+        if value is not None and best is not None and value <= best and metric not in ("yes_rate", "recall"):
+            found.append(metric)
+    return found
+
+
+def _categories(doc: dict) -> None:
+    metrics, kinds = list(doc["metrics"]), ("language_hallucination", "visual_illusion", "mixed")
+    console.emit_table(
+        "By category",
+        ["", *(m.removesuffix("_aAcc") for m in metrics), "language", "illusion", "mixed"],
+        [
+            [name, *(_percent(part["metrics"][m]) for m in metrics), *(part["diagnostics"][k] for k in kinds)]
+            for name, part in {**doc["by_category"], **doc["by_subcategory"], "all": doc}.items()
+        ],
+    )
+
+
+def _hallusion_notes(doc: dict) -> list[str]:
     d = doc["diagnostics"]
     c = d["consistency"]
     fp = "none wrong" if d["fp_ratio"] is None else f"{d['fp_ratio']:.3f}"
@@ -60,6 +98,17 @@ def _notes(doc: dict) -> list[str]:
         f"figures: {c['correct']} correct, {c['inconsistent']} inconsistent, {c['wrong']} wrong",
         f"yes/no bias: pct diff {d['yes_pct_diff']:+.3f}, fp ratio {fp}",
     ]
+    if doc["unclear_right"]:
+        lines.append(
+            f"{doc['unclear_right']} unclear replies count as right: text-only VS questions, which may be left open"
+        )
+    if "mean" in doc:
+        lines.append(f"mean of aAcc, fAcc and qAcc, as VLMEvalKit's leaderboard shows it: {_percent(doc['mean'])}")
+    return lines
+
+
+def _notes(doc: dict) -> list[str]:
+    lines = _hallusion_notes(doc) if "diagnostics" in doc else []
     judge = doc["settings"].get("judge") or {}
     who = " ".join(str(judge[k]) for k in ("kind", "model") if judge.get(k))
     lines.append(f"judge: {who}" + (f", shown the {judge['judge_input']}" if judge.get("judge_input") else ""))
@@ -67,12 +116,12 @@ def _notes(doc: dict) -> list[str]:
         cut = "not known" if f["cut_at_length"] is None else f["cut_at_length"]
         lines.append(
             f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags, cut at the length limit: {cut}, "
-            f"no yes or no readable: {f['unreadable']}"
+            f"no answer readable: {f['unreadable']}"
         )
-    if (a := doc.get("judge_agreement")) and judge.get("kind") != "rule":
+    if a := doc.get("judge_agreement"):
         lines.append(
             f"judge and rule agree on {a['agree']} of {a['n']} questions "
-            f"({a['agree_readable']} of the {a['readable']} with a readable yes or no)"
+            f"({a['agree_readable']} of the {a['readable']} with a readable answer)"
         )
     if "max_pixels" in doc["settings"]:
         s = doc["settings"]
@@ -84,17 +133,18 @@ def _notes(doc: dict) -> list[str]:
 
 
 def _comparison(c: dict) -> None:
+    metrics = list(c["metrics"])
     console.emit_table(
-        f"Compared with {c['with']} (paired; {c['sets']} sets, {c['draws']} draws)",
-        ["", *METRICS],
+        f"Compared with {c['with']} (paired; {c['sets']} clusters, {c['draws']} draws)",
+        ["", *metrics],
         [
-            ["difference", *(_signed(c["metrics"][m]["difference"]) for m in METRICS)],
-            ["95 % interval", *(_interval(c["metrics"][m]["interval"]) for m in METRICS)],
-            ["p (swapping sets)", *(_p(c["metrics"][m]["p_swap"]) for m in METRICS)],
+            ["difference", *(_signed(c["metrics"][m]["difference"]) for m in metrics)],
+            ["95 % interval", *(_interval(c["metrics"][m]["interval"]) for m in metrics)],
+            ["p (swapping clusters)", *(_p(c["metrics"][m]["p_swap"]) for m in metrics)],
         ],
     )
     m = c["mcnemar"]
-    console.emit(f"questions gained {m['gained']}, lost {m['lost']}; McNemar p {_p(m['p'])} (it ignores sets)")
+    console.emit(f"questions gained {m['gained']}, lost {m['lost']}; McNemar p {_p(m['p'])} (it ignores clusters)")
 
 
 def _estimate(e: dict) -> None:

@@ -1,47 +1,50 @@
-"""Intervals and tests that respect the benchmark's sets: questions of one set share figures and are not independent.
+"""Intervals and tests that respect a benchmark's clusters: questions of one cluster are not independent.
 
-The unit everywhere is the set (category, subcategory, set_id). All five metrics count groups inside a set, so a set
-is fully described by its [right, total] a metric, and resampling or swapping sets is linear algebra.
+The unit everywhere is the cluster (HallusionBench's set, an image, ...). Every metric is a sum over clusters divided
+by a sum over clusters, so a cluster is fully described by its [numerator, denominator] a metric, and resampling or
+swapping clusters is linear algebra.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .hallusion.score import METRICS, Item, groups
-
 DRAWS = 10_000
+_CELLS = 20_000_000  # draws x clusters in memory
+Score = Callable[[Sequence[Any]], dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
-class SetTable:
-    """right, total: (sets, metrics) counts; strata: (sets,) index of category_subcategory."""
+class ClusterTable:
+    """right, total: (clusters, metrics) numerators and denominators; strata: (clusters,) index of the stratum."""
 
-    sets: list[tuple]
+    metrics: list[str]
+    clusters: list[tuple]
     strata: np.ndarray
     right: np.ndarray
     total: np.ndarray
 
 
-def set_table(items: list[Item]) -> SetTable:
-    """Counts a set and metric, sets in sorted order."""
-    sets = sorted({item.set_key for item in items})
-    row = {key: i for i, key in enumerate(sets)}
-    names = sorted({key[:2] for key in sets})
-    right = np.zeros((len(sets), len(METRICS)))
-    total = np.zeros_like(right)
-    for m, metric in enumerate(METRICS):
-        for key, oks in groups(metric, items).items():
-            total[row[key[:3]], m] += 1
-            right[row[key[:3]], m] += all(oks)
-    return SetTable(sets, np.array([names.index(key[:2]) for key in sets]), right, total)
+def cluster_table(judged: Sequence[Any], score: Score) -> ClusterTable:
+    """Counts a cluster and metric, clusters in sorted order. A cluster's key but its last part is its stratum."""
+    members: dict[tuple, list] = {}
+    for j in judged:
+        members.setdefault(j.cluster, []).append(j)
+    clusters = sorted(members)
+    strata = sorted({key[:-1] for key in clusters})
+    rows = [score(members[key]) for key in clusters]
+    metrics = list(rows[0])
+    right, total = (np.array([[float(r[m][k]) for m in metrics] for r in rows]) for k in (0, 1))
+    return ClusterTable(metrics, clusters, np.array([strata.index(key[:-1]) for key in clusters]), right, total)
 
 
 def bootstrap_weights(strata: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """(draws, sets): how often each set is drawn when each stratum is resampled with replacement to its own size."""
+    """(draws, clusters): how often each cluster is drawn when each stratum is resampled with replacement to its own size."""
     rng = np.random.default_rng(seed)
     weights = np.empty((draws, len(strata)))
     for stratum in np.unique(strata):
@@ -50,35 +53,47 @@ def bootstrap_weights(strata: np.ndarray, draws: int, seed: int) -> np.ndarray:
     return weights
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray, level: float) -> list[float] | None:
-    drawn = denominator > 0
-    if not drawn.any():
-        return None
+def _quantiles(drawn: np.ndarray, level: float) -> list[float] | None:
+    drawn = drawn[np.isfinite(drawn)]
     tail = (1 - level) / 2
-    low, high = np.quantile(100 * numerator[drawn] / denominator[drawn], [tail, 1 - tail])
-    return [float(low), float(high)]
+    return [float(q) for q in np.quantile(drawn, [tail, 1 - tail])] if len(drawn) else None
 
 
-def intervals(items: list[Item], *, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> dict:
-    """Metric -> [low, high] in percent: percentile bootstrap over sets within strata; None when it counts nothing."""
-    table = set_table(items)
-    weights = bootstrap_weights(table.strata, draws, seed)
-    right, total = weights @ table.right, weights @ table.total
-    return {metric: _interval(right[:, m], total[:, m], level) for m, metric in enumerate(METRICS)}
+def intervals(judged: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> dict:
+    """Metric -> [low, high] in percent: percentile bootstrap over clusters within strata; None when it counts nothing."""
+    table = cluster_table(judged, score)
+    weights = bootstrap_weights(table.strata, _affordable(draws, table), seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        drawn = 100 * (weights @ table.right) / (weights @ table.total)
+    return {metric: _quantiles(drawn[:, m], level) for m, metric in enumerate(table.metrics)}
 
 
-def swap_p(difference: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Two-sided p of a swap test, one a column.
+def _affordable(draws: int, table: ClusterTable) -> int:
+    return min(draws, max(1000, _CELLS // len(table.clusters)))
 
-    Under the null hypothesis the two models' answers to a set can be exchanged, so the sign of each set's
-    difference is a coin toss. p = (1 + draws at least as extreme) / (1 + draws).
 
-    Args:
-        difference: (sets, columns) right answers of one model minus the other's.
+def _points(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
+    """a / of_a - b / of_b in percentage points, in one division; NaN where one counts nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 100 * (a * of_b - b * of_a) / (of_a * of_b)
+
+
+def swap_p(a: ClusterTable, b: ClusterTable, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Two-sided p of a swap test, one a metric.
+
+    Under the null hypothesis the two models' answers to a cluster can be exchanged, by a coin toss each.
+    p = (1 + draws at least as extreme) / (1 + draws).
     """
     rng = np.random.default_rng(seed)
-    signs = rng.integers(0, 2, size=(draws, len(difference))).astype(np.float64) * 2 - 1
-    extreme = np.abs(signs @ difference) >= np.abs(difference.sum(axis=0)) - 1e-9
+    signs = rng.integers(0, 2, size=(draws, len(a.clusters))).astype(np.float64) * 2 - 1
+
+    def swapped(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        both, moved = (x + y).sum(axis=0), signs @ (x - y)
+        return (both + moved) / 2, (both - moved) / 2
+
+    (right_a, right_b), (total_a, total_b) = swapped(a.right, b.right), swapped(a.total, b.total)
+    observed = _points(a.right.sum(axis=0), b.right.sum(axis=0), a.total.sum(axis=0), b.total.sum(axis=0))
+    extreme = ~(np.abs(_points(right_a, right_b, total_a, total_b)) < np.abs(observed) - 1e-9)
     return (1 + extreme.sum(axis=0)) / (1 + draws)
 
 
@@ -89,31 +104,34 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def compare(a: list[Item], b: list[Item], *, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> dict:
+def compare(
+    a: Sequence[Any], b: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95
+) -> dict:
     """The paired comparison of two results over the same questions, `a` minus `b`.
 
     Returns:
         `metrics`: metric -> {difference (percentage points), interval, p_swap}; `mcnemar`: {gained, lost, p};
-        `gained`, `lost`: question ids only `a`, only `b` has right; `sets`, `draws`, `seed`, `level`.
+        `gained`, `lost`: question ids only `a`, only `b` has right; `sets` (clusters), `draws`, `seed`, `level`.
 
     Raises:
         ValueError: the questions differ.
     """
-    ok_a, ok_b = ({item.id: item.ok for item in items} for items in (a, b))
+    ok_a, ok_b = ({j.id: j.ok for j in judged} for judged in (a, b))
     if ok_a.keys() != ok_b.keys():
         raise ValueError("the two results have different questions")
-    table_a, table_b = set_table(a), set_table(b)
-    difference = table_a.right - table_b.right
+    table_a, table_b = cluster_table(a, score), cluster_table(b, score)
+    draws = _affordable(draws, table_a)
     weights = bootstrap_weights(table_a.strata, draws, seed)
-    drawn, total = weights @ difference, weights @ table_a.total
-    p = swap_p(difference, draws, seed)
-    sums = table_a.total.sum(axis=0)
+    drawn = _points(*(weights @ x for x in (table_a.right, table_b.right, table_a.total, table_b.total)))
+    observed = _points(*(x.sum(axis=0) for x in (table_a.right, table_b.right, table_a.total, table_b.total)))
+    p = swap_p(table_a, table_b, draws, seed)
     metrics = {}
-    for m, metric in enumerate(METRICS):
+    for m, metric in enumerate(table_a.metrics):
+        counted = bool(np.isfinite(observed[m]))
         metrics[metric] = {
-            "difference": float(100 * difference[:, m].sum() / sums[m]) if sums[m] else None,
-            "interval": _interval(drawn[:, m], total[:, m], level),
-            "p_swap": float(p[m]) if sums[m] else None,
+            "difference": float(observed[m]) if counted else None,
+            "interval": _quantiles(drawn[:, m], level),
+            "p_swap": float(p[m]) if counted else None,
         }
     gained = [key for key in ok_a if ok_a[key] and not ok_b[key]]
     lost = [key for key in ok_a if ok_b[key] and not ok_a[key]]
@@ -122,7 +140,7 @@ def compare(a: list[Item], b: list[Item], *, draws: int = DRAWS, seed: int = 0, 
         "mcnemar": {"gained": len(gained), "lost": len(lost), "p": mcnemar(len(gained), len(lost))},
         "gained": gained,
         "lost": lost,
-        "sets": len(table_a.sets),
+        "sets": len(table_a.clusters),
         "draws": draws,
         "seed": seed,
         "level": level,

@@ -1,11 +1,11 @@
-"""The report's part on HallusionBench: the table, its parts, paired comparisons, and the answers that changed."""
+"""The report's part on a benchmark: the table, its parts, paired comparisons, and the answers that changed."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..eval.hallusion.score import METRICS
 from .changes import Changes, Comparison, changes, pair
 from .gallery import Album
 from .load import Eval, number, table
@@ -13,7 +13,14 @@ from .plots import Figure, Series, dots
 from .replies import find_figures, read_replies, stage_commands
 from .view import NONE, Cell, Table, duration, flatten, p_value, percent, plain, signed
 
-_NAMES = {"aAcc": "aAcc", "qAcc": "qAcc", "fAcc": "fAcc", "easy_aAcc": "easy", "hard_aAcc": "hard"}
+
+def _metrics(evals: list[Eval]) -> dict[str, str]:
+    """Metric -> its name in a table."""
+    return {m: m.removesuffix("_aAcc").replace("_", " ") for m in table(evals[0].scores.get("metrics"))}
+
+
+def _title(evals: list[Eval]) -> str:
+    return plain(evals[0].scores.get("title") or "HallusionBench")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class How:
 class Benchmark:
     """All that the templates print about the benchmark."""
 
+    title: str
     lead: str
     tables: list[Table]
     figures: list[Figure]
@@ -48,6 +56,7 @@ def view(evals: list[Eval], album: Album) -> Benchmark:
     by_label = {e.label: e for e in evals}
     tables = [_main(evals, comparisons), *_pairs(comparisons), _by_category(evals), _by_subcategory(evals)]
     return Benchmark(
+        title=_title(evals),
         lead=_lead(evals, comparisons),
         tables=[t for t in [*tables, _honest(evals)] if t.rows],
         figures=_figures(evals),
@@ -61,14 +70,16 @@ def view(evals: list[Eval], album: Album) -> Benchmark:
 def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
     text = (
         f"Protocol {evals[0].protocol}, {plain(evals[0].scores.get('n_questions'))} questions. Percent; below it the "
-        "count. easy and hard count (set, question) pairs, as the official leaderboard does in spite of their name."
+        "count."
     )
+    if "hard_aAcc" in _metrics(evals):
+        text += " easy and hard count (set, question) pairs, as the official leaderboard does in spite of their name."
     if comparisons:
         c = comparisons[0].result
         text += (
             f" Differences are percentage points against {evals[0].label}, paired question by question: "
-            f"{100 * c['level']:.0f} % intervals from {c['draws']:,} bootstrap draws over {c['sets']} sets within "
-            "category and subcategory, p from swapping the two models set by set. p values are not corrected for the "
+            f"{100 * c['level']:.0f} % intervals from {c['draws']:,} bootstrap draws over {c['sets']} sets of questions that "
+            "are not independent, p from swapping the two models set by set. p values are not corrected for the "
             "number of comparisons."
         )
     return text
@@ -120,27 +131,42 @@ def _score(part: Any, metric: str) -> tuple[float | None, str]:
 
 
 def _main(evals: list[Eval], comparisons: list[Comparison]) -> Table:
-    values = {m: [_score(e.scores, m)[0] for e in evals] for m in METRICS}
-    best = {m: max((v for v in found if v is not None), default=None) for m, found in values.items()}
+    names = _metrics(evals)
+    best = {m: _best([_score(e.scores, m)[0] for e in evals], _constants(evals[0], m)) for m in names}
     rows = []
     for e in evals:
         row = [Cell(e.label, _model(e))]
         paired: dict = next((c.result["metrics"] for c in comparisons if c.label == e.label), {})
-        for m in METRICS:
+        for m in names:
             value, count = _score(e.scores, m)
             lines = [count, _difference(paired[m]) if m in paired else ""]
             is_best = len(evals) > 1 and value is not None and value == best[m]
             row.append(Cell(percent(value), "\n".join(line for line in lines if line), is_best))
         rows.append(row)
     quiet = []
-    for key, name in (("always_yes", "always yes"), ("always_no", "always no")):
-        part = table(evals[0].scores.get("baselines")).get(key)
+    for name, part in _baselines(evals[0]).items():
         if part:
             quiet.append(len(rows))
-            rows.append([Cell(name, "baseline"), *[Cell(percent(v), c) for v, c in (_score(part, m) for m in METRICS)]])
+            rows.append([Cell(name, "baseline"), *[Cell(percent(v), c) for v, c in (_score(part, m) for m in names)]])
     return Table(
-        "HallusionBench, %", ["model", *_NAMES.values()], rows, "Bold: best of its column." * (len(evals) > 1), quiet
+        f"{_title(evals)}, %", ["model", *names.values()], rows, "Bold: best of its column." * (len(evals) > 1), quiet
     )
+
+
+def _baselines(e: Eval) -> dict[str, Any]:
+    """Name -> scores of a constant reply."""
+    return {str(k).replace("_", " "): v for k, v in table(e.scores.get("baselines")).items()}
+
+
+def _constants(e: Eval, metric: str) -> list[float]:
+    return [v for part in _baselines(e).values() if (v := _score(part, metric)[0]) is not None]
+
+
+def _best(values: list[float | None], constants: list[float]) -> float | None:
+    """The best value of a column; None in a tie, and where a constant reply is as good."""
+    known = [v for v in values if v is not None]
+    best = max(known, default=None)
+    return None if best is None or known.count(best) > 1 or best <= max(constants, default=-1) else best
 
 
 def _model(e: Eval) -> str:
@@ -174,10 +200,15 @@ def _by_category(evals: list[Eval]) -> Table:
         for e in evals:
             part = table(e.scores.get("by_category")).get(category)
             if part:
-                cells = [Cell(percent(v), c) for v, c in (_score(part, m) for m in METRICS)]
+                cells = [Cell(percent(v), c) for v, c in (_score(part, m) for m in _metrics(evals))]
                 head = Cell(e.label, f"{category}, {name}") if len(evals) > 1 else Cell(category, name)
                 rows.append([head, *cells])
-    return Table("By category, %", ["category", *_NAMES.values()], rows)
+    for name in dict.fromkeys(name for e in evals for name in table(e.scores.get("by_part"))):
+        for e in evals:
+            part = table(e.scores.get("by_part")).get(name)
+            cells = [Cell(percent(v), c) for v, c in (_score(part, m) for m in _metrics(evals))]
+            rows.append([Cell(e.label, name) if len(evals) > 1 else Cell(name), *cells])
+    return Table("By category, %", ["category", *_metrics(evals).values()], rows)
 
 
 def _subcategories(evals: list[Eval]) -> list[str]:
@@ -197,10 +228,12 @@ def _honest(evals: list[Eval]) -> Table:
     counts = lambda v: plain(number(v))  # noqa: E731
     found = [
         ("unjudged questions", "", ("unjudged",), counts),
+        ("questions without an answer", "counted as not right", ("unanswered", "n"), counts),
+        ("empty replies", "", ("empty", "n"), counts),
         ("replies without a usable answer in tags", "", ("answer_format", "no_answer_tags"), counts),
         ("replies cut at the length limit", "", ("answer_format", "cut_at_length"), counts),
-        ("replies with no readable yes or no", "", ("answer_format", "unreadable"), counts),
-        ("judge agrees with the yes/no rule", "", ("judge_agreement",), _agreement),
+        ("replies with no readable answer", "", ("answer_format", "unreadable"), counts),
+        ("judge agrees with the rule", "", ("judge_agreement",), _agreement),
         ("yes bias", "yes_pct_diff; 0 is unbiased", ("diagnostics", "yes_pct_diff"), lambda v: signed(v, 3)),
         ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", ("diagnostics", "fp_ratio"), _digits),
         ("language hallucination", "", ("diagnostics", "language_hallucination"), counts),
@@ -247,24 +280,26 @@ def _interval(e: Eval, metric: str) -> tuple[float, float] | None:
 
 
 def _figures(evals: list[Eval]) -> list[Figure]:
+    names = _metrics(evals)
     metrics = [
-        Series(e.label, [], [_score(e.scores, m)[0] for m in METRICS], [_interval(e, m) for m in METRICS])
-        for e in evals
+        Series(e.label, [], [_score(e.scores, m)[0] for m in names], [_interval(e, m) for m in names]) for e in evals
     ]
-    title = "HallusionBench" + " with 95 % intervals" * any(b for s in metrics for b in s.bounds or [])
+    title = _title(evals) + " with 95 % intervals" * any(b for s in metrics for b in s.bounds or [])
     marks = []
-    for key, name in (("always_yes", "always yes"), ("always_no", "always no")):
-        part = table(evals[0].scores.get("baselines")).get(key)
-        if part:
-            marks.append(Series(name, [], [_score(part, m)[0] for m in METRICS]))
-    figures = [dots("report-hallusionbench", title, list(_NAMES.values()), metrics, marks=marks)]
-    names = _subcategories(evals)
-    if names:
+    for name, part in _baselines(evals[0]).items():
+        marks.append(Series(name, [], [_score(part, m)[0] for m in names]))
+    figures = [
+        dots("report-" + re.sub(r"\W+", "-", _title(evals).lower()), title, list(names.values()), metrics, marks=marks)
+    ]
+    parts_of = _subcategories(evals)
+    if parts_of:
         parts = [
-            Series(e.label, [], [_score(table(e.scores.get("by_subcategory")).get(n), "aAcc")[0] for n in names])
+            Series(e.label, [], [_score(table(e.scores.get("by_subcategory")).get(n), "aAcc")[0] for n in parts_of])
             for e in evals
         ]
-        figures.append(dots("report-subcategories", "aAcc by subcategory", [n.replace("_", " ") for n in names], parts))
+        figures.append(
+            dots("report-subcategories", "aAcc by subcategory", [n.replace("_", " ") for n in parts_of], parts)
+        )
     return figures
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..core.errors import DataError
 from ..core.prompts import parse
-from ..eval.hallusion.score import Item
 from ..eval.stats import compare
 from .gallery import Album, Picture
 from .load import Eval, clean
-from .replies import Replies
+from .replies import Replies, benchmark_of
 
 SHOWN = 8  # questions shown of those gained, and of those lost
 MAX_CHARS = 3000  # of one reply
@@ -86,7 +86,8 @@ def pair(reference: Eval, other: Eval, replies: dict[str, Replies]) -> Compariso
             other.notes.append(f"no paired comparison with {reference.label}: {why}")
             return None
     try:
-        return Comparison(other.label, reference.label, compare(list(a.items.values()), list(b.items.values())))
+        score = benchmark_of(other).score
+        return Comparison(other.label, reference.label, compare(list(a.items.values()), list(b.items.values()), score))
     except ValueError:
         raise DataError(
             f"{other.path} is about another question set than {reference.path}: their scores cannot stand in one table",
@@ -111,17 +112,17 @@ def changes(c: Comparison, reference: Eval, other: Eval, replies: dict[str, Repl
 
 
 def _changed(key: str, before: Replies, after: Replies, evals: tuple[Eval, Eval], album: Album) -> Changed:
-    item = after.items[key]
+    where, right, has_figure = benchmark_of(evals[1]).describe(after.items[key])
     said = [_said(e, found, key) for e, found in zip(evals, (before, after))]
     question = clean(str(after.records[key].get("question") or key))
     image = before.figure(key)
     return Changed(
-        where=f"{item.category} {item.subcategory}, set {item.set_id}, figure {item.figure_id}, question {item.question_id}",
+        where=clean(where),
         question=question,
-        right="yes" if item.gt else "no",
+        right=clean(right),
         replies=said,
         picture=album.add(image, f"figure of the question: {question[:200]}"),
-        has_figure=item.visual_input != 0,
+        has_figure=has_figure,
     )
 
 
@@ -131,5 +132,5 @@ def _said(e: Eval, found: Replies, key: str) -> Said:
     return Said(e.label, _verdict(found.items[key]), answer, reply[:MAX_CHARS] or "(reply not kept)")
 
 
-def _verdict(item: Item) -> str:
-    return {0: "wrong", 1: "right", 2: "unclear"}.get(item.code if item.code is not None else -1, "unjudged")
+def _verdict(judged: Any) -> str:
+    return {0: "wrong", 1: "right", 2: "unclear"}.get(-1 if judged.code is None else judged.code, "unjudged")

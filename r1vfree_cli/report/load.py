@@ -154,7 +154,7 @@ def _neither(path: Path) -> DataError:
     if (path / "eval.json").is_file():
         return DataError(
             f"{path} is an eval dir without scores.json: it is not scored yet",
-            hint="run the same r1v eval-hallusion again; it asks only for what is missing",
+            hint="run the same r1v eval again; it asks only for what is missing",
         )
     try:
         names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
@@ -227,7 +227,7 @@ def read_eval(path: Path, label: str) -> Eval:
     scores = clean(read_json(path / "scores.json"))
     if not isinstance(scores, dict) or not isinstance(scores.get("metrics"), dict) or not scores.get("protocol"):
         raise DataError(
-            f"{path / 'scores.json'} is no result of r1v eval-hallusion: `protocol` and `metrics` are needed",
+            f"{path / 'scores.json'} is no result of r1v eval: `protocol` and `metrics` are needed",
             details=["found: " + (", ".join(list(scores)[:12]) if isinstance(scores, dict) else type(scores).__name__)],
         )
     result.scores = scores

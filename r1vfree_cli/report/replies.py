@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import R1VError
-from ..eval.hallusion import questions
-from ..eval.hallusion.score import Item
+from ..core.errors import DataError, R1VError
+from ..eval.benchmark import Benchmark, find
 from .load import Eval, clean, first_line, table
 
 
 @dataclass
 class Replies:
-    """By question id: the judged item, its record in the official result format, and what reads its figure."""
+    """By question id: the judged question, its record in judged.json, and what reads its figure."""
 
-    items: dict[str, Item] = field(default_factory=dict)
+    items: dict[str, Any] = field(default_factory=dict)
     records: dict[str, dict] = field(default_factory=dict)
     figures: dict[str, Callable[[], bytes]] = field(default_factory=dict)
 
@@ -37,6 +36,15 @@ class Replies:
         return sum(item.code is None for item in self.items.values())
 
 
+def benchmark_of(e: Eval) -> Benchmark:
+    """The benchmark that an eval is of; evals of old releases are HallusionBench's.
+
+    Raises:
+        UsageError: it is a user's, and its file is not here.
+    """
+    return find(str(e.scores.get("benchmark") or "hallusion"))
+
+
 def read_replies(e: Eval) -> Replies:
     """Read `judged.json`; when it is not there or damaged, that is noted in `e.notes`."""
     found = Replies()
@@ -45,9 +53,10 @@ def read_replies(e: Eval) -> Replies:
         e.notes.append("judged.json is not there: no questions one by one")
         return found
     try:
-        items, records = questions.load_judged(file)
+        items, records = benchmark_of(e).load_judged(file)
     except R1VError as error:
-        e.notes.append(f"judged.json is damaged: {clean(error.message)}")
+        what = "is damaged" if isinstance(error, DataError) else "cannot be read"
+        e.notes.append(f"judged.json {what}: {clean(error.message)}")
         return found
     found.items = {item.id: item for item in items}
     found.records = {item.id: record for item, record in zip(items, records)}
@@ -64,7 +73,7 @@ def find_figures(e: Eval, found: Replies) -> None:
     beside = Path(source).parent / "hallusion_bench"
     place = Path(images) if isinstance(images, str) else beside if beside.is_dir() else None
     try:
-        found.figures = dict(questions.load(source, place, needed=lambda q: False).readers)
+        found.figures = dict(benchmark_of(e).questions(source, place, lambda q: False).readers)
     except R1VError as error:
         e.notes.append(f"the figures cannot be read: {clean(first_line(error))}")
         return

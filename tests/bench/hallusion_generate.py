@@ -38,7 +38,7 @@ def jobs(figures: int) -> list[Job]:
         draw(i, ((84, 84), (140, 84), (112, 140))[i % 3]).save(out, "PNG")
         for j in range(2 + (i % 4 > 0)):
             text = "Is there a square in this picture?" + " Look again." * ((i + j) % 5)
-            found.append(Job(f"q{i}-{j}", text, out.getvalue()))
+            found.append(Job(f"q{i}-{j}", build_messages(text, 1), out.getvalue()))
     return found
 
 
@@ -46,8 +46,7 @@ def plain(model, processor, asked: list[Job], settings) -> dict[str, str]:
     """One question at a time, as a reader of the model card would write it."""
     texts = {}
     for job in asked:
-        messages = build_messages(job.text, 1)
-        prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = processor.apply_chat_template(job.messages, tokenize=False, add_generation_prompt=True)
         image = Image.open(io.BytesIO(job.image or b""))
         inputs = processor(text=[prompt], images=[image], return_tensors="pt")
         with torch.inference_mode():

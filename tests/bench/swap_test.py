@@ -23,6 +23,7 @@ def simulate(runs: int, draws: int, seed: int = 0) -> dict:
     """
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, 14, size=167)
+    keys, strata = [(i,) for i in range(167)], np.zeros(167, int)
     swap = naive = 0
     for run in range(runs):
         hard = rng.normal(0, 1, 167)
@@ -30,8 +31,9 @@ def simulate(runs: int, draws: int, seed: int = 0) -> dict:
         for _ in range(2):
             chance = 1 / (1 + np.exp(-(0.3 + hard + rng.normal(0, 1.2, 167))))
             right.append([rng.random(n) < c for n, c in zip(sizes, chance)])
-        difference = np.array([[float(a.sum()) - b.sum()] for a, b in zip(*right)])
-        swap += int(stats.swap_p(difference, draws, run)[0] < 0.05)
+        counts = [np.array([[float(x.sum())] for x in some]) for some in right]
+        tables = [stats.ClusterTable(["m"], keys, strata, x, sizes[:, None].astype(float)) for x in counts]
+        swap += int(stats.swap_p(*tables, draws, run)[0] < 0.05)
         a, b = np.concatenate(right[0]), np.concatenate(right[1])
         naive += int(stats.mcnemar(int((a & ~b).sum()), int((b & ~a).sum())) < 0.05)
     return {"runs": runs, "draws": draws, "swap_type_1": swap / runs, "mcnemar_type_1": naive / runs}

@@ -16,7 +16,6 @@ import threading
 import time
 import zipfile
 import zlib
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from r1vfree_cli.core.files import write_json
 from r1vfree_cli.eval import reading
 from r1vfree_cli.eval.hallusion import questions as questions_module
 from r1vfree_cli.eval.hallusion import score
+from r1vfree_cli.eval.hallusion.benchmark import BENCHMARK
 from r1vfree_cli.eval.runner import EvalOptions, check_gates, evaluate, print_scores
 
 ROOT = Path(__file__).parents[2]
@@ -400,7 +400,7 @@ def test_features_are_reused_in_the_other_families_too(bench, tmp_path, kind):
 
     save_tiny(tmp_path / "m", kind)
     asked = questions_module.load(str(bench / "HallusionBench.json"), bench)
-    jobs = [Job(q.id, q.text, asked.image(q)) for q in asked.questions]
+    jobs = [Job(q.id, BENCHMARK.messages(q), asked.image(q)) for q in asked.questions]
     generator = Generator(str(tmp_path / "m"), max_new_tokens=8, min_pixels=1024, max_pixels=96 * 96, device="cpu")
     assert generator.reuse
     together, alone = {}, {}
@@ -467,7 +467,7 @@ def test_an_endpoint_gets_figure_prompt_and_limits(bench, tmp_path, serve):
     )  # fmt: skip
     doc = evaluate(options)
     assert doc["counts"]["aAcc"] == doc["baselines"]["always_yes"]["counts"]["aAcc"]
-    assert sorted(server.prompts) == sorted(user_text(r["question"]) for r in records())
+    assert sorted(server.prompts) == sorted(user_text(r["question"], int(r["visual_input"] != "0")) for r in records())
     pictures = 0
     for body in server.bodies:
         parts = body["messages"][0]["content"]
@@ -748,9 +748,9 @@ def test_sigkill_while_generating_repeats_no_finished_question(bench, tiny, tmp_
 # --- bad input -------------------------------------------------------------------------------------------------
 
 
-def fails(code: int, options: EvalOptions, *parts: str) -> R1VError:
+def fails(code: int, options: EvalOptions | dict, *parts: str) -> R1VError:
     with pytest.raises(R1VError) as e:
-        evaluate(options)
+        evaluate(options if isinstance(options, EvalOptions) else EvalOptions(**options))
     assert e.value.exit_code == code, e.value
     text = " ".join([e.value.message, *e.value.details, e.value.hint or ""])
     for part in parts:
@@ -769,7 +769,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(2, EvalOptions(judged=file, checkpoint="x/y"), "exclude each other")
     fails(2, EvalOptions(endpoint="http://localhost/v1"), "--model")
     for seconds in (0, -1, float("nan")):
-        fails(2, EvalOptions(judged=file, timeout_s=seconds), "--timeout")
+        fails(2, {"judged": file, "timeout_s": seconds}, "--timeout")
     fails(2, EvalOptions(predictions=file, judge="chat"), "--judge-model")
     fails(2, EvalOptions(endpoint="http://localhost/v1", model="m", base="b"), "--base")
     fails(2, EvalOptions(predictions=file, judge="chat", judge_model="m", protocol="vlmevalkit"), "vlmevalkit")
@@ -786,7 +786,7 @@ def test_a_judge_that_cannot_be_asked_is_told_before_anything_is_generated(bench
     more["judge_base_url"] = "http://127.0.0.1:9/v1"
     fails(2, local(bench, tiny, out, judge_prompt=tmp_path / "none.txt", **more), "none.txt")
     tsv = str(tsv_layout(bench, tmp_path / "hb.tsv"))  # it has no reference details
-    fails(2, replace(local(bench, tiny, out, **more), questions=tsv, images=None), "gt_answer_details")
+    fails(2, local(bench, tiny, out, questions=tsv, images=None, **more), "gt_answer_details")
     assert not out.exists()
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from r1vfree_cli.core.errors import UsageError
 from r1vfree_cli.eval import endpoint as client
-from r1vfree_cli.eval import reading
+from r1vfree_cli.eval import judgements, reading, result
 from r1vfree_cli.eval.hallusion import judge
+from r1vfree_cli.eval.hallusion.benchmark import BENCHMARK
 from r1vfree_cli.eval.hallusion.questions import Question
 from r1vfree_cli.eval.hallusion.score import RIGHT, UNCLEAR, WRONG, Item
 
@@ -136,9 +137,8 @@ def test_judge_input():
 
 
 def test_agreement_counts_judged_questions_only():
-    found = reading.agreement(
-        {"a": "Yes", "b": "No", "c": "hm", "d": "Yes"}, dict.fromkeys("abcd", 1), {"a": 1, "b": 1, "c": 0, "d": None}
-    )
+    rule = {key: reading.rule_code(text, 1) for key, text in {"a": "Yes", "b": "No", "c": "hm", "d": "Yes"}.items()}
+    found = result.agreement(rule, {"a": 1, "b": 1, "c": 0, "d": None})
     assert found == {"n": 3, "agree": 1, "readable": 2, "agree_readable": 1}
 
 
@@ -150,10 +150,11 @@ def question(figure: int, number: int = 0, category: str = "VD", gt: int = 1) ->
 def test_rule_judge_answers_same_by_equal_readings(tmp_path):
     questions = [question(0), question(1), question(2)]
     replies = {"VD_ocr_0_0_0": "Yes", "VD_ocr_0_1_0": "yes, it is", "VD_ocr_0_2_0": "No"}
-    outcome = judge.by_rule(questions, replies, tmp_path / "judgements.jsonl")
-    assert [i.same for i in outcome.items(questions)] == [1, 1, 0]
-    assert [i.code for i in outcome.items(questions)] == [1, 1, 0]
-    assert judge.read_judgements(tmp_path / "judgements.jsonl") == outcome.judgements
+    outcome = judgements.by_rule(BENCHMARK, questions, replies, tmp_path / "judgements.jsonl")
+    judged = outcome.judged(BENCHMARK, questions)
+    assert [i.same for i in judged] == [1, 1, 0]
+    assert [i.code for i in judged] == [1, 1, 0]
+    assert judgements.read(tmp_path / "judgements.jsonl") == outcome.judgements
 
 
 @pytest.mark.parametrize(
@@ -252,10 +253,10 @@ def test_a_judge_prompt_must_show_all_three_texts(tmp_path):
 def test_a_half_written_last_line_is_cut(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"id": 1}\n{"id": ')
-    judge.repair_tail(file)
+    judgements.repair_tail(file)
     assert file.read_bytes() == b'{"id": 1}\n'
     file.write_bytes(b'{"id"')
-    judge.repair_tail(file)
+    judgements.repair_tail(file)
     assert file.read_bytes() == b""
 
 

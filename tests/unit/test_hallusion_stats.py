@@ -33,7 +33,7 @@ def answered(items: list[Item], rng: random.Random, skill: float = 0.6) -> list[
 
 def test_the_table_adds_up_to_the_scores():
     items = answered(questions(), random.Random(0))
-    table = stats.set_table(items)
+    table = stats.cluster_table(items, counts)
     expected = counts(items)
     for m, metric in enumerate(METRICS):
         assert [table.right[:, m].sum(), table.total[:, m].sum()] == expected[metric]
@@ -49,7 +49,7 @@ def test_bootstrap_draws_whole_strata():
 
 def test_intervals_agree_with_a_bootstrap_loop_over_questions():
     items = answered(questions(24), random.Random(1))
-    fast = stats.intervals(items, draws=4000, seed=0)
+    fast = stats.intervals(items, counts, draws=4000, seed=0)
     rng = random.Random(5)
     by_stratum: dict = {}
     for item in items:
@@ -68,12 +68,20 @@ def test_intervals_agree_with_a_bootstrap_loop_over_questions():
         assert fast[metric][1] == pytest.approx(high, abs=3)
 
 
+def tables(difference: np.ndarray) -> list[stats.ClusterTable]:
+    """Two results that differ so, of as many questions each."""
+    n = len(difference)
+    total = np.full_like(difference, 9.0)
+    sides = (difference.clip(0), (-difference).clip(0))
+    return [stats.ClusterTable(["m"], [(i,) for i in range(n)], np.zeros(n, int), x, total) for x in sides]
+
+
 def test_swap_p_agrees_with_all_sign_patterns():
     difference = np.array([[3.0], [-1], [2], [0], [1], [4], [-2], [1]])
     observed = abs(difference.sum())
     patterns = itertools.product((-1, 1), repeat=len(difference))
     exact = np.mean([abs((np.array(s) * difference[:, 0]).sum()) >= observed for s in patterns])
-    assert stats.swap_p(difference, 20_000, 0)[0] == pytest.approx(exact, abs=0.015)
+    assert stats.swap_p(*tables(difference), 20_000, 0)[0] == pytest.approx(exact, abs=0.015)
 
 
 def test_mcnemar_is_the_exact_binomial():
@@ -85,7 +93,7 @@ def test_mcnemar_is_the_exact_binomial():
 
 def test_identical_results_show_no_difference():
     items = answered(questions(), random.Random(0))
-    doc = stats.compare(items, list(reversed(items)))
+    doc = stats.compare(items, list(reversed(items)), counts)
     assert doc["gained"] == doc["lost"] == []
     assert doc["mcnemar"]["p"] == 1
     for entry in doc["metrics"].values():
@@ -96,9 +104,9 @@ def test_a_clear_difference_is_found_and_signed():
     rng = random.Random(2)
     base = questions(60)
     good, bad = answered(base, rng, 0.9), answered(base, rng, 0.4)
-    entry = stats.compare(good, bad)["metrics"]["aAcc"]
+    entry = stats.compare(good, bad, counts)["metrics"]["aAcc"]
     assert entry["difference"] > 20 and entry["interval"][0] > 0 and entry["p_swap"] < 0.001
-    mirrored = stats.compare(bad, good)["metrics"]["aAcc"]
+    mirrored = stats.compare(bad, good, counts)["metrics"]["aAcc"]
     assert mirrored["difference"] == -entry["difference"] and mirrored["p_swap"] == entry["p_swap"]
 
 
@@ -106,9 +114,9 @@ def test_comparison_is_seeded_and_refuses_other_questions():
     rng = random.Random(3)
     base = questions()
     a, b = answered(base, rng), answered(base, rng)
-    assert stats.compare(a, b, seed=1) == stats.compare(a, b, seed=1)
+    assert stats.compare(a, b, counts, seed=1) == stats.compare(a, b, counts, seed=1)
     with pytest.raises(ValueError, match="different questions"):
-        stats.compare(a, b[1:])
+        stats.compare(a, b[1:], counts)
 
 
 def test_swap_test_keeps_its_type_1_error_and_mcnemar_does_not():

@@ -1,24 +1,20 @@
-"""The judge stage: predictions to verdicts, by the rule or by a chat model, resumable after a kill at any moment."""
+"""HallusionBench's chat judge: a teacher who compares a reply with the reference details. Resumable after a kill."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ...core import console
 from ...core.errors import DataError, UsageError
-from ...core.files import append_jsonl, cache_dir, read_json, read_jsonl, write_json, write_text
-from .. import reading
+from ...core.files import append_jsonl, cache_dir, read_json, write_json
+from .. import judgements, reading
+from ..benchmark import Benchmark, content_key
 from ..endpoint import CallFailed, Endpoint
+from ..judgements import Judgement, Outcome
 from . import score
 from .questions import Question
-from .score import Item
 
 VERDICTS = {"incorrect": score.WRONG, "correct": score.RIGHT, "unclear": score.UNCLEAR}
 SAMES = {"different": 0, "same": 1}
@@ -91,126 +87,6 @@ def parse_label(text: str, labels: dict[str, int]) -> int | None:
     return labels[found.pop()] if len(found) == 1 else None
 
 
-# --- judgements ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Judgement:
-    """What is known about one question's reply.
-
-    key, same_key: content of the calls behind `code` and `same`; a judgement with another key is not reused.
-    calls ... completion_tokens: what this judgement has cost, so that a resumed evaluation knows what it spent before.
-    """
-
-    id: str
-    key: str
-    code: int | None = None
-    same: int | None = None
-    same_key: str | None = None
-    reading: str | None = None
-    judge: str = "rule"
-    raw: str | None = None
-    raw_same: str | None = None
-    calls: int = 0
-    cache_hits: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-@dataclass
-class Outcome:
-    """All judgements by question id. `failed` counts calls that failed for good now, by kind."""
-
-    judgements: dict[str, Judgement] = field(default_factory=dict)
-    failed: Counter = field(default_factory=Counter)
-    unjudged: list[str] = field(default_factory=list)
-
-    def items(self, questions: list[Question]) -> list[Item]:
-        """The questions with their codes and `same`."""
-        return [
-            replace(q.item, code=j.code, same=j.same) if (j := self.judgements.get(q.id)) else q.item for q in questions
-        ]
-
-    def cost(self) -> dict:
-        """What `--json` and eval.json say about the judge's calls, those of earlier attempts included."""
-        names = ("calls", "cache_hits", "prompt_tokens", "completion_tokens")
-        return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | {"failed": dict(self.failed)}
-
-
-def content_key(*parts: Any) -> str:
-    """sha256 (hex) of JSON-able parts."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
-
-
-def repair_tail(path: Path) -> None:
-    """Cut a half-written last line, which a killed writer can leave, so that the next line starts on its own."""
-    if not path.is_file():
-        return
-    with open(path, "rb+") as f:
-        data = f.read()
-        if data and not data.endswith(b"\n"):
-            f.truncate(data.rfind(b"\n") + 1)
-
-
-def read_judgements(path: Path) -> dict[str, Judgement]:
-    """Question id -> its last judgement in the file; {} when there is no file.
-
-    Raises:
-        DataError: the file holds something else.
-    """
-    found: dict[str, Judgement] = {}
-    if path.is_file():
-        for number, record in read_jsonl(path):
-            try:
-                known = {k: v for k, v in record.items() if k in Judgement.__dataclass_fields__}
-                found[record["id"]] = Judgement(**known)
-            except (TypeError, KeyError, AttributeError):
-                raise DataError(f"{path}, line {number}: no judgement") from None
-    return found
-
-
-def _write(path: Path, judgements: dict[str, Judgement], questions: list[Question]) -> None:
-    lines = []
-    for q in questions:
-        if j := judgements.get(q.id):
-            item = replace(q.item, code=j.code)
-            lines.append(json.dumps(vars(j) | {"ok": item.ok if j.code is not None else None}, ensure_ascii=False))
-    write_text(path, "".join(line + "\n" for line in lines))
-
-
-def by_rule(questions: list[Question], replies: dict[str, str], path: Path) -> Outcome:
-    """Judge by reading yes or no; `same` is equal readings. Nothing to resume: it takes milliseconds.
-
-    Args:
-        replies: question id -> the text to be judged.
-        path: `judgements.jsonl`, rewritten.
-    """
-    readings = {q.id: reading.read_yes_no(replies[q.id]) for q in questions}
-    first = {q.item.pair_key: readings[q.id] for q in questions if q.item.original}
-    outcome = Outcome()
-    for q in questions:
-        here, there = readings[q.id], first.get(q.item.pair_key)
-        same = int(here == there) if here and there else None
-        code = reading.rule_code(replies[q.id], q.item.gt)
-        key = content_key("rule", replies[q.id], q.item.gt)
-        outcome.judgements[q.id] = Judgement(q.id, key, code, same, reading=here)
-    _write(path, outcome.judgements, questions)
-    return outcome
-
-
-def as_judged(questions: list[Question], judgements: dict[str, Judgement]) -> Outcome:
-    """The outcome of judgements that are there already; a missing verdict or a needed `same` is unjudged."""
-    outcome = Outcome({q.id: judgements[q.id] for q in questions if q.id in judgements})
-    items = outcome.items(questions)
-    codes = score.originals(items)
-    outcome.unjudged = [
-        i.id
-        for i in items
-        if i.code is None or (i.same is None and i.pair_key in codes and score.reads_same(i, codes[i.pair_key]))
-    ]
-    return outcome
-
-
 # --- the chat judge --------------------------------------------------------------------------------------------
 
 
@@ -272,25 +148,31 @@ def check_references(questions: list[Question]) -> None:
         )
 
 
-def by_chat(questions: list[Question], replies: dict[str, str], path: Path, judge: ChatJudge) -> Outcome:
+def by_chat(
+    benchmark: Benchmark, questions: list[Question], replies: dict[str, str | None], path: Path, judge: ChatJudge
+) -> Outcome:
     """Judge by a chat model; asks only for what neither `path` nor the cache holds.
 
     Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight.
 
     Args:
-        replies: question id -> the text to be judged.
+        replies: question id -> the text to be judged, None where there is no answer.
         path: `judgements.jsonl`; appended to while calls finish, then rewritten with a line a question.
 
     Raises:
         UsageError: the endpoint is down or refuses.
     """
     outcome = Outcome()
-    repair_tail(path)
-    before = read_judgements(path)
-    asked = {q.id: judge.question(q, replies[q.id]) for q in questions}
+    judgements.repair_tail(path)
+    before = judgements.read(path)
+    asked = {q.id: judge.question(q, reply) for q in questions if (reply := replies[q.id]) is not None}
     for q in questions:
-        old = before.get(q.id)
-        outcome.judgements[q.id] = old if old and old.key == asked[q.id][0] else Judgement(q.id, asked[q.id][0])
+        if q.id not in asked:
+            outcome.judgements[q.id] = judgements.no_reply(benchmark, q)
+            continue
+        old, key = before.get(q.id), asked[q.id][0]
+        outcome.judgements[q.id] = j = old if old and old.key == key else Judgement(q.id, key)
+        j.reading = reading.read_yes_no(replies[q.id] or "")
 
     def store_code(id_: str, entry: dict) -> None:
         j = outcome.judgements[id_]
@@ -302,27 +184,37 @@ def by_chat(questions: list[Question], replies: dict[str, str], path: Path, judg
         j.same, j.raw_same = entry["label"], entry["raw"]
         append_jsonl(path, vars(j))
 
-    for j in outcome.judgements.values():
-        j.reading = reading.read_yes_no(replies[j.id])
     open_codes = {id_: asked[id_] for id_, j in outcome.judgements.items() if j.code is None}
     _ask_all("judge", open_codes, judge, VERDICTS, store_code, outcome)
+    open_same = _open_same(outcome, questions, replies, judge)
+    _ask_all("judge: same answer?", open_same, judge, SAMES, store_same, outcome)
+    judgements.write(path, outcome, benchmark, questions)
+    outcome.unjudged = judgements.as_judged(benchmark, questions, outcome.judgements).unjudged
+    return outcome
 
+
+def _open_same(
+    outcome: Outcome, questions: list[Question], replies: dict[str, str | None], judge: ChatJudge
+) -> dict[str, tuple[str, str]]:
+    """Id -> (key, prompt) of the questions whose label needs `same` and that have none for these replies."""
     first = {q.item.pair_key: q.id for q in questions if q.item.original}
-    open_same = {}
-    for item in outcome.items(questions):
-        original = outcome.judgements.get(first.get(item.pair_key, ""))
-        if original is None or not score.reads_same(item, original.code):
-            outcome.judgements[item.id].same = outcome.judgements[item.id].same_key = None
+    found = {}
+    for q in questions:
+        j, original = outcome.judgements[q.id], outcome.judgements.get(first.get(q.item.pair_key, ""))
+        here, there = replies[q.id], replies[original.id] if original else None
+        if (
+            original is None
+            or here is None
+            or there is None
+            or not score.reads_same(score.with_code(q.item, j.code), original.code)
+        ):
+            j.same = j.same_key = None
             continue
-        j = outcome.judgements[item.id]
-        key, prompt = judge.same(replies[item.id], replies[original.id])
+        key, prompt = judge.same(here, there)
         if j.same_key != key or j.same is None:
             j.same, j.same_key = None, key
-            open_same[item.id] = (key, prompt)
-    _ask_all("judge: same answer?", open_same, judge, SAMES, store_same, outcome)
-    _write(path, outcome.judgements, questions)
-    outcome.unjudged = as_judged(questions, outcome.judgements).unjudged
-    return outcome
+            found[j.id] = (key, prompt)
+    return found
 
 
 def _ask_all(
@@ -359,7 +251,7 @@ def _ask_all(
 
 def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: ChatJudge) -> dict:
     """Calls and tokens that `by_chat` would spend now; `same` calls are an upper bound, tokens 4 characters each."""
-    before = read_judgements(path)
+    before = judgements.read(path)
     calls: set[str] = set()
     tokens = sames = 0
     for q in questions:

@@ -13,14 +13,14 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import DataError, UsageError
-from ...core.files import read_json, read_jsonl
+from ..benchmark import QuestionSet, Reader, read_records
 from . import score
 from .score import Item
 
@@ -28,8 +28,6 @@ HUB = "lmms-lab/HallusionBench"
 _FIGURE = re.compile(r"(?:^|.*/)((?:VD|VS)/[^/]+/[^/]+\.(?:png|jpe?g|webp))$", re.IGNORECASE)
 _FILES = (".json", ".jsonl", ".ndjson", ".tsv", ".parquet", ".zip")  # a mistyped path is no hub name
 _SHOWN = 5  # examples in an error
-
-Reader = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,16 @@ class Question:
     def needs_image(self) -> bool:
         return self.item.visual_input != 0
 
+    @property
+    def figure(self) -> tuple | None:
+        """What tells its figure from others; None for a text-only question."""
+        return (*self.item.set_key, self.item.figure_id) if self.needs_image else None
+
+    @property
+    def content(self) -> str:
+        """All that decides what a reply is worth."""
+        return f"{self.id}\0{self.text}\0{self.reference}\0{self.item.gt}\0{self.item.visual_input}"
+
     def record(self) -> dict:
         """The question in the official result format, without what models and judges add."""
         i = self.item
@@ -66,64 +74,7 @@ class Question:
         }
 
 
-@dataclass
-class QuestionSet:
-    """Questions in file order, and where the image of each that has one is read from."""
-
-    questions: list[Question]
-    readers: dict[str, Reader] = field(default_factory=dict)
-    source: str = ""
-    _figures: dict[tuple, bytes] = field(default_factory=dict, repr=False)  # checked once, asked for by each question
-
-    def image(self, question: Question) -> bytes | None:
-        """The figure as PNG or JPEG, RGB; None for a text-only question.
-
-        Raises:
-            DataError: the figure is missing or no usable image.
-        """
-        from ...data.rows import RowProblem, normalise_image
-
-        if not question.needs_image:
-            return None
-        key = (*question.item.set_key, question.item.figure_id)
-        if key not in self._figures:
-            try:
-                self._figures[key] = normalise_image(self.readers[question.id]())
-            except RowProblem as e:
-                raise DataError(f"figure of {question.id} ({question.filename}): {e.reason}") from None
-            except OSError as e:
-                raise DataError(f"figure of {question.id}: {e}") from None
-        return self._figures[key]
-
-    @property
-    def sha256(self) -> str:
-        """Content key of the question set: ids, texts and answers, in any order."""
-        lines = sorted(f"{q.id}\0{q.text}\0{q.reference}\0{q.item.gt}\0{q.item.visual_input}" for q in self.questions)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def only(self, chosen: Callable[[Question], bool]) -> QuestionSet:
-        """The same set with some questions."""
-        return QuestionSet([q for q in self.questions if chosen(q)], self.readers, self.source, self._figures)
-
-
 # --- records ---------------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a JSON list or a JSONL file.
-
-    Raises:
-        DataError: no file, not JSON, or no list of objects.
-    """
-    if path.suffix in (".jsonl", ".ndjson"):
-        for number, record in read_jsonl(path):
-            yield f"{path}, line {number}", record
-        return
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path}: expected a list of questions, found {type(records).__name__}")
-    for number, record in enumerate(records, 1):
-        yield f"{path}, record {number}", record
 
 
 def from_record(record: dict, where: str) -> Question:
@@ -176,14 +127,7 @@ def load(
             f"no questions at {source}",
             hint="--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name",
         )
-    wanted = [q for q in found.questions if q.needs_image and needed(q)]
-    missing = [f"{q.id}: {q.filename}" for q in wanted if q.id not in found.readers]
-    if missing:
-        raise DataError(
-            f"the figures of {len(missing)} of {len(wanted)} image questions are missing",
-            details=[*missing[:_SHOWN], *(["..."] if len(missing) > _SHOWN else [])],
-            hint="give the folder or zip that holds VD/ and VS/ with --images",
-        )
+    found.need_figures(needed, "give the folder or zip that holds VD/ and VS/ with --images")
     return found
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...core.errors import DataError
+from ..benchmark import RIGHT, UNCLEAR, WRONG, percent
 
 METRICS = ("aAcc", "qAcc", "fAcc", "easy_aAcc", "hard_aAcc")
-WRONG, RIGHT, UNCLEAR = 0, 1, 2
 OFFICIAL_COUNTS = {"aAcc": 1129, "qAcc": 455, "fAcc": 346, "easy_aAcc": 455, "hard_aAcc": 430}
 IMAGE_QUESTIONS = 951
 
@@ -44,6 +44,16 @@ class Item:
     @property
     def set_key(self) -> tuple[str, str, str]:
         return (self.category, self.subcategory, self.set_id)
+
+    @property
+    def key(self) -> tuple:
+        """What must be equal for two results to be about the same question."""
+        return self.id, self.gt, self.visual_input
+
+    @property
+    def cluster(self) -> tuple[str, str, str]:
+        """The unit of the statistics; its stratum is (category, subcategory)."""
+        return self.set_key
 
     @property
     def pair_key(self) -> tuple[str, str, str, str]:
@@ -149,6 +159,11 @@ def unique(items: Iterable[Item], where: str) -> dict[str, Item]:
     return found
 
 
+def with_code(item: Item, code: int | None, same: int | None = None) -> Item:
+    """The item with a verdict."""
+    return replace(item, code=code, same=same)
+
+
 # --- groups ----------------------------------------------------------------------------------------------------
 
 
@@ -187,11 +202,6 @@ def counts(items: list[Item]) -> dict[str, list[int]]:
         found = groups(metric, items)
         result[metric] = [sum(all(oks) for oks in found.values()), len(found)]
     return result
-
-
-def percent(right_total: dict[str, list[int]]) -> dict[str, float | None]:
-    """Metric -> percent, not rounded; None where there is nothing to count."""
-    return {metric: 100 * right / total if total else None for metric, (right, total) in right_total.items()}
 
 
 # --- diagnostics -----------------------------------------------------------------------------------------------
@@ -246,7 +256,7 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
     unlabelled = labels.count(None)
     n = len(items)
     figures = groups("fAcc", items).values()
-    result = {
+    return {
         "yes_pct_diff": (sum(int(i.ok) == i.gt for i in items) - sum(i.gt for i in items)) / n if n else None,
         "fp_ratio": sum(i.gt == 0 for i in wrong) / len(wrong) if wrong else None,
         "language_hallucination": None if unlabelled else labels.count("language"),
@@ -259,7 +269,6 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
             "wrong": sum(not any(oks) for oks in figures),
         },
     }
-    return result
 
 
 # --- the whole -------------------------------------------------------------------------------------------------
@@ -273,7 +282,8 @@ def score(items: list[Item], protocol: str = "official") -> dict:
 
     Returns:
         `protocol, n_questions, metrics` (percent), `counts` ([right, total]), `diagnostics`, `by_category`,
-        `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`.
+        `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`; for vlmevalkit `mean`, of
+        aAcc, fAcc and qAcc, which its leaderboard shows.
     """
     codes = originals(items)
 
@@ -287,10 +297,14 @@ def score(items: list[Item], protocol: str = "official") -> dict:
         return {"metrics": percent(found), "counts": found}
 
     strata = sorted({(item.category, item.subcategory) for item in items})
+    whole = part(lambda _: True)
+    three = [whole["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")]
+    mean = {} if protocol == "official" else {"mean": sum(three) / 3 if None not in three else None}
     return {
         "protocol": protocol,
         "n_questions": len(items),
-        **part(lambda _: True),
+        **whole,
+        **mean,
         "by_category": {c: part(lambda item, c=c: item.category == c) for c in ("VD", "VS")},  # type: ignore[misc]
         "by_subcategory": {
             f"{c}_{s}": part(lambda item, c=c, s=s: (item.category, item.subcategory) == (c, s))  # type: ignore[misc]
@@ -298,4 +312,5 @@ def score(items: list[Item], protocol: str = "official") -> dict:
         },
         "baselines": {"always_yes": baseline(1), "always_no": baseline(0)},
         "unjudged": sum(item.code is None for item in items),
+        "unclear_right": sum(item.code == UNCLEAR and item.ok for item in items),
     }

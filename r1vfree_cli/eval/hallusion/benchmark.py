@@ -1,0 +1,111 @@
+"""HallusionBench as a benchmark: two protocols, a rule and a chat judge, counts of pairs and figures inside sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import reading
+from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts, QuestionSet
+from ..judgements import Outcome
+from . import judge, questions, score
+from .questions import Question
+from .score import Item
+
+
+class Hallusion(Benchmark):
+    """Judged questions are `score.Item`s."""
+
+    name = "hallusion"
+    title = "HallusionBench"
+    metrics = score.METRICS
+    protocols = ("official", "vlmevalkit")
+    chat = True
+    unanswered_code = WRONG  # unclear would be right for a VS question without a figure
+
+    def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
+        return questions.load(source, images, needed=asked)
+
+    def wanted(self, question: Question, protocol: str) -> bool:
+        return protocol == "official" or question.needs_image
+
+    def code(self, question: Question, reply: str) -> int:
+        return reading.rule_code(reply, question.item.gt)
+
+    def judge(self, question: Question, reply: str) -> bool | None:
+        code = self.code(question, reply)
+        return None if code == UNCLEAR else code == RIGHT
+
+    def relate(self, asked: list[Question], replies: dict[str, str | None], outcome: Outcome) -> None:
+        """`same` is equal readings."""
+        readings = {q.id: reading.read_yes_no(replies[q.id] or "") for q in asked}
+        first = {q.item.pair_key: readings[q.id] for q in asked if q.item.original}
+        for q in asked:
+            here, there = readings[q.id], first.get(q.item.pair_key)
+            j = outcome.judgements[q.id]
+            j.reading, j.same = here, int(here == there) if here and there else None
+
+    def score(self, judged: Sequence[Item]) -> Counts:
+        return score.counts(list(judged))
+
+    def cluster(self, question: Question) -> tuple:
+        return question.item.cluster
+
+    def judged(self, question: Question, code: int | None, same: int | None = None) -> Item:
+        return score.with_code(question.item, code, same)
+
+    def unjudged(self, judged: list[Item]) -> list[str]:
+        codes = score.originals(judged)
+        return [
+            i.id
+            for i in judged
+            if i.code is None or (i.same is None and i.pair_key in codes and score.reads_same(i, codes[i.pair_key]))
+        ]
+
+    def verdict(self, judged: Item) -> dict:
+        """In the official result format."""
+        texts = (None if v is None else str(v) for v in (judged.code, judged.same))
+        return dict(zip((score.CODE, score.SAME), texts))
+
+    def from_record(self, record: dict, where: str) -> Question:
+        return questions.from_record(record, where)
+
+    def carried(self, path: Path) -> QuestionSet:
+        return questions.from_records(path)
+
+    def load_predictions(self, path: Path, known: list[Question], needed: list[Question]) -> dict[str, dict]:
+        return questions.load_predictions(path, known, needed)
+
+    def check_chat(self, asked: list[Question]) -> None:
+        judge.check_references(asked)
+
+    def load_judged(self, path: Path) -> tuple[list[Item], list[dict]]:
+        return questions.load_judged(path)
+
+    def describe(self, judged: Item) -> tuple[str, str, bool]:
+        i = judged
+        where = f"{i.category} {i.subcategory}, set {i.set_id}, figure {i.figure_id}, question {i.question_id}"
+        return where, "yes" if i.gt else "no", i.visual_input != 0
+
+    def document(self, judged: list[Item], protocol: str) -> dict:
+        return score.score(judged, protocol)
+
+    def warnings(self, doc: dict) -> list[str]:
+        found = []
+        official = doc["protocol"] == "official"
+        totals = {metric: total for metric, (_, total) in doc["counts"].items()}
+        expected = score.OFFICIAL_COUNTS["aAcc"] if official else score.IMAGE_QUESTIONS
+        if not (totals == score.OFFICIAL_COUNTS if official else totals["aAcc"] == expected):
+            found.append(
+                f"{totals['aAcc']} questions, the published benchmark has {expected}: not comparable with published figures"
+            )
+        if official and doc["diagnostics"]["unlabelled"]:
+            found.append(
+                f"{doc['diagnostics']['unlabelled']} wrong questions cannot be labelled language, illusion or mixed: "
+                "`same`, or the verdict on figure 0 of the pair, is missing"
+            )
+        return found
+
+
+BENCHMARK = Hallusion()

@@ -1,0 +1,134 @@
+"""`judgements.jsonl`: what is known about each reply, by the rule or by a chat model; resumable after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core import console
+from ..core.files import read_jsonl, write_text
+from .benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, content_key
+
+UNANSWERED = "unanswered"  # stands for a judge where there is no reply to judge
+
+
+@dataclass
+class Judgement:
+    """What is known about one question's reply.
+
+    key, same_key: content of the calls behind `code` and `same`; a judgement with another key is not reused.
+    calls ... completion_tokens: what this judgement has cost, so that a resumed evaluation knows what it spent before.
+    """
+
+    id: str
+    key: str
+    code: int | None = None
+    same: int | None = None
+    same_key: str | None = None
+    reading: str | None = None
+    judge: str = "rule"
+    raw: str | None = None
+    raw_same: str | None = None
+    calls: int = 0
+    cache_hits: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass
+class Outcome:
+    """All judgements by question id. `failed` counts calls that failed for good now, by kind."""
+
+    judgements: dict[str, Judgement] = field(default_factory=dict)
+    failed: Counter = field(default_factory=Counter)
+    unjudged: list[str] = field(default_factory=list)
+
+    def judged(self, benchmark: Benchmark, questions: list[Any]) -> list[Any]:
+        """The questions with their verdicts, as the benchmark scores them."""
+        found = ((q, self.judgements.get(q.id)) for q in questions)
+        return [benchmark.judged(q, j.code if j else None, j.same if j else None) for q, j in found]
+
+    def cost(self) -> dict:
+        """What `--json` and eval.json say about the judge's calls, those of earlier attempts included."""
+        names = ("calls", "cache_hits", "prompt_tokens", "completion_tokens")
+        return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | {"failed": dict(self.failed)}
+
+
+def repair_tail(path: Path) -> None:
+    """Cut a half-written last line, which a killed writer can leave, so that the next line starts on its own."""
+    if not path.is_file():
+        return
+    with open(path, "rb+") as f:
+        data = f.read()
+        if data and not data.endswith(b"\n"):
+            f.truncate(data.rfind(b"\n") + 1)
+
+
+def read(path: Path) -> dict[str, Judgement]:
+    """Question id -> its last judgement in the file; {} when there is no file. A bad record is named and left out.
+
+    Raises:
+        DataError: the file is no JSON lines.
+    """
+    found: dict[str, Judgement] = {}
+    bad = []
+    for number, record in read_jsonl(path) if path.is_file() else ():
+        known = record if isinstance(record, dict) else {}
+        j = Judgement(**{"id": "", "key": ""} | {k: v for k, v in known.items() if k in Judgement.__dataclass_fields__})
+        texts = all(isinstance(x, str) for x in (j.id, j.key, j.judge)) and j.id
+        counts = all(type(n) is int for n in (j.calls, j.cache_hits, j.prompt_tokens, j.completion_tokens))
+        codes = [x if type(x) in (int, type(None)) else -1 for x in (j.code, j.same)]
+        if texts and counts and codes[0] in (None, WRONG, RIGHT, UNCLEAR) and codes[1] in (None, 0, 1):
+            found[j.id] = j
+        else:
+            found.pop(j.id, None) if isinstance(j.id, str) else None
+            bad.append(number)
+    if bad:
+        console.warn(f"{path}: no judgement in line {', '.join(map(str, bad[:5]))} ({len(bad)} in all): judged again")
+    return found
+
+
+def write(path: Path, outcome: Outcome, benchmark: Benchmark, questions: list[Any]) -> None:
+    """Replace the file: a line a question, with whether it counts as right."""
+    lines = []
+    for judged, q in zip(outcome.judged(benchmark, questions), questions):
+        if j := outcome.judgements.get(q.id):
+            lines.append(json.dumps(vars(j) | {"ok": judged.ok if j.code is not None else None}, ensure_ascii=False))
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def by_rule(benchmark: Benchmark, questions: list[Any], replies: dict[str, str | None], path: Path) -> Outcome:
+    """Judge by the benchmark's rule. Nothing to resume: it takes milliseconds.
+
+    Args:
+        replies: question id -> the text to be judged, None where there is no answer.
+        path: `judgements.jsonl`, rewritten.
+    """
+    outcome = Outcome()
+    for q in questions:
+        reply = replies[q.id]
+        if reply is None:
+            outcome.judgements[q.id] = no_reply(benchmark, q)
+        else:
+            key = content_key("rule", reply, q.content)
+            outcome.judgements[q.id] = Judgement(q.id, key, benchmark.code(q, reply))
+    benchmark.relate(questions, replies, outcome)
+    write(path, outcome, benchmark, questions)
+    return outcome
+
+
+def no_reply(benchmark: Benchmark, question: Any) -> Judgement:
+    """The verdict on a question that was never answered: not right."""
+    return Judgement(question.id, UNANSWERED, benchmark.unanswered_code, judge=UNANSWERED)
+
+
+def as_judged(benchmark: Benchmark, questions: list[Any], judgements: dict[str, Judgement]) -> Outcome:
+    """The outcome of judgements that are there already; what lacks a part of its verdict is unjudged."""
+    outcome = Outcome({q.id: judgements[q.id] for q in questions if q.id in judgements})
+    open_ids = benchmark.unjudged(outcome.judged(benchmark, questions))
+    unanswered = {j.id for j in outcome.judgements.values() if j.judge == UNANSWERED}
+    outcome.unjudged = [id_ for id_ in open_ids if id_ not in unanswered]
+    return outcome

@@ -1,0 +1,196 @@
+"""The result document: scores, what they rest on, and the paired comparison with another result."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import DataError, UsageError
+from ..core.files import read_json
+from ..core.prompts import parse
+from . import reading, stats
+from .benchmark import UNCLEAR, Benchmark, content_key
+from .options import EvalOptions
+
+WARN_EMPTY = 1.0  # percent of empty replies
+
+
+@dataclass(frozen=True)
+class Other:
+    """A result to compare with."""
+
+    path: Path
+    judged: list[Any]
+    judge: Any
+
+
+def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
+    """An eval dir, or a judged file (the benchmark's first protocol).
+
+    Raises:
+        UsageError: another protocol, or nothing there.
+        DataError: damaged, or partly unjudged.
+    """
+    document: Any
+    file, document = path, {"protocol": (*benchmark.protocols, protocol)[0], "settings": {"judge": {"kind": "file"}}}
+    if path.is_dir():
+        if not (path / "scores.json").is_file() or not (path / "judged.json").is_file():
+            raise UsageError(f"--compare-to {path}: no finished evaluation there (scores.json, judged.json)")
+        file, document = path / "judged.json", read_json(path / "scores.json")
+    elif not path.is_file():
+        raise UsageError(f"--compare-to {path}: no such eval dir or judged file")
+    found = document.get("protocol") if isinstance(document, dict) else None
+    if found != protocol:
+        raise UsageError(
+            f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared",
+            hint="score both by the same --protocol",
+        )
+    judged, _ = benchmark.load_judged(file)
+    unjudged = sum(j.code is None for j in judged)
+    if unjudged:
+        raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
+    return Other(path, judged, (document.get("settings") or {}).get("judge"))
+
+
+def same_questions(judged: list[Any], other: Other) -> None:
+    """Raises DataError when the other result is about other questions or has another answer key."""
+    here, there = ({j.key for j in some} for some in (judged, other.judged))
+    if here != there:
+        raise DataError(
+            f"{other.path} is about another question set: {len(there - here)} questions only there, "
+            f"{len(here - there)} only here",
+            details=[key[0] for key in sorted(here ^ there)[:5]],
+            hint="compare evaluations of the same questions, with the same --limit",
+        )
+
+
+@dataclass
+class Evidence:
+    """What a result rests on.
+
+    records: question id -> record with `model_prediction` (and `finish`, `cause`, `unanswered`), as far as there are.
+    unjudged: questions without a verdict, or without a part of it.
+    """
+
+    questions: list[Any]
+    judged: list[Any]
+    records: dict[str, dict]
+    settings: dict
+    warnings: list[str]
+    unjudged: int = 0
+
+
+def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, other: Other | None) -> dict:
+    """The `--json` document.
+
+    Raises:
+        DataError: more replies are empty than `--max-empty` allows.
+    """
+    doc = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name} | benchmark.document(
+        found.judged, protocol
+    )
+    doc["unjudged"] = found.unjudged
+    doc["questions_sha256"] = content_key(sorted(j.key for j in found.judged))
+    doc["intervals"] = stats.intervals(found.judged, benchmark.score, seed=o.seed)
+    replies = {q.id: found.records.get(q.id, {}).get("model_prediction") for q in found.questions}
+    texts = {id_: text for id_, text in replies.items() if isinstance(text, str)}
+    unanswered = Counter(r["unanswered"] for id_ in texts if (r := found.records[id_]).get("unanswered"))
+    doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
+    answered = {id_: text for id_, text in texts.items() if not found.records[id_].get("unanswered")}
+    empty = Counter(found.records[id_].get("cause") or "empty" for id_, text in answered.items() if not text.strip())
+    doc["empty"] = {"n": empty.total(), "causes": dict(empty)}
+    if len(texts) == len(found.judged):
+        judge = found.settings.get("judge") or {}
+        asked = [q for q in found.questions if q.id in answered]
+        codes = {q.id: benchmark.code(q, answered[q.id]) for q in asked}
+        doc["answer_format"] = answer_format(answered, found.records, codes)
+        if judge.get("kind") != "rule":
+            shown = judge.get("judge_input", o.judge_input)
+            rule = {q.id: benchmark.code(q, reading.judged_text(answered[q.id], shown)) for q in asked}
+            doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in found.judged})
+    doc["settings"] = found.settings
+    doc["warnings"] = _first(doc) + found.warnings + benchmark.warnings(doc) + _empty(o, doc, len(texts))
+    if other:
+        same_questions(found.judged, other)
+        doc["comparison"] = {
+            "with": str(other.path),
+            **stats.compare(found.judged, other.judged, benchmark.score, seed=o.seed),
+        }
+        if _who(other.judge) != _who(found.settings.get("judge")):
+            doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
+    return doc
+
+
+def _who(judge: Any) -> tuple:
+    judge = judge if isinstance(judge, dict) else {}
+    return tuple(judge.get(key) for key in ("kind", "model", "judge_input", "prompt_sha256"))
+
+
+def causes(counted: dict) -> str:
+    """`3 x content_filter, 1 x empty`."""
+    return ", ".join(f"{n} x {kind}" for kind, n in counted["causes"].items())
+
+
+def _first(doc: dict) -> list[str]:
+    """What makes the scores mean little, or less than they seem to."""
+    found = []
+    if n := doc["unanswered"]["n"]:
+        found.append(f"{n} questions have no answer ({causes(doc['unanswered'])}) and are counted as not right")
+    if doc["unjudged"]:
+        found.append(f"{doc['unjudged']} questions are unjudged; those without a verdict count as not right")
+    return found
+
+
+def _empty(o: EvalOptions, doc: dict, n: int) -> list[str]:
+    share = 100 * doc["empty"]["n"] / n if n else 0
+    if share > o.max_empty:
+        raise DataError(
+            f"{doc['empty']['n']} of {n} replies are empty ({causes(doc['empty'])}), so there is no score",
+            hint=f"--max-empty is {o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens",
+        )
+    return [f"{doc['empty']['n']} of {n} replies are empty: {causes(doc['empty'])}"] if share > WARN_EMPTY else []
+
+
+def agreement(rule: dict[str, int], judged: dict[str, int | None]) -> dict:
+    """Judge against rule: how often the judge's verdict is the rule's, over judged questions.
+
+    `readable` counts only replies in which the rule finds an answer.
+    """
+    both = [id_ for id_ in rule if judged[id_] is not None]
+    readable = [id_ for id_ in both if rule[id_] != UNCLEAR]
+    return {
+        "n": len(both),
+        "agree": sum(rule[id_] == judged[id_] for id_ in both),
+        "readable": len(readable),
+        "agree_readable": sum(rule[id_] == judged[id_] for id_ in readable),
+    }
+
+
+def answer_format(texts: dict[str, str], records: dict[str, dict], codes: dict[str, int]) -> dict:
+    """How the replies look: without a usable `<answer>`, cut at the length limit (None: not known), unreadable."""
+    problems = Counter(p.problem for text in texts.values() if (p := parse(text)).answer is None)
+    finishes = [records[id_].get("finish") for id_ in texts]
+    return {
+        "n": len(texts),
+        "no_answer_tags": problems.total(),
+        "problems": {str(k): n for k, n in problems.items()},
+        "cut_at_length": finishes.count("length") if any(finishes) else None,
+        "unreadable": sum(code == UNCLEAR for code in codes.values()),
+    }
+
+
+def dump_judged(records: list[dict]) -> str:
+    """judged.json as text; NaN, which some writers leave for nothing, becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(records), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
