@@ -17,14 +17,13 @@ from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError, nearest
-from ..core.files import read_object, write_json, write_text
+from ..core.files import lock, read_object, write_json, write_text
 from ..core.prompts import template_hash
 from ..run import contract
 from . import judgements, predict, reading
 from .benchmark import Benchmark, QuestionSet, content_key, find
 from .endpoint import Endpoint
 from .judgements import Outcome
-from .lock import lock
 from .options import EvalOptions, check, check_gates, parse_gates
 from .result import Evidence, Other, build, dump_judged, load_other, same_questions
 from .show import print_scores
