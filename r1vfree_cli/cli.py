@@ -458,7 +458,14 @@ def recipes_copy(
     if file.exists() and not overwrite:
         raise UsageError(f"{file} exists already", hint="name another file, or give --overwrite")
     write_bytes(file, recipes.find(kind, name).read_bytes())
-    console.log(f"{file}: run it with r1v {kind} --recipe {file}")
+    console.log(f"{file}: run it with r1v {kind}{' NAME CKPT' if kind == 'eval' else ''} --recipe {file}")
+
+
+def _load_recipe(kind: str, name: str, overrides: list[str]) -> Any:
+    from .config import recipes
+    from .eval import options
+
+    return options.load(name, overrides, {}) if kind == "eval" else recipes.load(kind, name, overrides)
 
 
 @recipes_app.command("show")
@@ -472,7 +479,7 @@ def recipes_show(
     from .config import recipes
     from .core import console
 
-    recipe = recipes.load(*recipes.stage_and_name(name, stage), set or [])
+    recipe = _load_recipe(*recipes.stage_and_name(name, stage), set or [])
     if json:
         console.emit_json(recipe.model_dump(mode="json"))
     else:
@@ -491,7 +498,7 @@ def recipes_validate(
     from .core import console
 
     kind, name = recipes.stage_and_name(name, stage)
-    recipes.load(kind, name, set or [])
+    _load_recipe(kind, name, set or [])
     if json:
         console.emit_json({"recipe": name, "stage": kind, "valid": True})
     else:

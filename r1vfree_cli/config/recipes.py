@@ -360,7 +360,7 @@ def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
             raise UsageError(f"no stage {stage!r}", details=["allowed: " + ", ".join(STAGES)])
         return stage, name
     parts = Path(name).parts
-    if len(parts) > 1 and parts[-2] in STAGES:
+    if len(parts) > 1 and parts[-2] in (*STAGES, "eval"):
         return parts[-2], name
     if os.path.isfile(name):
         return ("grpo" if "rewards" in load_document(Path(name)) else "sft"), name

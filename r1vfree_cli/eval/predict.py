@@ -156,6 +156,8 @@ def generate(
         _remote(o, planned, todo, keep)
     elif todo:
         _local(o, planned, todo, keep)
+    if asked and all(found[id_].get("unanswered") for id_ in asked):
+        raise DataError(f"none of {len(asked)} questions got an answer from {o.endpoint}")
     return {id_: found[id_] for id_ in asked}
 
 
@@ -221,11 +223,6 @@ def _remote(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[...,
             details=[f"{count} x {kind}" for kind, count in failed.items()],
             hint="the others are kept; the same command asks only for these again, and "
             "--count-unanswered-wrong counts them as not right",
-        )
-    if len(left) == len(todo) > 1:
-        raise DataError(
-            f"none of {len(todo)} questions got an answer from {o.endpoint}",
-            details=[f"{count} x {kind}" for kind, count in failed.items()],
         )
     for id_, t in left.items():
         keep(t, "", unanswered=why[id_])

@@ -1,0 +1,1 @@
+"""Counting: R1-V's SuperCLEVR evaluation."""

@@ -1,0 +1,1 @@
+"""GeoQA: R1-V's evaluation on geometry problems."""
