@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..core import console
 from ..core.errors import DataError, UsageError, first_line, nearest
-from ..core.files import cache_dir, read_json, sha256_file, write_json
+from ..core.files import cache_dir, lock, read_json, sha256_file, write_json
 from . import layouts, rows, sources
 from .prepare import SUMMARY, prepare
 from .rows import COLUMNS, SCHEMA_VERSION
@@ -64,16 +64,9 @@ def ensure_rows(path: str, split: str = "train") -> Path:
     if cached is None:
         _split(_here(path), split)
         return _here(path)
-    from filelock import FileLock
-
     name, arguments = cached
     out = cache_dir("data", name)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out.with_name(f"{name}.lock")).acquire()
-    except OSError as e:
-        raise UsageError(f"cannot write to the cache {out.parent}: {e.strerror}", hint="set R1V_CACHE") from None
-    with lock:
+    with lock(cache_dir("data", f"{name}.cached"), "data cache", wait=True):
         if not _intact(out, arguments["split"]):
             summary = prepare(out=out, overwrite=True, **arguments)
             for reason, count in summary["dropped"].items():

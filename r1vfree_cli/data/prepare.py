@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 import shutil
-import socket
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..core.files import sha256_file, write_json
+from ..core.files import lock, sha256_file, write_json
 from . import layouts
 from .rows import SCHEMA_VERSION, Drops, RawRow, RowProblem, make_row
 from .sources import Source, Table, find_source, open_source
@@ -91,7 +89,7 @@ def prepare(
     summary |= {"limit": limit, "seed": seed, "rows": 0, "read": 0}
     readers = {name: Reader(found, tables[name], limit, seed, drops) for name in sorted(tables)}
     try:
-        with _alone(out), _work_dir(out) as temporary:
+        with lock(out, "data folder"), _work_dir(out) as temporary:
             _check_out(out, [], overwrite)
             splits = {name: _write_split(temporary, name, reader) for name, reader in readers.items()}
             summary["rows"] = sum(s["rows"] for s in splits.values())
@@ -333,36 +331,13 @@ def _check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the lock beside the folder `out`; a process that dies lets go of it, even by SIGKILL.
-
-    Raises:
-        UsageError: another process holds it; it is named.
-    """
-    from filelock import FileLock, Timeout
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
-    try:
-        with FileLock(path, timeout=0):
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # who waits for this file's lock then looks whether it is still there
-    except Timeout:
-        holder = path.read_text() if path.exists() else "another process"
-        raise UsageError(f"{out} is being written by {holder}", hint="wait for it, or choose another --out") from None
-
-
-@contextmanager
 def _work_dir(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, gone at the end; under `out`'s lock, those that killed runs left are nobody's."""
-    mine = re.compile(rf"\.{re.escape(out.name)}\.\d+(\.old)?\.preparing")
-    for left in [path for path in out.parent.iterdir() if mine.fullmatch(path.name)]:
-        console.log(f"removing {left.name}, left by a run that was killed")
-        shutil.rmtree(left, ignore_errors=True)
-    path = out.parent / f".{out.name}.{os.getpid()}.preparing"
+    """A folder beside `out`, gone at the end. Under `out`'s lock, what a killed run left of one is nobody's."""
+    path = out.with_name(f".{out.name}.preparing")
+    for left in (path, _old(out)):
+        if left.exists():
+            console.log(f"removing {left.name}, left by a run that was killed")
+            shutil.rmtree(left, ignore_errors=True)
     path.mkdir()
     try:
         yield path
@@ -370,15 +345,16 @@ def _work_dir(out: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _old(out: Path) -> Path:
+    return out.with_name(f".{out.name}.preparing-old")
+
+
 def _publish(temporary: Path, out: Path) -> None:
-    """Move what is complete to its place; what was there goes into a work folder of its own, then away."""
+    """Move what is complete to its place; what was there goes aside, then away."""
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    if not out.exists() or not any(out.iterdir()):
-        temporary.rename(out)
-        return
-    old = temporary.with_name(temporary.name.replace(".preparing", ".old.preparing"))
-    out.rename(old)
+    if out.exists() and any(out.iterdir()):
+        out.rename(_old(out))
     temporary.rename(out)
-    shutil.rmtree(old)
+    shutil.rmtree(_old(out), ignore_errors=True)

@@ -468,7 +468,7 @@ def test_sigkill_leaves_only_a_work_folder_which_the_next_run_removes(tmp_path):
         assert time.monotonic() < until and worker.poll() is None
         time.sleep(0.02)
     alive = leftovers(tmp_path)
-    with pytest.raises(UsageError, match=f"is being written by process {worker.pid} on") as caught:
+    with pytest.raises(UsageError, match=rf"\(pid {worker.pid}\) is using the data folder") as caught:
         prepare("jsonl", tmp_path / "out", input=str(source), limit=2)  # beside a living run
     assert caught.value.exit_code == 2 and worker.poll() is None
     prepare("jsonl", tmp_path / "out.2", input=str(source), limit=2)  # a neighbour
