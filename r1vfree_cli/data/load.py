@@ -172,7 +172,7 @@ def _cached(path: str, split: str) -> tuple[str, dict[str, Any]] | None:
             return None
         split = canonical(split)
         arguments: dict[str, Any] = {"source": "files", "split": split, "input": str(here), "images": None}
-        key = [SCHEMA_VERSION, split, _content(here), *(sha256_file(Path(m.__file__)) for m in (rows, layouts))]
+        key = [SCHEMA_VERSION, split, _content(here), *(sha256_file(Path(str(m.__file__))) for m in (rows, layouts))]
         return f"files-{split}-{_fingerprint(key)}", arguments
     query = path.partition("?")[2]
     arguments = {"source": source.name, "split": split}
