@@ -866,8 +866,11 @@ def test_checkpoints_that_are_no_model(bench, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints" / "checkpoint-20").mkdir(parents=True)
     (run / "recipe.yaml").write_text("{}")
+    fails(3, local(bench, run, tmp_path / "e"), "no final/", "no complete checkpoint")
+    for name in ("config.json", "model.safetensors", "trainer_state.json"):
+        (run / "checkpoints" / "checkpoint-20" / name).touch()
     fails(3, local(bench, run, tmp_path / "e"), "no final/", "checkpoint-20")
-    fails(3, local(bench, tmp_path, tmp_path / "e"), "is no model")
+    fails(3, local(bench, tmp_path, tmp_path / "e"), "holds no model")
     fails(3, local(bench, tmp_path / "nowhere", tmp_path / "e"), "no checkpoint")
     model = tmp_path / "model"
     model.mkdir()
@@ -875,7 +878,9 @@ def test_checkpoints_that_are_no_model(bench, tmp_path):
     fails(3, local(bench, model, tmp_path / "e"), "model")
     lora = tmp_path / "lora"
     lora.mkdir()
-    (lora / "adapter_config.json").write_text("{}")
+    (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    fails(3, local(bench, lora, tmp_path / "e"), "adapter without its weights")
+    (lora / "adapter_model.safetensors").touch()
     fails(3, local(bench, lora, tmp_path / "e"), "base")
 
 
