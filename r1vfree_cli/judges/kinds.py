@@ -15,6 +15,7 @@ from typing import Literal
 
 from ..core.errors import DataError
 from ..core.prompts import PromptKind
+from ..run.checkpoint import is_adapter, merge_command
 
 Kind = Literal["yes_no", "value_head", "classification"]
 
@@ -28,6 +29,8 @@ def detect_kind(model: str, revision: str | None = None) -> Kind:
         DataError: no such checkpoint.
     """
     path = checkpoint_file(model, "config.json", revision)
+    if path is None and is_adapter(model):
+        raise DataError(f"judge {model} is a LoRA adapter", hint=f"first: {merge_command(model)}")
     if path is None:
         raise unloadable(model, "there is no config.json")
     try:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_model
@@ -182,7 +183,7 @@ def mend_generation_config(model) -> None:
         return
     kept, refused = GenerationConfig(), []
     fields = {k: v for k, v in given.to_diff_dict().items() if k != "transformers_version"}
-    for key in sorted(fields, key=lambda k: k not in ("do_sample", "pad_token_id", "num_beams", "max_new_tokens")):
+    for key in sorted(fields, key=lambda k: k not in ("do_sample", "num_beams")):  # what others depend on first
         trial = copy.deepcopy(kept)
         setattr(trial, key, fields[key])
         try:
@@ -297,14 +298,9 @@ def tensors_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]):
-            yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+    plain = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+    with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), torch.serialization.safe_globals(plain):
+        yield
 
 
 def strip_pickles(folder: Path) -> None:

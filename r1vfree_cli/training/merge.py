@@ -24,11 +24,12 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from ..config.schema import Model
 from ..core.errors import DataError, R1VError, UsageError, first_line
 from ..core.process import die_with_parent
 from ..core.prompts import build_messages, target_text
 from ..models.adapter import load_adapter
-from ..models.load import check_size, check_template
+from ..models.load import check_template, load_policy
 from ..run import contract
 from ..run.checkpoint import adapter_base, adapter_settings, is_adapter, resolve, seal
 from .checkpoints import mend_generation_config, tensors_only
@@ -116,25 +117,9 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def _model(name: str, revision: str | None = None) -> tuple[Any, str]:
-    """(model, dtype of its files); weights that are missing or do not fit are errors, not random numbers."""
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise DataError(f"no model folder {name}")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        stored = _stored_dtype(config)
-        check_size(name, config)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except R1VError:
-        raise
-    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot load {name} as a vision-language model: {first_line(e)}") from None
-    model, info = loaded
-    wrong = [f"{kind.split('_')[0]}: {key}" for kind in ("missing_keys", "mismatched_keys") for key in info[kind]]
-    if wrong:
-        raise DataError(f"the weights in {name} do not fit its config.json", details=wrong[:5])
-    return model.eval(), stored
+    """(model in float32, dtype of its files); weights that are missing or do not fit are errors, not random numbers."""
+    model = load_policy(Model(name=name, revision=revision, dtype="float32"))
+    return model.eval(), _stored_dtype(AutoConfig.from_pretrained(resolve(name, verify=False).path, revision=revision))
 
 
 def _shards(folder: Path) -> tuple[Any, str]:

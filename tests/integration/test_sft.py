@@ -17,6 +17,7 @@ from r1vfree_cli.core.errors import DataError, Interrupted, UsageError
 from r1vfree_cli.core.files import read_jsonl
 from r1vfree_cli.launch import plan as plans
 from r1vfree_cli.launch import processes as launch
+from r1vfree_cli.models.adapter import base_signature
 from r1vfree_cli.models.load import load_processor
 from r1vfree_cli.run import checkpoint, contract
 from r1vfree_cli.run.attempt import Attempt
@@ -305,6 +306,8 @@ def test_lora_trains_an_adapter_over_an_unchanged_base(tiny, data, tmp_path):
     inputs.pop("labels")
     with torch.no_grad():
         assert not torch.allclose(model(**inputs).logits, base(**inputs).logits, atol=1e-4)
+    assert contract.read(run.final)["base_signature"] == base_signature(base)
+    assert contract.read(run.checkpoints / "checkpoint-2")["base_signature"] == base_signature(base)
 
 
 # --- resume ----------------------------------------------------------------------------------------------------
