@@ -146,12 +146,12 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         held.acquire()
     except Timeout:
         if not file.exists():  # a place like /proc, where no file can be made
-            raise UsageError(f"cannot write {file}", hint="name another folder") from None
+            raise UsageError(f"cannot write {file}, the lock of {path}", hint="name another folder") from None
         pid = file.read_text(encoding="utf-8", errors="replace").strip()
         who = f"another r1v process (pid {pid})" if pid.isdigit() else "another r1v process"
         raise UsageError(f"{who} is using the {what} {path}", hint="wait for it, or name another folder") from None
     except OSError as e:
-        raise UsageError(f"cannot write {file}: {e.strerror}", hint="name another folder") from e
+        raise UsageError(f"cannot write {file}, the lock of {path}: {e.strerror}", hint="name another folder") from e
     try:
         with suppress(OSError):
             file.write_text(f"{os.getpid()}\n")

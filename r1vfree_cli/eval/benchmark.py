@@ -201,8 +201,8 @@ class Benchmark:
             DataError: a field is missing.
         """
         try:
-            values = {k: record[k] for k in ("question_id", "question", "answer")}
-            return Question(*map(str, values.values()), record.get("filename"), record.get("part"))
+            asked, text, answer = (str(record[k]) for k in ("question_id", "question", "answer"))
+            return Question(asked, text, answer, record.get("filename"), record.get("part"))
         except (KeyError, TypeError):
             raise DataError(f"{where}: no question: question_id, question and answer are needed") from None
 
@@ -359,9 +359,9 @@ def read_questions(
     root = (images or files[0].parent).resolve()
     readers: dict[str, Reader] = {}
     for q in unique(questions, source):
-        file = _inside(root, q.filename)
-        if file:
-            readers[q.id] = file.read_bytes
+        figure = _inside(root, q.filename)
+        if figure:
+            readers[q.id] = figure.read_bytes
     found_set = QuestionSet(questions, readers, source)
     found_set.need_figures(asked, f"give the folder that {questions[0].filename} lies in with --images")
     return found_set

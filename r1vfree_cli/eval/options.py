@@ -113,7 +113,7 @@ def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) ->
     """
     document: dict[str, Any] = {}
     if recipe:
-        document = recipes.load_document(recipes.find("eval", recipe), overrides)
+        document = recipes.load_document(recipes.find("eval", recipe), list(overrides))
     elif overrides:
         raise UsageError("--set needs --recipe", hint="without one, use the options: --max-new-tokens 256")
     if secrets := secrets_in(document):

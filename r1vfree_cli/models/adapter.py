@@ -56,7 +56,8 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
         wrong += [f"unexpected: {key}" for key in sorted(renamed.keys() - set(known.values()))]
         if wrong or len(renamed) < len(weights):
             raise DataError(misfit, details=wrong[:6], hint=hint)
-        unexpected = set_peft_model_state_dict(wrapped, renamed).unexpected_keys
+        loaded: Any = set_peft_model_state_dict(wrapped, renamed)
+        unexpected = loaded.unexpected_keys
     except R1VError:
         raise
     except Exception as e:  # shapes, targets that the model has not

@@ -90,6 +90,8 @@ def row_images(data: dict, ids: set[str], *, seed: int = 42) -> tuple[dict[str, 
         folder = find_rows(with_seed(path, seed), split)
     except R1VError as e:
         return {}, f"the data {path} cannot be read, so its rollouts have no images: {e.message}"
+    if folder is None and Path(path).exists():
+        folder = Path(path)  # not prepared yet; its ids and images are there all the same
     if folder is None:
         return {}, f"the data {path} is not on this machine, so its rollouts have no images"
     found = _scan(folder, split, ids)

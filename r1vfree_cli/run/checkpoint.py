@@ -60,7 +60,7 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
     Raises:
         DataError: no such place, a folder without a model, a run without a final one, or damaged files.
     """
-    path = Path(resolve_model(name, seed)) if is_embedded(name) else Path(name).expanduser()
+    path = Path(resolve_model(name, seed)) if is_embedded(name) else Path(os.path.expanduser(name))
     if not os.path.exists(path):  # False also for a name that cannot be one
         if _HUB.fullmatch(name):
             return Checkpoint(name, name)

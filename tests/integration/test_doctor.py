@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLConfig
 
 from r1vfree_cli.config import recipes
 from r1vfree_cli.doctor import probe
-from r1vfree_cli.doctor.checks import checks as doctor
+from r1vfree_cli.doctor import checks as doctor
 from r1vfree_cli.doctor.checks import diagnose
 from r1vfree_cli.doctor.probe import memory_estimate
 
