@@ -9,8 +9,8 @@ from tiny_models import draw_rows, save_tiny, write_rows
 from transformers import Qwen2_5_VLConfig
 
 from r1vfree_cli.config import recipes
-from r1vfree_cli.doctor import probe
 from r1vfree_cli.doctor import checks as doctor
+from r1vfree_cli.doctor import probe
 from r1vfree_cli.doctor.checks import diagnose
 from r1vfree_cli.doctor.probe import memory_estimate
 
