@@ -56,18 +56,14 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
         wrong += [f"unexpected: {key}" for key in sorted(renamed.keys() - set(known.values()))]
         if wrong or len(renamed) < len(weights):
             raise DataError(misfit, details=wrong[:6], hint=hint)
-<<<<<<< HEAD
         loaded: Any = set_peft_model_state_dict(wrapped, renamed)
         unexpected = loaded.unexpected_keys
-=======
-        result: Any = set_peft_model_state_dict(wrapped, renamed)
->>>>>>> c4d51b0 (Adapter loader: types)
     except R1VError:
         raise
     except Exception as e:  # shapes, targets that the model has not
         raise DataError(f"{misfit}: {first_line(e)}", hint=hint) from None
-    if result.unexpected_keys:
-        raise DataError(misfit, details=[f"unexpected: {key}" for key in result.unexpected_keys[:6]], hint=hint)
+    if unexpected:
+        raise DataError(misfit, details=[f"unexpected: {key}" for key in unexpected[:6]], hint=hint)
     return wrapped.eval()
 
 
