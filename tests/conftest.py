@@ -8,5 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test first, so that the other process has work while it runs."""
-    items.sort(key=lambda item: "test_tiny_run" not in item.nodeid)
+    """The longest files first, so that the other process has work while they run: `tests/real` after the unit tests,
+    when its environment is made.
+    """
+    order = ("test_tiny_run", "tests/unit/", "tests/real/")
+    items.sort(key=lambda item: next((i for i, name in enumerate(order) if name in item.nodeid), len(order)))

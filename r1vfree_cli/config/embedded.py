@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qsl, urlencode
 
-from ..core.errors import DataError, UsageError, nearest
+from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.files import cache_dir, lock, staged
 from . import recipes
 
@@ -25,7 +25,7 @@ _TITLES = {
     "tiny-policy": "warm-start the policy (SFT)",
     "tiny-judge": "train the judge",
 }
-# What decides the content of each piece, beside its seed and the libraries: a change of these builds it anew.
+# What decides the content of each piece, beside its seed and the libraries: a change of these rebuilds it.
 _TEXTS = ("core/prompts.py", "data/shapes.py", "tiny/models.py")
 _SOURCES = {
     "tiny-init": _TEXTS,
@@ -58,12 +58,11 @@ class Stage:
 
     @property
     def ready(self) -> bool:
-        # The folder appears whole, by a rename.
+        # The folder appears complete, by an atomic rename.
         return self.folder.is_dir()
 
 
 def is_embedded(name: str | None) -> bool:
-    """True for `embedded:...` names."""
     return bool(name) and str(name).startswith(PREFIX)
 
 
@@ -74,15 +73,6 @@ def with_seed(path: str, seed: int) -> str:
     if source != "shapes" or "seed" in options:
         return path
     return f"shapes?{urlencode(options | {'seed': str(seed)})}"
-
-
-def embedded_path(name: str, seed: int) -> Path:
-    """Where the model `name` of this seed is, or will be once it is built.
-
-    Raises:
-        UsageError: there is no such embedded model.
-    """
-    return _stage(name, seed).path
 
 
 def resolve_model(name: str, seed: int) -> str:
@@ -97,8 +87,7 @@ def resolve_model(name: str, seed: int) -> str:
     stage = _stage(name, seed)
     if not stage.ready:
         raise DataError(
-            f"{name} with seed {seed} is not built yet ({stage.path})",
-            hint="r1v grpo --recipe tiny builds it",
+            f"{name} with seed {seed} is not built yet ({stage.path})", hint="r1v grpo --recipe tiny builds it"
         )
     return str(stage.path)
 
@@ -132,7 +121,7 @@ def building(stage: Stage) -> Iterator[Path | None]:
         if stage.ready:
             yield None
             return
-        with staged(stage.folder) as staging:
+        with staged(stage.folder, keep=True) as staging:
             yield staging
             if not (staging / "final" / "config.json").is_file():
                 raise DataError(f"{stage.name}: the build left no model in {staging / 'final'}")
@@ -153,11 +142,11 @@ def _stage(name: str, seed: int) -> Stage:
 def _parse(name: str) -> tuple[str, dict[str, str]]:
     piece, _, query = name.removeprefix(PREFIX).partition("?")
     if piece not in NAMES:
-        near = nearest(piece, NAMES)
+        known = [PREFIX + n for n in NAMES]
         raise UsageError(
             f"no embedded model {name!r}",
-            details=["there are: " + ", ".join(PREFIX + n for n in NAMES)],
-            hint=f"did you mean {PREFIX}{near}?" if near else None,
+            details=["there are: " + ", ".join(known)],
+            hint=did_you_mean(PREFIX + piece, known),
         )
     options = dict(parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():

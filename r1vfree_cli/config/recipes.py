@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ..core.errors import UsageError, nearest
+from ..core.errors import UsageError, brief, did_you_mean, nearest
 from ..core.redact import secrets_in
+from .rewards import OWN_REWARDS
 from .schema import STAGES, GrpoRecipe, SftRecipe
 from .trl_keys import trl_key_errors, trl_keys
 
@@ -32,12 +34,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-    def fetch_flow_collection_start(self, TokenClass):
-        # The scanner's time grows with the square of the depth.
-        if self.flow_level > 100:
-            raise yaml.YAMLError(f"line {self.line + 1}: nested too deeply")
-        super().fetch_flow_collection_start(TokenClass)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -65,30 +61,6 @@ _Loader.yaml_constructors = {
 }
 _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _SHOWN = 100  # errors of one recipe
-_MAX_NODES = 100_000  # with every alias written out
-
-
-def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many nodes a document has when each alias is replaced by what it stands for.
-
-    Raises:
-        YAMLError: too many (a few lines of aliases can stand for more than any memory), or one holds itself.
-    """
-    if id(node) in known:
-        count = known[id(node)]
-        if count is None:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias stands for something that holds it")
-        return count
-    known[id(node)] = None
-    count = 1
-    if isinstance(node, yaml.MappingNode):
-        count += sum(_written_out(child, known) for pair in node.value for child in pair)
-    elif isinstance(node, yaml.SequenceNode):
-        count += sum(_written_out(child, known) for child in node.value)
-    if count > _MAX_NODES:
-        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: more than {_MAX_NODES} values, aliases written out")
-    known[id(node)] = count
-    return count
 
 
 def recipes_root() -> Path:
@@ -121,11 +93,11 @@ def find(stage: str, name: str) -> Path:
     other = next((k for k in shipped() if k.split("/")[1] == name or k == name), None)
     if other:
         raise UsageError(f"recipe {other} is for `r1v {other.split('/')[0]}`, not for `r1v {stage}`")
-    near = nearest(key, have)
+    names = [k.split("/")[1] for k in have]
     raise UsageError(
         f"no recipe named {name!r} for {stage}",
-        details=["shipped: " + ", ".join(k.split("/")[1] for k in have)],
-        hint=f"did you mean {near.split('/')[1]}?" if near else "r1v recipes list, or give the path of a YAML file",
+        details=["shipped: " + ", ".join(names)],
+        hint=did_you_mean(key.split("/")[1], names, "r1v recipes list, or give the path of a YAML file"),
     )
 
 
@@ -133,18 +105,12 @@ def read_yaml(text: str, where: str) -> Any:
     """Parse YAML with the strict loader.
 
     Raises:
-        UsageError: not YAML, a key stands twice, or aliases that stand for too much.
+        UsageError: not YAML, a key stands twice, or something holds itself.
     """
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _written_out(node, {})
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        document = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        json.dumps(document)  # refuses what holds itself
+        return document
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UsageError(f"{where} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
 
@@ -164,9 +130,22 @@ def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> di
         raise UsageError(
             f"recipe {path} must be a mapping with the keys model, data, train, ..., found {type(document).__name__}"
         )
+    _locate_code(document, path.parent)
     for item in overrides:
         _override(document, item)
+    _locate_code(document, Path.cwd())
     return document
+
+
+def _locate_code(document: dict, folder: Path) -> None:
+    """Give a user's files (`my_rewards.py:brevity`, `my_family.py:FAMILY`) their absolute path, for the workers."""
+    rewards = document.get("rewards")
+    places = [(reward, "name") for reward in (rewards if isinstance(rewards, list) else ())]
+    for node, key in [*places, (document.get("model"), "family")]:
+        named = node.get(key) if isinstance(node, dict) else None
+        if isinstance(named, str) and ".py:" in named:
+            file, _, member = named.rpartition(":")
+            node[key] = f"{(folder / os.path.expanduser(file)).resolve()}:{member}"
 
 
 def _override(document: dict, item: str) -> None:
@@ -191,13 +170,17 @@ def _override(document: dict, item: str) -> None:
 
 
 def _list_place(items: list, part: str, key: str) -> int:
-    """A list item is named by its index or, for rewards, by its `name`."""
-    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    """A list item is named by its index or, for rewards, by what metrics call it (`Reward.key`)."""
+    names = [_called(item) if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
     if part.isdecimal() and int(part) < len(items):
         return int(part)
     raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
+
+
+def _called(reward: dict) -> str:
+    return str(reward.get("label") or str(reward.get("name")).rpartition(":")[2])
 
 
 def validate(stage: str, document: dict, where: str) -> Recipe:
@@ -207,13 +190,7 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
         UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
     """
     model = STAGES[stage]
-    secrets = secrets_in(document)
-    if secrets:  # other errors would show what they found
-        raise UsageError(
-            f"recipe {where} holds what looks like a key or password",
-            details=[f"{ascii(place)[1:-1]}: not shown" for place in secrets[:_SHOWN]],
-            hint="keys come from the environment: $OPENAI_API_KEY or the variable that api_key_env names, $HF_TOKEN",
-        )
+    refuse_secrets(document, where, "$OPENAI_API_KEY or the variable that api_key_env names, $HF_TOKEN")
     recipe, lines = None, _unfit(document)
     try:
         recipe = None if lines else model.model_validate(document)
@@ -227,9 +204,19 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
         many = f"{len(lines)} errors" if len(lines) > 1 else "an error"
         lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else lines
         raise UsageError(
-            f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints a whole recipe"
+            f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints the complete recipe"
         )
     return recipe  # type: ignore[return-value]
+
+
+def refuse_secrets(document: dict, where: str, variables: str) -> None:
+    """Raises UsageError where a document holds a key or password. Before other errors, which show what they found."""
+    if places := secrets_in(document):
+        raise UsageError(
+            f"recipe {where} holds what looks like a key or password",
+            details=[f"{ascii(place)[1:-1]}: not shown" for place in places[:_SHOWN]],
+            hint=f"keys come from the environment: {variables}",
+        )
 
 
 def _unfit(value: Any, key: str = "") -> list[str]:
@@ -243,7 +230,7 @@ def _unfit(value: Any, key: str = "") -> list[str]:
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{key}: must be finite; found {value}"]
     if isinstance(value, int) and abs(value) >= 2**63:
-        return [f"{key}: is too large a number; found {_short(value)}"]
+        return [f"{key}: is too large a number; found {brief(value)}"]
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         return [f"{ascii(key)[1:-1]}: holds characters that no file name or text can; found {ascii(value)[:80]}"]
     return []
@@ -252,22 +239,23 @@ def _unfit(value: Any, key: str = "") -> list[str]:
 def _explain(stage: str, error: Any) -> str:
     loc = [p for p in error["loc"]]
     # A discriminated union adds the tag to the location: rewards.0.feedback.timeout_s
-    if loc[:1] == ["rewards"] and len(loc) > 2 and loc[2] in ("format", "accuracy", "feedback"):
+    if loc[:1] == ["rewards"] and len(loc) > 2 and loc[2] in (*OWN_REWARDS, "user"):
         del loc[2]
-    key = ".".join(str(p) for p in loc) or "recipe"
-    found = _short(error.get("input"))
+    key = ".".join(map(str, loc)) or "recipe"
+    found = brief(error.get("input"))
     if error["type"] == "extra_forbidden":
         allowed = _allowed(stage, loc[:-1])
         near = nearest(str(loc[-1]), allowed)
-        tail = f"; nearest is {'.'.join(str(p) for p in [*loc[:-1], near])}" if near else ""
+        tail = f"; nearest is {'.'.join(map(str, [*loc[:-1], near]))}" if near else ""
         return f"{key}: unknown key, found {found}{tail}; allowed: {', '.join(allowed)}"
     if error["type"] == "missing":
         return f"{key}: is missing"
-    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+    if error["type"].startswith("union_tag"):
         name = error["input"].get("name") if isinstance(error.get("input"), dict) else None
-        near = nearest(name, ("format", "accuracy", "feedback")) if name else None
+        near = nearest(name, OWN_REWARDS) if name else None
         tail = f"; nearest is {near}" if near else ""
-        return f"{key}.name: unknown reward {name!r}; allowed: format, accuracy, feedback{tail}"
+        allowed_names = ", ".join((*OWN_REWARDS, "FILE.py:FUNCTION", "package.module:FUNCTION"))
+        return f"{key}.name: unknown reward {name!r}; allowed: {allowed_names}{tail}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}"
@@ -275,11 +263,6 @@ def _explain(stage: str, error: Any) -> str:
         near = nearest(error["input"], re.findall(r"'([^']*)'", message))
         message += f"; nearest is {near}" if near else ""
     return f"{key}: {message[:1].lower()}{message[1:]}; found {found}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _allowed(stage: str, loc: list) -> list[str]:
@@ -299,13 +282,11 @@ def _allowed(stage: str, loc: list) -> list[str]:
 
 
 def _model_of(annotation: Any) -> Any:
-    from typing import get_args
-
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = [m for a in get_args(annotation) if (m := _model_of(a)) is not None]
     # Of the rewards, feedback has all keys.
-    return found[-1] if found else None
+    return next((m for m in found if m.__name__ == "FeedbackReward"), found[-1] if found else None)
 
 
 def load(stage: str, name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -330,7 +311,7 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
         keys = {**before, **after}
         found = (differences(before.get(k), after.get(k), f"{key}.{k}" if key else str(k)) for k in keys)
         return [line for lines in found for line in lines]
-    return [] if before == after else [f"{key}: {_short(before)} -> {_short(after)}"]
+    return [] if before == after else [f"{key}: {brief(before)} -> {brief(after)}"]
 
 
 def purpose(path: Path) -> str:
@@ -340,13 +321,16 @@ def purpose(path: Path) -> str:
 
 
 def summary(name: str, path: Path) -> dict[str, Any]:
-    """What `recipes list` shows of a recipe; `gpus` that one node needs, the judge's included, None on the CPU."""
+    """What `recipes list` shows of a recipe: `gpus` of a node, the judge's included, None on the CPU; `gb` a GPU."""
     document = load_document(path)
     launch = document.get("launch") or {}
     served = [r["serve"].get("devices") or [] for r in document.get("rewards") or [] if r.get("serve")]
     on_cpu = not launch or launch.get("preset") == "cpu" or launch.get("device") == "cpu"
     local = launch.get("processes", 1) // launch.get("nodes", 1)
-    return {"recipe": name, "gpus": None if on_cpu else local + sum(map(len, served)), "purpose": purpose(path)}
+    gpus = None if on_cpu else local + sum(map(len, served))
+    said = re.search(r"^# Hardware:.*?\bof (\d+) GB", path.read_text(encoding="utf-8"), re.MULTILINE)
+    gb = int(said[1]) if gpus and said else None
+    return {"recipe": name, "gpus": gpus, "gb": gb, "purpose": purpose(path)}
 
 
 def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:

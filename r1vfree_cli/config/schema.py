@@ -6,15 +6,17 @@ transformers' source (`trl_keys`), so a misspelt key is found without importing 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ..core import prompts
+from .rewards import AnyReward, FeedbackReward, Serve, Strict
 
-class Strict(BaseModel):
-    """Unknown keys and wrong types are errors; nothing is coerced but int to float."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+TOKEN_SIDE = 28  # pixels a side of a visual token of Qwen2-VL and Qwen2.5-VL, the smallest of the families
+FEWEST_PIXELS = TOKEN_SIDE**2
+MIN_PIXELS, MAX_PIXELS = 3136, 401408  # of an image after resizing, where a recipe says nothing
 
 
 class Lora(Strict):
@@ -32,10 +34,11 @@ class Model(Strict):
 
     name: str = Field(min_length=1)
     revision: str | None = None
+    family: str | None = Field(None, pattern=r"^.+:[A-Za-z_]\w*$")  # FILE.py:NAME or package.module:NAME of a Family
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    min_pixels: int = Field(3136, ge=784)
-    max_pixels: int = Field(401408, ge=784)
+    min_pixels: int = Field(MIN_PIXELS, ge=FEWEST_PIXELS)
+    max_pixels: int = Field(MAX_PIXELS, ge=FEWEST_PIXELS)
     freeze_vision: bool = False
     lora: Lora | None = None
     trust_remote_code: bool = False
@@ -47,123 +50,84 @@ class Model(Strict):
         return self
 
 
-class Heldout(Strict):
-    """Rows with reference answers, used to measure accuracy before and after; never trained on."""
-
-    path: str = Field(min_length=1)
-    split: str = "test"
-    limit: int | None = Field(None, ge=1)
-
-
-class Data(Strict):
+class Rows(Strict):
     """`path` is a folder written by prepare-data, a parquet file, a known hub name, or `shapes`."""
 
     path: str = Field(min_length=1)
     split: str = "train"
     limit: int | None = Field(None, ge=1)
-    max_prompt_tokens: int | None = Field(512, ge=1)  # text and image tokens; longer rows are dropped and counted
+
+
+class Heldout(Rows):
+    """Rows with reference answers, used to measure accuracy before and after; never trained on."""
+
+    split: str = "test"
+
+
+class Data(Rows):
+    """What is trained on."""
+
+    max_prompt_tokens: int | None = Field(1024, ge=1)  # text and image tokens; longer rows are dropped and counted
     heldout: Heldout | None = None
 
 
-class Serve(Strict):
-    """A reward server that r1v starts with the run and stops with it."""
+class Prompt(Strict):
+    """What is said to the policy beside the question; the request to reason and answer in tags always follows.
 
-    model: str = Field(min_length=1)
-    revision: str | None = None
-    devices: list[int] = Field(default_factory=list)
-    port: int | None = Field(None, ge=1, le=65535)
+    `instruction` takes the place of "Look at the image"; without `system` the chat template's own system message stays.
+    """
 
+    instruction: str | None = Field(None, min_length=1)
+    system: str | None = Field(None, min_length=1)
 
-class Canaries(Strict):
-    """Questions whose right order of scores is known, asked before step 1 and every `every_steps`."""
-
-    every_steps: int = Field(100, ge=1)
-    max_empty_score: float = 0.5
-    min_margin: float = 0.0
-    samples: int = Field(16, ge=1)
-
-
-class Price(Strict):
-    """What a judge costs, per million tokens, in the unit of `max_cost`."""
-
-    input: float = Field(ge=0)
-    output: float = Field(ge=0)
+    @field_validator("*")
+    @classmethod
+    def _plain(cls, text):
+        if text and (token := re.search(r"<\|.*?\|>|<image>", text)):
+            raise ValueError(f"must be plain text, found the control token {token.group()}")
+        return text
 
 
-class Reward(Strict):
-    """Any reward: its weight in the sum."""
+class Evaluation(Strict):
+    """Greedy answers of the current weights before step 1, every `every_steps` and after the last one.
 
-    weight: float = 1.0
+    `benchmark`: `heldout` is `data.heldout`, scored by its solutions and by the run's judges; any other is one of
+    `r1v eval`, scored by its rule, image questions alone. `keep_best`: the metric whose best checkpoint is never deleted.
+    `judge_holdout`: a judge that training does not see; when the rewarding judge's score of held-out answers rises and
+    this one's does not, the guard stops the run.
+    """
 
-
-class FormatReward(Reward):
-    """1 when the reply has exactly the asked form, else 0."""
-
-    name: Literal["format"]
-
-
-class AccuracyReward(Reward):
-    """1 when math-verify finds the answer equal to the row's `solution`, else 0. Needs labels."""
-
-    name: Literal["accuracy"]
-
-
-class FeedbackReward(Reward):
-    """Another model's judgement of the extracted answer, given image and question."""
-
-    name: Literal["feedback"]
-    backend: Literal["local", "classify", "chat"] = "classify"
-    model: str | None = None
-    revision: str | None = None
-    base_url: str | None = None
-    serve: Serve | None = None
-    prompt: Literal["auto", "judge", "conversation"] = "auto"  # for a classify server that does not say what it wants
-    request: dict[str, Any] = Field(default_factory=dict)  # put into the request's JSON, over what r1v sends
-    api_key_env: str = "OPENAI_API_KEY"
-    timeout_s: float = Field(60, gt=0)
-    max_retries: int = Field(4, ge=0)
-    concurrency: int = Field(32, ge=1)
-    requests_per_minute: float | None = Field(None, gt=0)
-    step_deadline_s: float = Field(600, gt=0)
-    required: bool = True
-    max_failed_fraction: float = Field(0.25, ge=0, le=1)
-    max_cost: float | None = Field(None, gt=0)
-    price: Price | None = None
-    cache: bool | str = True
-    max_answer_chars: int = Field(2000, ge=1)
-    floor: float = 0.0
-    canaries: Canaries | None = Field(default_factory=Canaries)
+    every_steps: int = Field(50, ge=1)
+    benchmark: str = "heldout"
+    questions: str | None = None
+    images: str | None = None
+    limit: int | None = Field(None, ge=1)
+    keep_best: str | None = None
+    judge_holdout: FeedbackReward | None = None
 
     @model_validator(mode="after")
-    def _where(self):
-        if self.backend == "local" and not self.model:
-            raise ValueError("backend local needs `model`: a folder, a hub name or embedded:tiny-judge")
-        if self.backend == "local" and (self.base_url or self.serve):
-            raise ValueError("backend local runs in this process; base_url and serve are for classify and chat")
-        if self.backend == "classify" and bool(self.base_url) == bool(self.serve):
+    def _judge(self):
+        if self.judge_holdout and self.benchmark != "heldout":
             raise ValueError(
-                "backend classify needs exactly one of base_url (a server that runs) and serve (r1v starts one)"
+                f"judge_holdout judges held-out answers: it needs benchmark heldout, found {self.benchmark}"
             )
-        if self.backend == "chat" and not (self.base_url and self.model):
-            raise ValueError("backend chat needs base_url and model")
-        if self.backend == "chat" and self.serve:
-            raise ValueError("serve starts a classify server; use backend classify with it")
-        if self.max_cost is not None and self.price is None:
-            raise ValueError("max_cost needs price: {input: ..., output: ...} per million tokens")
+        if self.judge_holdout and self.judge_holdout.serve:
+            raise ValueError("judge_holdout does not use serve: start it by r1v serve-reward and give its base_url")
         return self
 
 
-AnyReward = Annotated[FormatReward | AccuracyReward | FeedbackReward, Field(discriminator="name")]
-
-
 class Guard(Strict):
-    """When a GRPO run stops itself. Each threshold must hold for `patience` logged steps in a row."""
+    """When a GRPO run stops itself. Each threshold must hold for `patience` logged steps in a row.
+
+    sampler_difference_warning: mean difference of the log-probabilities of vLLM and trainer; one step is enough.
+    """
 
     patience: int = Field(20, ge=1)
     zero_spread_fraction: float = Field(0.95, gt=0, le=1)
     clipped_fraction: float = Field(0.95, gt=0, le=1)
     duplicate_fraction: float = Field(0.95, gt=0, le=1)
     length_correlation_warning: float = Field(0.8, gt=0, le=1)
+    sampler_difference_warning: float = Field(0.1, gt=0)
 
 
 class GrpoTrain(BaseModel):
@@ -221,16 +185,25 @@ class Launch(Strict):
 class _Recipe(Strict):
     model: Model
     data: Data
+    prompt: Prompt = Field(default_factory=Prompt)
     train: Any
     launch: Launch = Field(default_factory=Launch)
 
     @model_validator(mode="after")
-    def _seed(self):
-        for key in ("seed", "data_seed"):
-            seed = (self.train.model_extra or {}).get(key)
-            if isinstance(seed, int) and not 0 <= seed < 2**32:
-                raise ValueError(f"train.{key} must be from 0 to {2**32 - 1}, found {seed}")
+    def _image_fits(self):
+        # Tags, question and chat template take some more.
+        limit, image = self.data.max_prompt_tokens, self.model.max_pixels // FEWEST_PIXELS
+        if limit is not None and image + 32 > limit:
+            raise ValueError(
+                f"model.max_pixels ({self.model.max_pixels}) allows images of {image} tokens, which with a question "
+                f"do not fit data.max_prompt_tokens ({limit}): raise the one or lower the other"
+            )
         return self
+
+    @property
+    def policy_prompt(self) -> prompts.Prompt:
+        """What `core.prompts` builds the policy's messages with."""
+        return prompts.Prompt(self.prompt.instruction, self.prompt.system)
 
     @property
     def seed(self) -> int:
@@ -255,33 +228,40 @@ class _Recipe(Strict):
 
 
 class GrpoRecipe(_Recipe):
-    """A whole `r1v grpo` recipe."""
+    """A complete `r1v grpo` recipe."""
 
     rewards: list[AnyReward] = Field(min_length=1)
     train: GrpoTrain
+    eval: Evaluation | None = None
 
     @field_validator("rewards")
     @classmethod
     def _once(cls, rewards):
-        names = [r.name for r in rewards]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"reward {name!r} is listed {names.count(name)} times")
+        keys = [r.key for r in rewards]
+        for key in dict.fromkeys(k for k in keys if keys.count(k) > 1):
+            raise ValueError(f"{keys.count(key)} rewards are called {key!r}: give each a label of its own")
+        if sum(isinstance(r, FeedbackReward) and r.serve is not None for r in rewards) > 1:
+            raise ValueError("serve stands at two rewards: start one by r1v serve-reward and give its base_url")
         return rewards
+
+    @model_validator(mode="after")
+    def _evaluated(self):
+        if self.eval and self.eval.benchmark == "heldout" and not self.data.heldout:
+            raise ValueError("eval.benchmark heldout needs data.heldout: the rows to answer")
+        if self.eval and self.eval.judge_holdout and not self.judges:
+            raise ValueError("eval.judge_holdout is compared with a feedback reward, and rewards has none")
+        return self
 
     @model_validator(mode="after")
     def _groups(self):
         extra: dict[str, Any] = self.train.model_extra or {}
-        for key in ("gradient_accumulation_steps", "steps_per_generation"):
-            value = extra.get(key)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"train.{key} must be at least 1, found {value}")
-        waits, gives_up = self.feedback.step_deadline_s if self.feedback else 0, extra.get("ddp_timeout", 1800)
-        if self.launch.processes > 1 and isinstance(gives_up, int) and waits >= gives_up:
-            raise ValueError(
-                f"rewards.feedback.step_deadline_s ({waits:g}) must be below train.ddp_timeout ({gives_up}): "
-                "after that many seconds the processes that wait for this one end with an error"
-            )
+        gives_up = extra.get("ddp_timeout", 1800)
+        for judge in self.judges if self.launch.processes > 1 and isinstance(gives_up, int) else ():
+            if judge.step_deadline_s >= gives_up:
+                raise ValueError(
+                    f"rewards.{judge.key}.step_deadline_s ({judge.step_deadline_s:g}) must be below train.ddp_timeout "
+                    f"({gives_up}): after that many seconds the processes that wait for this one end with an error"
+                )
         size = self.train.prompts_per_device * self.train.num_generations * self.launch.processes
         generation = extra.get("generation_batch_size")
         if isinstance(generation, int) and generation % size:
@@ -292,18 +272,40 @@ class GrpoRecipe(_Recipe):
         return self
 
     @property
-    def feedback(self) -> FeedbackReward | None:
-        return next((r for r in self.rewards if isinstance(r, FeedbackReward)), None)
+    def judges(self) -> list[FeedbackReward]:
+        """The AI feedback rewards."""
+        return [r for r in self.rewards if isinstance(r, FeedbackReward)]
+
+    @property
+    def every_judge(self) -> list[FeedbackReward]:
+        """Those, and the one that training does not see."""
+        return self.judges + ([self.eval.judge_holdout] if self.eval and self.eval.judge_holdout else [])
 
     @property
     def served(self) -> Serve | None:
-        return self.feedback.serve if self.feedback else None
+        return next((r.serve for r in self.judges if r.serve), None)
+
+
+class WrongAnswers(Rows):
+    """Rows whose `solution` is a wrong answer to their question."""
 
 
 class SftRecipe(_Recipe):
-    """A whole `r1v sft` recipe."""
+    """A complete `r1v sft` recipe. `role: judge` trains one: to say Yes to a right answer and No to a wrong one.
 
+    `wrong`, for a judge: judged answers of your own. Without it each row gives its solution as the right answer and
+    another row's as a wrong one.
+    """
+
+    role: Literal["policy", "judge"] = "policy"
+    wrong: WrongAnswers | None = None
     train: SftTrain
+
+    @model_validator(mode="after")
+    def _role(self):
+        if self.wrong and self.role != "judge":
+            raise ValueError("wrong answers are for role: judge")
+        return self
 
 
 STAGES: dict[str, type[Strict]] = {"grpo": GrpoRecipe, "sft": SftRecipe}

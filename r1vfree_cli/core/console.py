@@ -46,6 +46,15 @@ def log(message: str) -> None:
         repeat(message, False)
 
 
+debugging = False  # --debug
+
+
+def detail(message: str) -> None:
+    """A line that only --debug shows."""
+    if debugging:
+        log(message)
+
+
 def warn(message: str) -> None:
     """One `warning:` line on stderr."""
     from rich.text import Text
@@ -78,7 +87,7 @@ def emit_json(document) -> None:
     emit(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def emit_table(title: str, columns: list[str], rows: list[list], *, to_stderr: bool = False) -> None:
+def emit_table(title: str, columns: list[str], rows: list[list]) -> None:
     """A small table; first column left, the others right-aligned. Plain text, never folded, when piped."""
     from rich import box
     from rich.console import Console
@@ -90,7 +99,7 @@ def emit_table(title: str, columns: list[str], rows: list[list], *, to_stderr: b
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*[Text("" if cell is None else str(cell)) for cell in row])
-    console = Console(stderr=to_stderr, highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 1000)  # a log has no edge, and a name cut in two cannot be searched for
     console.print(table)
@@ -102,16 +111,37 @@ class Progress:
     def __init__(self, bar, task, total: int | None, description: str):
         self._bar, self._task, self._total, self._description = bar, task, total, description
         self._done = 0
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None
 
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more items as done; `note` is shown at the end of the line."""
+    def advance(self, n: int = 1, note: str = "", total: int | None = None) -> None:
+        """Count `n` more items as done; `note` is shown at the end of the line. `total`, once it is known."""
         self._done += n
+        self._total = total or self._total
+        now = time.monotonic()
+        left = self._left(now)
         if self._bar is not None:
-            self._bar.update(self._task, advance=n, note=note)
-        elif time.monotonic() - self._last > 10:
-            self._last = time.monotonic()
-            log(f"{self._description}: {self._done}/{self._total if self._total is not None else '?'} {note}".rstrip())
+            self._bar.update(self._task, advance=n, note=note, total=self._total, left=left)
+        elif now - self._last > 10:
+            self._last = now
+            count = f"{self._done}/{'?' if self._total is None else self._total}"
+            log(f"{self._description}: {count} {clock(now - self._start)}{left} {note}".rstrip())
+
+    def _left(self, now: float) -> str:
+        """As tqdm writes it, `<7:05`, at the pace since the first call: that one may count an earlier attempt."""
+        if self._first is None:
+            self._first = now, self._done
+        since, done = self._first
+        if self._total is None or self._done <= done:
+            return ""
+        return f"<{clock((now - since) / (self._done - done) * (self._total - self._done))}"
+
+
+def clock(seconds: float) -> str:
+    """`4:05` or `1:02:03`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 @contextmanager
@@ -120,19 +150,28 @@ def progress(description: str, total: int | None = None) -> Iterator[Progress]:
     if not is_terminal():
         yield Progress(None, None, total, description)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
+    from rich.text import Text
+
+    class Clock(ProgressColumn):
+        def render(self, task):
+            return Text(clock(task.elapsed or 0) + task.fields["left"])
 
     columns = [
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        Clock(Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
     ]
-    with Bar(*columns, console=_stderr(), transient=True) as bar:
+    shown = _stderr()
+    if shown.width < 110:  # room for the note
+        del columns[1]
+    with Bar(*columns, console=shown, transient=True, expand=True) as bar:
         _bars.append(bar.console)
         try:
-            yield Progress(bar, bar.add_task(description, total=total, note=""), total, description)
+            yield Progress(bar, bar.add_task(description, total=total, note="", left=""), total, description)
         finally:
             _bars.pop()

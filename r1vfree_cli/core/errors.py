@@ -73,10 +73,26 @@ def nearest(name: str, allowed) -> str | None:
     """The allowed name most like `name`, or None when nothing is close."""
     import difflib
 
-    found = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)
-    return found[0] if found else None
+    return next(iter(difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.6)), None)
+
+
+def did_you_mean(name: str, allowed, otherwise: str | None = None) -> str | None:
+    """A hint: the nearest of the allowed names, else `otherwise`."""
+    near = nearest(name, allowed)
+    return f"did you mean {near}?" if near else otherwise
+
+
+def brief(value: object) -> str:
+    """What was found, for an error: its `repr`, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def first_line(error: BaseException) -> str:
     """The first line of its message, its class's name where there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def counted(n: int, one: str, many: str = "") -> str:
+    """`1 process`, `2 processes`; with a verb: `counted(n, "gate is", "gates are")`."""
+    return f"{n} {one if n == 1 else many or one + ('es' if one.endswith('s') else 's')}"

@@ -1,4 +1,4 @@
-"""Small files, written whole or not at all; JSON and JSON lines; hashes; where caches are.
+"""Small files, written atomically; JSON and JSON lines; hashes; where caches are.
 
 Every file is written to a temporary name in the same folder and renamed, so a reader never sees half of one; JSONL
 files are appended to a complete line at a time.
@@ -19,13 +19,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, first_line
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file or nothing: temporary name, fsync, rename.
+    """Write a file atomically: temporary name, fsync, rename.
 
     Raises:
         UsageError: the disk is full, the place is a file's, no permission.
@@ -42,7 +42,17 @@ def write_bytes(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror}") from e
+        raise cannot_write(path, e) from e
+
+
+def cannot_write(path: object, error: BaseException) -> UsageError:
+    """The error of a write that the system refused."""
+    cache = Path(str(path)).is_relative_to(cache_dir())
+    reason = getattr(error, "strerror", None) or first_line(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        reason = "a file is where a folder must be"
+    hint = "the environment variable R1V_CACHE names another cache" if cache else None
+    return UsageError(f"cannot write {path}: {reason}", hint=hint)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,25 +103,34 @@ def parse_json(data: bytes) -> Any:
 
 
 def append_jsonl(path: Path, document: Any) -> None:
-    """Append one line, in one write call.
+    """Append one line, in one write call, or nothing.
 
     Raises:
         UsageError: as `write_bytes`.
     """
-    line = json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
+    line = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab", buffering=0) as f:
-            f.write(line.encode("utf-8"))
+            end = f.tell()
+            if f.write(line) != len(line):  # the disk is full now
+                f.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror}") from e
+        raise cannot_write(path, e) from e
+
+
+def repair_tail(path: Path) -> None:
+    """Cut a half-written last line, which a killed writer can leave, so that the next line starts on its own."""
+    if path.is_file() and not (data := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, document). A last line without a newline (a killed writer) is left out.
 
     Raises:
-        DataError: a whole line that is not JSON, or an unreadable file.
+        DataError: a complete line that is not JSON, or an unreadable file.
     """
     try:
         with open(path, "rb") as f:
@@ -146,12 +165,12 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         held.acquire()
     except Timeout:
         if not file.exists():  # a place like /proc, where no file can be made
-            raise UsageError(f"cannot write {file}, the lock of {path}", hint="name another folder") from None
+            raise UsageError(f"cannot write {file}, the lock of the {what}", hint="name another folder") from None
         pid = file.read_text(encoding="utf-8", errors="replace").strip()
         who = f"another r1v process (pid {pid})" if pid.isdigit() else "another r1v process"
         raise UsageError(f"{who} is using the {what} {path}", hint="wait for it, or name another folder") from None
     except OSError as e:
-        raise UsageError(f"cannot write {file}, the lock of {path}: {e.strerror}", hint="name another folder") from e
+        raise cannot_write(f"{file}, the lock of the {what}", e) from e
     try:
         with suppress(OSError):
             file.write_text(f"{os.getpid()}\n")
@@ -162,38 +181,47 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """Yield an empty staging directory that becomes `folder` by one rename when the body ends; else it stays aside.
+def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yield an empty staging directory that takes the place of `folder` by a rename when the body ends.
+
+    After an error it is removed, or with `keep` left until the next try. Hold the folder's lock.
 
     Raises:
-        UsageError: `folder` is there already, or the place cannot be written.
+        UsageError: the place cannot be written.
     """
-    staging = folder.with_name(f".{folder.name}.staging")
+    staging, old = (folder.with_name(f".{folder.name}.{what}") for what in ("staging", "old"))
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        for left in (staging, old):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         staging.mkdir(parents=True)
     except OSError as e:
-        raise UsageError(f"cannot write {staging}: {e.strerror}") from e
-    yield staging
-    staging.rename(folder)
+        raise cannot_write(staging, e) from e
+    try:
+        yield staging
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
-def no_space(error: BaseException) -> bool:
-    """Whether it says that a disk, quota or file-size limit is full."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # safetensors wraps the system's error in its own; torch.save's zip writer says only that it failed.
-    return "inline_container.cc" in str(error) or any(
-        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    )
+def sync(path: Path) -> None:
+    """fsync a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def disk_full(path: Path | str) -> UsageError:
-    """The error of a write that found no space."""
-    return UsageError(
-        f"no space left on the disk while writing {path}",
-        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
-    )
+def disk_free(path: Path) -> int:
+    """Free bytes where `path` is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def sha256_file(path: Path) -> str:

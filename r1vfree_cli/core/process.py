@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -100,13 +102,44 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
+def cpu_count() -> int:
+    """Cores that this process may use: of a machine's, a scheduler or container may have given it a few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names (numbers, UUIDs, MIG instances), as CUDA reads it; None where it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return None
+    return list(itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
+
+
+def gpu_names(indices: Iterable[int]) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that gets these of the GPUs that this one may use."""
+    visible = visible_gpus() or []
+    return ",".join(visible[i] if i < len(visible) else str(i) for i in indices)
+
+
 def gpu_count() -> int:
     """GPUs that this process may use, without asking torch: device files, less what CUDA_VISIBLE_DEVICES hides."""
     present = sum(1 for f in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", f.name))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_gpus()
     if visible is None:
         return present
-    return min(present, len([v for v in visible.split(",") if v.strip() and v.strip() != "-1"]))
+    if present and any(name.startswith("MIG-") for name in visible):  # several of a GPU
+        return len(visible)
+    return min(present, len(visible))
+
+
+def gpu_gigabytes() -> int | None:
+    """Memory of the smallest GPU, in GiB, by the driver's own tool; None where that cannot tell."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
+        return min(round(int(line) / 1024) for line in said.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 @contextlib.contextmanager

@@ -59,12 +59,18 @@ def build_messages(problem: str, num_images: int = 1, prompt: Prompt = DEFAULT) 
     This is the form that `apply_chat_template` of a Qwen-VL processor and TRL's trainers take. The user's turn is
     the last message; a system message stands before it where `prompt` has one.
     """
-    content: list[dict] = [{"type": "image"} for _ in range(num_images)]
-    content.append({"type": "text", "text": user_text(problem, num_images, prompt)})
-    user = {"role": "user", "content": content}
+    user = _turn(user_text(problem, num_images, prompt), num_images)
     if prompt.system is None:
         return [user]
     return [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}, user]
+
+
+def _turn(text: str, num_images: int) -> dict:
+    """A user's turn: placeholders for the images, then the text."""
+    return {
+        "role": "user",
+        "content": [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}],
+    }
 
 
 def target_text(thinking: str | None, answer: str) -> str:
@@ -162,19 +168,14 @@ def judge_messages(problem: str, answer: str, num_images: int = 1) -> list[dict]
     Args:
         problem: the question as asked of the policy, without r1v's instruction.
         answer: the extracted answer, never the reasoning.
-        num_images: placeholders `{"type": "image"}` before the text.
     """
-    content: list[dict] = [{"type": "image"} for _ in range(num_images)]
-    content.append({"type": "text", "text": judge_text(problem, answer)})
-    return [{"role": "user", "content": content}]
+    return [_turn(judge_text(problem, answer), num_images)]
 
 
 def conversation_messages(problem: str, answer: str, num_images: int = 1) -> list[dict]:
     """The conversation that a reward model with a value or classification head scores at its last token."""
-    content: list[dict] = [{"type": "image"} for _ in range(num_images)]
-    content.append({"type": "text", "text": as_data(problem.strip())})
     reply = [{"type": "text", "text": as_data(answer.strip())}]
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
+    return [_turn(as_data(problem.strip()), num_images), {"role": "assistant", "content": reply}]
 
 
 def messages_for(kind: PromptKind, problem: str, answer: str, num_images: int = 1) -> list[dict]:
@@ -185,9 +186,5 @@ def messages_for(kind: PromptKind, problem: str, answer: str, num_images: int = 
 
 def prompt_hash() -> str:
     """sha256 (hex) of the fixed parts of all forms; part of the cache key and of the reward's identity."""
-    forms = [
-        judge_messages("<q> [INST]", "<a>"),
-        conversation_messages("<q>", "<a>"),
-        judge_text("<q>", "<a>", ASK_JSON),
-    ]
-    return hashlib.sha256(json.dumps(forms).encode()).hexdigest()
+    said = judge_messages("<q> [INST]", "<a>"), conversation_messages("<q>", "<a>"), judge_text("<q>", "<a>", ASK_JSON)
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import DataError, UsageError
-from .rows import MAX_FILE_BYTES
+from .images import MAX_FILE_BYTES
 
 
 def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..core.errors import UsageError
-from .rows import RawRow, RowProblem
+from .drops import RowProblem
+from .rows import RawRow, clean_solution
 
 TARGETS = {name: name for name in ("id", "problem", "images", "solution", "thinking")}
 TARGETS |= {"question": "problem", "image": "images", "answer": "solution"}
@@ -22,11 +23,16 @@ ACCEPTED = (
     "conversations: [{from: human, value: ...}, {from: gpt, value: ...}], image or images (LLaVA, ShareGPT, VLM-R1)",
     "messages: [{role: user, content: ...}, {role: assistant, content: ...}], images (OpenAI, ms-swift)",
     "query, response, images (ms-swift)",
-    "prompt (messages), images, reward_model: {ground_truth: ...} (verl)",
+    "prompt (messages), images, reward_model: {ground_truth: ...} (verl) or completion (TRL)",
 )
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
-_PARTS = (None, "text", "image", "image_url", "input_text", "input_image")
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_ROLES = {"human": "user", "developer": "system"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
+_PARTS = (None, "text", "image", "image_url", "input_text", "input_image", "output_text")
+_THOUGHT = re.compile(
+    r"\s*<(?P<tag>\w*(?:think|thought|reason|rationale|reflect|analysis)\w*)>(.*?)</(?P=tag)>(.*)", re.DOTALL | re.I
+)
+_LETTERS = "ABCDEFGHIJKLMNOP"
+_LETTER = re.compile(r"\(?([A-P])(?:[).:]|$)")
+_UNFILLED = ("<ref-object>", "<bbox>")  # ms-swift puts names and boxes from `objects` there
 
 
 def first(record: Mapping, *names: str) -> Any:
@@ -38,6 +44,16 @@ def first(record: Mapping, *names: str) -> Any:
 def is_record(document: Mapping) -> bool:
     """Whether it has a column that tells its layout."""
     return any(document.get(name) is not None for needed, _ in _LAYOUTS for name in needed)
+
+
+def is_train(record: dict) -> bool | None:
+    """What a record's own `split` column says, verl's in `extra_info` too; None when it says nothing known."""
+    from .tables import split_of
+
+    extra = parsed(record.get("extra_info"))
+    said = first(record, "split") or (extra.get("split") if isinstance(extra, dict) else None)
+    split = split_of(said) if isinstance(said, str) else None
+    return None if split is None else split == "train"
 
 
 def read(record: dict) -> RawRow:
@@ -54,18 +70,48 @@ def read(record: dict) -> RawRow:
 
 def own_rows(record: dict) -> RawRow:
     """The row's columns, with `question`, `answer`, `image`, `image_path`, `file_name` as other names."""
+    solution = first(record, "solution", "answer")
     return RawRow(
         id=record.get("id"),
         images=_images(record),
-        problem=first(record, "problem", "question"),
-        solution=first(record, "solution", "answer"),
+        problem=_with_choices(record, first(record, "problem", "question"), solution),
+        solution=solution,
         thinking=record.get("thinking"),
         layout="problem and solution columns",
     )
 
 
+def _with_choices(record: dict, problem: Any, solution: Any) -> Any:
+    """The question and, below it, the choices that a table holds beside it: a list, or columns A, B, ...
+
+    Raises:
+        RowProblem: they are no texts, or the solution is neither a letter nor one of them, as an index is.
+    """
+    found = parsed(first(record, "choices", "options"))
+    found = found.get("text") or list(found.values()) if isinstance(found, dict) else found  # ARC has labels beside
+    if found in (None, "", []) or found != found:  # NaN
+        found = [record[letter] for letter in _LETTERS if record.get(letter) is not None]
+    if not isinstance(problem, str) or not found or len(found) == 1:
+        return problem
+    if isinstance(found, str):
+        return problem if found in problem else f"{problem}\n{found}"
+    if not isinstance(found, list) or not all(isinstance(c, str | int | float) for c in found):
+        raise RowProblem("choices are not a list of texts")
+    texts = [str(choice).strip() for choice in found]
+    known = str(clean_solution(solution) or texts[0]).casefold()
+    letter = _LETTER.match(known.upper())
+    if known not in map(str.casefold, texts) and not (letter and letter[1] in _LETTERS[: len(texts)]):
+        raise RowProblem("solution is none of the choices")
+    if all(text in problem for text in texts):
+        return problem
+    lettered = all(_LETTER.match(text) for text in texts)
+    lines = texts if lettered else [f"{name}. {text}" for name, text in zip(_LETTERS, texts, strict=False)]
+    return "\n".join([problem, *lines])
+
+
 def _images(record: dict) -> Any:
-    return first(record, "images", "image", "image_path", "file_name")
+    images = first(record, "images", "image", "image_path", "file_name")
+    return parsed(images) if isinstance(images, str) and images.startswith("[") else images
 
 
 # --- columns named by the user ---------------------------------------------------------------------------------
@@ -85,6 +131,10 @@ def parse_columns(text: str) -> dict[str, str]:
                 f"--columns {part!r}: want NAME=COLUMN, with a name of {', '.join(TARGETS)}",
                 hint="--columns problem=question,image=img",
             )
+        if TARGETS[target] in found:
+            raise UsageError(
+                f"--columns names two columns for {TARGETS[target]}: {found[TARGETS[target]]} and {column}"
+            )
         found[TARGETS[target]] = column
     return found
 
@@ -94,7 +144,7 @@ def named(columns: dict[str, str]) -> Callable[[dict], RawRow]:
 
     def convert(record: dict) -> RawRow:
         named_so = {target: column_of(record, column) for target, column in columns.items()}
-        return replace(own_rows(record | named_so), layout="named columns")
+        return replace(read(record | named_so), layout="named columns")
 
     return convert
 
@@ -115,11 +165,13 @@ def _conversation(record: dict, layout: str, messages: Any, problem: Any = None,
     turns, systems = _turns(messages)
     asked, shown, reply = turns[0]
     images = _images(record) or shown
-    marked = asked.count("<image>")
-    if len(turns) > 1 and isinstance(images, list) and 0 < marked < len(images):
-        images = images[:marked]  # the others belong to later turns
+    marked, later = asked.count("<image>"), any("<image>" in text for text, _, _ in turns[1:])
+    if later or (len(turns) > 1 and marked):  # the others belong to later turns
+        images = (images if isinstance(images, list) else [images])[:marked]
+    if any(mark in f"{asked}{reply}" for mark in _UNFILLED):
+        raise RowProblem("placeholders for objects and boxes")
     thought = _THOUGHT.fullmatch(reply or "")
-    thinking, answer = thought.groups() if thought else (None, reply)
+    thinking, answer = thought.groups()[1:] if thought else (None, reply)
     return RawRow(
         id=record.get("id"),
         images=images,
@@ -127,7 +179,8 @@ def _conversation(record: dict, layout: str, messages: Any, problem: Any = None,
         solution=next((s for s in (solution, first(record, "solution", "answer"), answer) if s is not None), None),
         thinking=thinking,
         layout=layout,
-        left_out=["system message"] * systems + ["later turn of a conversation"] * (len(turns) - 1),
+        left_out=["system message"] * (systems or bool(record.get("system")))
+        + ["later turn of a conversation"] * (len(turns) - 1),
     )
 
 
@@ -153,7 +206,7 @@ def _turns(messages: Any) -> tuple[list[tuple[str, list, str | None]], int]:
 
 def _said(messages: Any) -> Iterator[tuple[str, Any]]:
     """(role, content) in order."""
-    messages = _parsed(messages)
+    messages = parsed(messages)
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RowProblem("conversation is not a list of messages")
     for message in messages:
@@ -162,11 +215,11 @@ def _said(messages: Any) -> Iterator[tuple[str, Any]]:
             if message.get("assistant") is not None:
                 yield "assistant", message["assistant"]
         else:
-            role = str(first(message, "role", "from"))
+            role = str(first(message, "role", "from")).lower()
             yield _ROLES.get(role, role), first(message, "content", "value")
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
     """What a table's cell holds as JSON text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
@@ -177,12 +230,14 @@ def _parsed(value: Any) -> Any:
 def _content(content: Any) -> tuple[str, list]:
     """Text and images of a message: a text, or a list of parts."""
     texts, images = [], []
+    if isinstance(content, int | float) and not isinstance(content, bool):  # a count, as VLM-R1 has it
+        content = str(content)
     for part in content if isinstance(content, list) else [content]:
-        if isinstance(part, dict) and part.get("type") in _PARTS:
+        if isinstance(part, dict) and part.get("type") in _PARTS and ("type" in part or "text" in part):
             image = first(part, "image", "image_url", "path", "url")
-            image = image.get("url") if isinstance(image, dict) and "url" in image else image
             images += [] if image is None else [image]
-            part = part.get("text") or ""
+            # Without an image of its own it stands for the next one of the record's `images`.
+            part = "<image>" if image is None and "image" in str(part.get("type")) else part.get("text") or ""
         if not isinstance(part, str | None):
             raise RowProblem("message part is neither text nor image")
         texts.append(part or "")
@@ -200,7 +255,7 @@ def _messages(record: dict) -> RawRow:
 
 
 def _query(record: dict) -> RawRow:
-    earlier = _parsed(record.get("history")) or []
+    earlier = parsed(record.get("history")) or []
     if not isinstance(earlier, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in earlier):
         raise RowProblem("history is not a list of questions with answers")
     pairs = [*earlier, (record["query"], record.get("response"))]
@@ -209,12 +264,20 @@ def _query(record: dict) -> RawRow:
 
 
 def _verl(record: dict) -> RawRow:
-    """`extra_info.question` goes before the prompt, which ends with an instruction on another form of answer."""
-    prompt = _parsed(record["prompt"])
-    extra, reward = (_parsed(record.get(name)) for name in ("extra_info", "reward_model"))
+    """`extra_info.question` goes before the prompt, which ends with an instruction on another form of answer.
+
+    TRL's `completion`, or the `chosen` of two, is the reply, as is a `response`.
+    """
+    prompt, reply = parsed(record["prompt"]), parsed(first(record, "completion", "chosen", "response"))
+    extra, reward = (parsed(record.get(name)) for name in ("extra_info", "reward_model"))
     extra, reward = (part if isinstance(part, dict) else {} for part in (extra, reward))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return _conversation(record, "verl prompt", messages, extra.get("question"), reward.get("ground_truth"))
+    if isinstance(messages, list) and reply is not None:
+        messages = messages + (reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])
+    truth = next((t for t in (reward.get("ground_truth"), record.get("ground_truth")) if t is not None), None)
+    return _conversation(
+        record, "verl prompt" if reply is None else "TRL prompt", messages, extra.get("question"), truth
+    )
 
 
 _LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict], RawRow]], ...] = (

@@ -8,10 +8,9 @@ the first are prepared once, into the cache.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -19,12 +18,13 @@ from urllib.parse import parse_qs
 from pydantic import BaseModel, ValidationError
 
 from ..core import console
-from ..core.errors import DataError, UsageError, first_line, nearest
+from ..core.errors import DataError, UsageError, counted, did_you_mean, first_line
 from ..core.files import cache_dir, lock, read_json, sha256_file, write_json
-from . import layouts, rows, sources
+from ..core.machine import refused
+from . import images, layouts, rows, sources
 from .prepare import SUMMARY, prepare
 from .rows import COLUMNS, SCHEMA_VERSION
-from .tables import canonical, data_files, is_saved
+from .tables import canonical, counted_name, data_files, is_saved, split_of
 
 if TYPE_CHECKING:
     import datasets
@@ -67,7 +67,9 @@ def ensure_rows(path: str, split: str = "train") -> Path:
     name, arguments = cached
     out = cache_dir("data", name)
     with lock(cache_dir("data", f"{name}.cached"), "data cache", wait=True):
-        if not _intact(out, arguments["split"]):
+        try:
+            _split(out, arguments["split"])
+        except DataError:  # not there, or not intact
             summary = prepare(out=out, overwrite=True, **arguments)
             for reason, count in summary["dropped"].items():
                 console.log(f"{path}: dropped {count} records: {reason}")
@@ -99,31 +101,18 @@ def load_rows(path: str, split: str = "train", limit: int | None = None) -> data
 
     folder = ensure_rows(path, split)
     files = _unchanged(folder, split)
-    try:
-        with _no_bars():
-            found = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache_dir("datasets")))
-            found = found.select_columns(list(COLUMNS))
-            shown = pc.greater(pc.list_value_length(found.data.column("images")), 0).to_numpy()
-    except (pa.ArrowException, TypeError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise DataError(f"cannot read the rows of {path}: {first_line(e.__cause__ or e)}") from None
-    if not shown.all():
-        console.log(f"{path}: dropped {(~shown).sum()} rows without an image, which training does not take")
-        found = found.select(shown.nonzero()[0])
-    return found if limit is None else found.select(range(min(limit, len(found))))
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """`datasets` without its progress bars."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        found = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache_dir("datasets")))
+        found = found.select_columns(list(COLUMNS))
+        shown = pc.greater(pc.list_value_length(found.data.column("images")), 0).to_numpy()
+    except (pa.ArrowException, TypeError, ValueError, datasets.exceptions.DatasetsError) as e:
+        # `datasets` copies them into its cache first.
+        raise refused(e) or DataError(f"cannot read the rows of {path}: {first_line(e.__cause__ or e)}") from None
+    if not shown.all():
+        console.log(f"{path}: dropped {counted((~shown).sum(), 'row')} without an image, which training does not take")
+        found = found.select(shown.nonzero()[0])
+    return found if limit is None else found.select(range(min(limit, len(found))))
 
 
 def data_sha256(path: str, split: str = "train") -> str:
@@ -146,6 +135,31 @@ def columns(path: str, split: str = "train") -> list[str]:
     found = _split(ensure_rows(path, split), split)
     empty = [name for name in ("solution", "thinking") if not getattr(found, name)]
     return [name for name in COLUMNS if name not in empty]
+
+
+def source_name(path: str, split: str = "train") -> str | None:
+    """The source that rows come from, `files` for a user's own; None where they are not here yet."""
+    known = _source_of(path)
+    if known is not None:
+        return known.name
+    folder = find_rows(path, split)
+    return read_json(folder / SUMMARY).get("source") if folder and (folder / SUMMARY).is_file() else None
+
+
+def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[int, int]]:
+    """(width, height) of the images of the first rows, as far as they are here already."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    folder = find_rows(path, split)
+    if folder is None or not (folder / SUMMARY).is_file():
+        return []
+    try:
+        first = pq.ParquetFile(folder / _split(folder, split).files[0].name)
+        batch = next(first.iter_batches(rows, columns=["images"])).to_pylist()
+        return [Image.open(io.BytesIO(i["bytes"])).size for row in batch for i in row["images"] or []]
+    except (OSError, ValueError, LookupError, TypeError, DataError):  # damaged: told when the rows are loaded
+        return []
 
 
 # --- what is prepared into the cache ---------------------------------------------------------------------------
@@ -172,7 +186,12 @@ def _cached(path: str, split: str) -> tuple[str, dict[str, Any]] | None:
             return None
         split = canonical(split)
         arguments: dict[str, Any] = {"source": "files", "split": split, "input": str(here), "images": None}
-        key = [SCHEMA_VERSION, split, _content(here), *(sha256_file(Path(str(m.__file__))) for m in (rows, layouts))]
+        key = [
+            SCHEMA_VERSION,
+            split,
+            _content(here),
+            *(sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)),
+        ]
         return f"files-{split}-{_fingerprint(key)}", arguments
     query = path.partition("?")[2]
     arguments = {"source": source.name, "split": split}
@@ -195,7 +214,7 @@ def _fingerprint(document: Any) -> str:
 
 
 def _content(path: Path) -> list[list[str]]:
-    """Name and sha256 of the files of data that prepare-data did not write.
+    """Split by name, name and sha256 of the files of data that prepare-data did not write.
 
     Raises:
         DataError: it names its images by path, so that the files' content says nothing about them; or it is no data.
@@ -212,7 +231,9 @@ def _content(path: Path) -> list[list[str]]:
                 f"{path} holds no rows: neither {SUMMARY} nor parquet files",
                 hint=f"r1v prepare-data files --input {path} --out FOLDER makes rows of it",
             )
-        return _hashes(files)
+        files += sorted(path.rglob("*.json")) if is_saved(path) else []  # `datasets` names the splits there
+        splits = [str(split_of(counted_name(path, file))) for file in files]
+        return [[split, *found] for split, found in zip(splits, _hashes(files), strict=True)]
     except OSError as e:
         raise DataError(f"cannot read {path}: {e.strerror or e}") from None
 
@@ -240,8 +261,7 @@ def _hint(path: str) -> str:
     known = [*sources.BY_HUB, "shapes"]
     if path in sources.SOURCES and sources.SOURCES[path].hub:
         return f"as a data path this source is called {sources.SOURCES[path].hub}"
-    near = nearest(path, known)
-    return f"did you mean {near}?" if near else "prepare it with r1v prepare-data, or use one of " + ", ".join(known)
+    return did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known)) or ""
 
 
 # --- what prepare-data wrote -------------------------------------------------------------------------------------
@@ -276,13 +296,6 @@ def _split(folder: Path, split: str) -> _Split:
         if path.stat().st_size != file.bytes:
             raise DataError(f"{path} was changed since it was prepared", hint="prepare the data again")
     return found
-
-
-def _intact(folder: Path, split: str) -> bool:
-    try:
-        return bool(_split(folder, split))
-    except DataError:
-        return False
 
 
 def _unchanged(folder: Path, split: str) -> list[Path]:

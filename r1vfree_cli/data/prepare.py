@@ -1,26 +1,27 @@
-"""prepare-data: any source to parquet shards of rows, whole or not at all, with a count of what was dropped and why."""
+"""prepare-data: any source to parquet shards of rows, atomically, with a count of what was dropped and why."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
-import shutil
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..core.files import lock, sha256_file, write_json
+from ..core.files import cannot_write, lock, sha256_file, staged, sync, write_json
 from . import layouts
-from .rows import SCHEMA_VERSION, Drops, RawRow, RowProblem, make_row
+from .drops import Drops, RowProblem
+from .rows import SCHEMA_VERSION, RawRow, make_row
 from .sources import Source, Table, find_source, open_source
 
 SUMMARY = "data.json"
@@ -41,29 +42,19 @@ def prepare(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict:
-    """Turn a source into a folder of parquet shards with a `data.json`.
+    """Turn a source into a folder of parquet shards with a `data.json`, whose content it returns.
 
     Records are checked one by one (`rows.make_row`); what fails is counted by reason. Rows keep the source's order.
     The same input, limit and seed give the same files, byte for byte, with the same versions of the libraries.
 
     Args:
-        source: a name in `sources.SOURCES`.
-        out: the folder to make; it appears only when it is complete.
         input: a local file or folder in the source's layout; None takes the hub.
         images: folder or folders that image paths are looked for in, and that absolute paths and links may lead to;
             by default the folder of the file that names them. None: images must be there as bytes.
         columns: `problem=question,image=img`: the input's columns where r1v does not know their names.
-        split: prepare only this split.
         limit: rows a split at most: a random subset chosen by `seed`; a chosen record that is dropped is replaced by
             another, so that `limit` rows result where there are that many. For `shapes`, how many are drawn.
         seed: of the choice (nothing else depends on it without `limit`), and of what `shapes` draws.
-        overwrite: replace a folder of prepared data.
-
-    Returns:
-        The summary, which is also in `data.json`: `schema_version`, `source`, `layout` (as what the records were
-        read), `columns`, `limit`, `seed`, `read`, `rows`, `dropped` {reason: n}, `dropped_places` {reason: the first
-        few}, `splits` {name: {rows, sha256, solution and thinking (how many rows have one), files: [{name, rows,
-        bytes, sha256}]}}, `sha256`, `versions`.
 
     Raises:
         UsageError: unknown source, impossible arguments, an output folder that is in use, a full disk.
@@ -77,37 +68,42 @@ def prepare(
     names = layouts.parse_columns(columns) if columns else None
     if names:
         found = replace(found, convert=layouts.named(names))
-    try:
-        _check_out(out, [*([Path(input)] if input is not None else []), *(roots or ())], overwrite)
-    except OSError as e:
-        raise UsageError(f"cannot use {out}: {e.strerror}") from None
+    check_out(out, [*([Path(input)] if input is not None else []), *(roots or ())], overwrite)
     tables = open_source(found, input=input, images=roots, split=split, limit=limit, seed=seed)
     if names:
         _check_columns(names, tables)
     drops = Drops()
-    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "source": found.name, "layout": "", "columns": names}
-    summary |= {"limit": limit, "seed": seed, "rows": 0, "read": 0}
-    readers = {name: Reader(found, tables[name], limit, seed, drops) for name in sorted(tables)}
+    readers = {name: Reader(found, name, tables[name], limit, seed, drops) for name in sorted(tables)}
+    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "source": found.name, "columns": names}
+    summary |= {"limit": limit, "seed": seed}
     try:
-        with lock(out, "data folder"), _work_dir(out) as temporary:
-            _check_out(out, [], overwrite)
+        with lock(out, "data folder"), staged(out) as temporary:
+            check_out(out, [], overwrite)
             splits = {name: _write_split(temporary, name, reader) for name, reader in readers.items()}
-            summary["rows"] = sum(s["rows"] for s in splits.values())
-            summary["read"] = sum(reader.read for reader in readers.values())
-            if not summary["rows"]:
+            if not any(s["rows"] for s in splits.values()):
                 raise _nothing_left(found, tables, drops)
-            read_as: Counter[str] = sum((reader.layouts for reader in readers.values()), Counter())
-            summary["layout"] = ", ".join(name for name, _ in read_as.most_common())
-            summary["dropped"] = dict(sorted(drops.counts.items()))
-            summary["dropped_places"] = dict(sorted(drops.places.items()))
-            summary["splits"] = splits
-            summary["sha256"] = digest([f for s in splits.values() for f in s["files"]])
-            summary["versions"] = _versions()
+            summary |= _counted(readers, drops, splits)
             write_json(temporary / SUMMARY, summary)
-            _publish(temporary, out)
+            for path in temporary.iterdir():
+                sync(path)
     except OSError as e:
-        raise UsageError(f"cannot write {out}: {e.strerror or e}") from None
+        raise cannot_write(out, e) from None
     return summary
+
+
+def _counted(readers: dict[str, Reader], drops: Drops, splits: dict[str, dict]) -> dict[str, Any]:
+    """What data.json says of what was read, dropped and written."""
+    read_as: Counter[str] = sum((reader.layouts for reader in readers.values()), Counter())
+    return {
+        "layout": ", ".join(name for name, _ in read_as.most_common()),
+        "read": sum(reader.read for reader in readers.values()),
+        "rows": sum(s["rows"] for s in splits.values()),
+        "dropped": dict(sorted(drops.counts.items())),
+        "dropped_places": dict(sorted(drops.places.items())),
+        "splits": splits,
+        "sha256": digest([f for s in splits.values() for f in s["files"]]),
+        "versions": {name: version(name) for name in ("pillow", "pyarrow")},
+    }
 
 
 def _check_columns(names: dict[str, str], tables: dict[str, list[Table]]) -> None:
@@ -132,8 +128,10 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops) 
     first = next((r for ts in tables.values() for t in ts for _, r in t.read([0]) if isinstance(r, dict)), None)
     columns = [f"columns of the first record: {', '.join(map(str, first))}"] if first else []
     hint = None
-    if first and source.hub is None and not layouts.is_record(first):
-        columns += [f"accepted: {layout}" for layout in layouts.ACCEPTED]
+    unknown = first and source.hub is None and not layouts.is_record(first)
+    columns += [f"accepted: {layout}" for layout in layouts.ACCEPTED] if unknown else []
+    lacks = first and source.hub is None and drops.counts["no image"] + drops.counts["question missing"]
+    if unknown or lacks:
         hint = "--columns problem=COLUMN,image=COLUMN,solution=COLUMN says which is which"
     elif drops.counts["missing image"] + drops.counts["image path leaves the root"]:
         hint = "--images names the folder that image paths are relative to; it may be given several times"
@@ -144,21 +142,14 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops) 
     )
 
 
-def _versions() -> dict[str, str]:
-    import PIL
-    import pyarrow
-
-    return {"pillow": PIL.__version__, "pyarrow": pyarrow.__version__}
-
-
 # --- reading and checking --------------------------------------------------------------------------------------
 
 
 class Reader:
     """The checked rows of one split: iterate once. What fails is added to `drops`."""
 
-    def __init__(self, source: Source, tables: list[Table], limit: int | None, seed: int, drops: Drops):
-        self.source, self.tables, self.limit, self.drops = source, tables, limit, drops
+    def __init__(self, source: Source, split: str, tables: list[Table], limit: int | None, seed: int, drops: Drops):
+        self.source, self.split, self.tables, self.limit, self.drops = source, split, tables, limit, drops
         self.total = sum(table.rows for table in tables)
         self.random = random.Random(f"prepare/{seed}")
         self.read = 0
@@ -210,8 +201,7 @@ class Reader:
                 while waiting:
                     yield waiting[0][0], *waiting.popleft()[1].result()
             finally:
-                for _, future in waiting:
-                    future.cancel()
+                pool.shutdown(cancel_futures=True)
 
     def _records(self, positions: list[int] | None) -> Iterator[tuple[Table, int, int, dict | RowProblem]]:
         start = 0
@@ -228,15 +218,11 @@ class Reader:
         try:
             if isinstance(record, RowProblem):
                 raise record
-            raw = self.source.convert(record)
-            name = self.source.name
-            return raw, make_row(
-                raw,
-                source=name,
-                fallback_id=f"{name}-{number:07d}",
-                roots=table.roots,
-                text_only=self.source.text_only,
-            )
+            if self.source.hub is None and layouts.is_train(record) not in (None, self.split == "train"):
+                raise RowProblem("record of another split")
+            raw, name = self.source.convert(record), self.source.name
+            fallback, text_only = f"{name}-{number:07d}", self.source.text_only
+            return raw, make_row(raw, source=name, fallback_id=fallback, roots=table.roots, text_only=text_only)
         except RowProblem as problem:
             return raw, problem
 
@@ -246,8 +232,6 @@ class Reader:
 
 def arrow_schema():
     """The parquet schema of rows, with the `datasets` features in its metadata so that images load as images."""
-    import json
-
     import pyarrow as pa
 
     texts = ("problem", "solution", "thinking", "source")
@@ -277,10 +261,9 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
         nonlocal writer, group_bytes
         if writer is None:
             files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
+            path = folder / files[-1]["name"]
             # Images are compressed already, and no two are alike.
-            writer = pq.ParquetWriter(
-                folder / files[-1]["name"], schema, use_dictionary=["source"], compression="snappy"
-            )
+            writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
         writer.write_table(pa.Table.from_pylist(group, schema=schema))
         files[-1]["rows"] += len(group)
         group.clear()
@@ -314,47 +297,25 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
     return counts | {"sha256": digest(files), "files": files}
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------
+# --- the output folder -----------------------------------------------------------------------------------------
 
 
-def _check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
+def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Refuse a folder that holds something, or without `overwrite` anything.
+
+    Raises:
+        UsageError
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
+        if not out.is_dir() or not any(out.iterdir()):
+            return
+    except OSError as e:
+        raise UsageError(f"cannot use {out}: {e.strerror}") from None
     if not overwrite:
         raise UsageError(f"{out} is not empty", hint="--overwrite replaces prepared data, --out names another folder")
     if not (out / SUMMARY).is_file():
         raise UsageError(f"{out} holds something else than prepared data: not replaced", hint="choose another --out")
     if any(path.resolve().is_relative_to(out.resolve()) for path in inputs):
         raise UsageError(f"{out} holds the input: not replaced", hint="choose another --out")
-
-
-@contextmanager
-def _work_dir(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, gone at the end. Under `out`'s lock, what a killed run left of one is nobody's."""
-    path = out.with_name(f".{out.name}.preparing")
-    for left in (path, _old(out)):
-        if left.exists():
-            console.log(f"removing {left.name}, left by a run that was killed")
-            shutil.rmtree(left, ignore_errors=True)
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _old(out: Path) -> Path:
-    return out.with_name(f".{out.name}.preparing-old")
-
-
-def _publish(temporary: Path, out: Path) -> None:
-    """Move what is complete to its place; what was there goes aside, then away."""
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    if out.exists() and any(out.iterdir()):
-        out.rename(_old(out))
-    temporary.rename(out)
-    shutil.rmtree(_old(out), ignore_errors=True)

@@ -6,15 +6,16 @@ folder, JSON, JSON lines or CSV with image files beside (an image folder's `meta
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core.errors import UsageError, nearest
-from .layouts import first, own_rows, read
-from .rows import COLUMNS, RawRow, RowProblem
+from ..core import console
+from ..core.errors import UsageError, did_you_mean, first_line
+from .drops import RowProblem
+from .layouts import first, own_rows, parsed, read
+from .rows import COLUMNS, RawRow
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,19 @@ def _rlhf_v(record: dict) -> RawRow:
 
     `chosen`, a person's correction of a model's answer, becomes the reference answer.
     """
-    texts = record
-    if "question" not in record and "text" in record:
-        texts = record["text"]
-        if isinstance(texts, str):
-            try:
-                texts = json.loads(texts)
-            except (ValueError, RecursionError):
-                raise RowProblem("text is not JSON") from None
-        if not isinstance(texts, dict):
-            raise RowProblem("text is not JSON")
+    texts = parsed(record["text"]) if "question" not in record and "text" in record else record
+    if not isinstance(texts, dict):
+        raise RowProblem("text is not JSON")
     # `image_path` names a file of the original data sets, which is not part of this one.
     return RawRow(images=first(record, "images", "image"), problem=texts.get("question"), solution=texts.get("chosen"))
 
 
 def _r1v_free(record: dict) -> RawRow:
     """R1V-Free's copy of RLHF-V: problem and solution as columns beside RLHF-V's own."""
-    if first(record, "problem", "question") is None and "text" in record:
+    problem = first(record, "problem", "question")
+    if problem is None and "text" in record:
         return _rlhf_v(record)
-    return RawRow(
-        images=first(record, "images", "image"),
-        problem=first(record, "problem", "question"),
-        solution=record.get("solution"),
-    )
+    return RawRow(images=first(record, "images", "image"), problem=problem, solution=record.get("solution"))
 
 
 def _hallusionbench(record: dict) -> RawRow:
@@ -98,12 +89,7 @@ SOURCES: dict[str, Source] = {
         Source("clevr-count", _r1v_rows, "leonardPKU/clevr_cogen_a_train"),
         Source("clevr-complex", _r1v_rows, "MMInstruction/Clevr_CoGenT_TrainA_70K_Complex"),
         Source("geoqa", _r1v_rows, "leonardPKU/GEOQA_R1V_Train_8K"),
-        Source(
-            "clevr-r1",
-            _r1v_rows,
-            "MMInstruction/Clevr_CoGenT_TrainA_R1",
-            columns=COLUMNS,
-        ),
+        Source("clevr-r1", _r1v_rows, "MMInstruction/Clevr_CoGenT_TrainA_R1", columns=COLUMNS),
         Source(
             "hallusionbench",
             _hallusionbench,
@@ -111,9 +97,7 @@ SOURCES: dict[str, Source] = {
             rename={"image": "test", "non_image": "test", "train": "test"},
             text_only=True,
         ),
-        *(
-            Source(name, read) for name in ("files", "jsonl", "parquet")
-        ),  # one and the same: the files say what they are
+        *(Source(name, read) for name in ("files", "jsonl", "parquet")),  # the same: files say what they are
         Source("shapes", own_rows, columns=COLUMNS),
     )
 }
@@ -129,10 +113,7 @@ def find_source(name: str) -> Source:
     found = SOURCES.get(name) or BY_HUB.get(name)
     if found:
         return found
-    near = nearest(name, SOURCES)
-    raise UsageError(
-        f"unknown source {name!r}; known are {', '.join(SOURCES)}", hint=f"did you mean {near}?" if near else None
-    )
+    raise UsageError(f"unknown source {name!r}; known are {', '.join(SOURCES)}", hint=did_you_mean(name, SOURCES))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -198,6 +179,8 @@ def _chosen(
             f"{where}: the split of {', '.join(unknown[:5])} is not known, while other files say {', '.join(known)}",
             hint="--split NAME reads the files of one split; a split is a word of a file's or folder's name",
         )
+    if known and unknown:
+        console.warn(f"{where}: left out, their split is not known: {', '.join(unknown[:5])}")
     tables: dict[str, list[Table]] = {}
     for name, table in found:
         name = name or (None if known else "train")
@@ -222,7 +205,7 @@ def _hub(source: Source) -> list[tuple[str | None, Table]]:
         found = datasets.load_dataset(source.hub)
     except Exception as e:  # the hub's client, its HTTP library and the readers raise kinds of their own
         raise UsageError(
-            f"cannot load {source.hub} from the hub: {next(iter(str(e).splitlines()), type(e).__name__)}",
+            f"cannot load {source.hub} from the hub: {first_line(e)}",
             hint="check the connection and `hf auth login`, or give a local copy with --input",
         ) from None
     return [(name, local.dataset_table(found[name], f"{source.hub}/{name}", ())) for name in found]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError, UsageError, first_line
+from .drops import RowProblem
 from .layouts import is_record
-from .rows import RowProblem
 from .sources import Table
 
 BATCH = 16  # records decoded together
 _SHARD = re.compile(r"(?P<split>[a-z]\w*?)-\d{5}-of-\d{5}(-[0-9a-f]+)?", re.IGNORECASE)
 _NO_SPLIT = ("data", "part", "shard", "chunk")  # what shards are called that belong to no split
-_ALIASES = {"training": "train", "testing": "test", "val": "validation", "valid": "validation"}
-_WORDS = "train|training|test|testing|testmini|testdev|val|valid|validation|minival|dev|eval|evaluation|holdout|heldout"
+_ALIASES = {"training": "train", "训练": "train", "testing": "test", "测试": "test"}
+_ALIASES |= dict.fromkeys(("val", "valid", "validate", "验证"), "validation")
+_ALIASES |= dict.fromkeys(("devel", "development"), "dev") | dict.fromkeys(("evaluate", "evaluation"), "eval")
+_WORDS = r"train|training|minitest|testing|test|testmini|testdev|val|valid|validation|validate|minival|dev|devel|"
+_WORDS += r"development|eval|evaluate|evaluation|h[eo]ld[-_ ]?out|训练|测试|验证"
+_NOUN = r"(?:[-_ ]?(?:set|split|data|file|rows)|集)?s?"  # what may follow the word: testset, tests, val_data
+_HUMP = re.compile(r"(?<=[a-z\d])(?=[A-Z])")  # between the words of `geoTest`
+_CELLS = {"": None, "NaN": None, "nan": None, "inf": math.inf, "-inf": -math.inf}
 _NOT_ROWS = {"data.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SAVED = ("dataset_dict.json", "state.json")
 _WRAPPED = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -38,13 +45,15 @@ def canonical(split: str) -> str:
 def split_of(name: str, more: Sequence[str] = ()) -> str | None:
     """The split that a path says, as `datasets` calls it; the file's name goes before its folders, nearest first.
 
-    A split is a word between anything but letters: `test-00000-of-00002-1f2e.parquet`, `geo_test.jsonl`,
-    `x/val2017/rows.csv`. Of several in one name one that is not train counts. Without one, a shard's first part is
-    its split, as the hub names them. `more` are words of the source's own.
+    A split is a word between anything but letters, or with a capital that begins it or follows it:
+    `test-00000-of-00002-1f2e.parquet`, `geo_test.jsonl`, `x/val2017/rows.csv`, `TestSet.json`, `testA.json`. Of
+    several in one name one that is not train counts. Without one, a shard's first part is its split, as the hub names
+    them. `more` are words of the source's own.
     """
-    words = re.compile(rf"(?<![^\W\d_])({'|'.join((*sorted(more, key=len, reverse=True), _WORDS))})(?![^\W\d_])", re.I)
+    own = "|".join((*sorted(map(re.escape, more), key=len, reverse=True), _WORDS))
+    words = re.compile(rf"(?<![a-zà-ɏ])({own}){_NOUN}(?![a-zà-ɏ])", re.IGNORECASE)
     for part in reversed(Path(name).with_suffix("").parts):
-        found = [canonical(word.lower()) for word in words.findall(part)]
+        found = [canonical(word.lower()) for word in words.findall(_HUMP.sub("_", part))]
         if found:
             return next((word for word in found if word != "train"), "train")
         shard = _SHARD.fullmatch(part)
@@ -70,11 +79,20 @@ def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] 
     found: list[tuple[str | None, Table]] = []
     for file in files:
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        # Of a single file's folder only the whole name counts: `test/metadata.jsonl`, not `test_project/rows.jsonl`.
-        folder = path.name if path.is_dir() else canonical(path.absolute().parent.name)
-        folder = folder if path.is_dir() or re.fullmatch(_WORDS, folder) else ""
-        found.append((split_of(f"{folder}/{name}", splits), _open_file(file, name, _roots(images, file.parent))))
+        found.append((split_of(counted_name(path, file), splits), _open_file(file, name, _roots(images, file.parent))))
     return found
+
+
+def counted_name(path: Path, file: Path) -> str:
+    """The part of the name of a file in `path`, or of `path` itself, that may say its split.
+
+    Of a single file's folder the name's end counts: `my_test_set/rows.jsonl`, not `test_project/rows.jsonl`.
+    """
+    if path.is_dir():
+        return f"{path.name}/{file.relative_to(path)}"
+    folder = _HUMP.sub("_", path.absolute().parent.name)
+    end = rf"(.*[^a-zà-ɏ])?({_WORDS}){_NOUN}[\W\d_]*"
+    return f"{folder if re.fullmatch(end, folder, re.IGNORECASE) else ''}/{file.name}"
 
 
 def _roots(images: Sequence[Path] | None, folder: Path) -> Sequence[Path]:
@@ -116,9 +134,8 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
         raise DataError(f"cannot read {path}: {e.strerror}") from None
     encoding = json.detect_encoding(head[:4])
     if not encoding.startswith("utf-8"):
-        raise DataError(
-            f"{path} is {encoding}, not UTF-8", hint=f"iconv -f {encoding} -t utf-8 {path.name} converts it"
-        )
+        hint = f"iconv -f {encoding} -t utf-8 {path.name} converts it"
+        raise DataError(f"{path} is {encoding}, not UTF-8", hint=hint)
     if suffix in (".csv", ".tsv"):
         return _in_turn(name, roots, lambda: _cells(path, "," if suffix == ".csv" else "\t"))
     if suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
@@ -224,12 +241,12 @@ def _in_turn(name: str, roots: Sequence[Path], records: Callable[[], Iterator[di
 
 
 def _cells(path: Path, separator: str) -> Iterator[dict | RowProblem]:
-    """Lines of CSV; all cells are text, empty ones and NaN are none."""
+    """Lines of CSV; all cells are text, but empty ones and NaN are none, and inf is the number."""
     csv.field_size_limit(2**31 - 1)  # images may be among them, in base64
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for record in csv.DictReader(file, delimiter=separator):
-                cells = {name: None if cell in ("", "NaN", "nan") else cell for name, cell in record.items()}
+                cells = {k: _CELLS.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
                 yield RowProblem("line has more cells than the header") if None in record else cells
     except (OSError, ValueError, csv.Error) as e:
         raise DataError(f"cannot read {path}: {first_line(e)}", hint="want UTF-8, with a line of headers") from None
@@ -271,7 +288,9 @@ def _document(path: Path) -> list | None:
     if is_record(document) or not lists:
         return [document]
     if len(lists) > 1:
-        raise DataError(
-            f"{path} holds an object with several lists: {', '.join(document)}", hint='want an array or {"data": [...]}'
-        )
+        what = f"{path} holds an object with several lists: {', '.join(document)}"
+        raise DataError(what, hint='want an array or {"data": [...]}')
+    key = next(name for name, value in document.items() if value is lists[0])
+    if (split := split_of(key)) not in (None, "train", split_of(path.name)):
+        raise DataError(f"{path} holds records of {split}, which its name does not say", hint=f"call it {split}.json")
     return lists[0]

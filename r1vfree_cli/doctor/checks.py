@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 import urllib.error
@@ -19,7 +18,7 @@ from ..config.schema import GrpoRecipe, SftRecipe
 from ..core import console, files
 from ..core.errors import R1VError, UsageError
 from ..launch import job as jobs
-from ..launch import preflight
+from ..launch import preflight, vllm
 from ..launch import processes as launch
 from ..launch.plan import module_plan
 from ..run import run_dir
@@ -35,7 +34,7 @@ _PACKAGES = (
     ("deepspeed", "0.19", True),
     ("peft", "0.19", True),
     ("flash-attn", "2.8", False),
-    ("vllm", "0.32", False),
+    ("vllm", vllm.RELEASE, False),
     ("wandb", "0.20", False),
 )
 
@@ -95,8 +94,16 @@ def _machine() -> list[Check]:
             hint = f"pip install -e '.{extra}'" if extra else "pip install -e ."
             checks.append(Check(package, ERROR if needed else OK, "not installed", hint))
             continue
-        old = _numbers(found) < _numbers(lowest)
-        checks.append(Check(package, WARNING if old else OK, found, f"tested from {lowest} on" if old else None))
+        hint = ""
+        if package == "vllm" and _numbers(found)[:2] != _numbers(lowest):
+            hint = (
+                f"r1v was run with {lowest} and takes no other; TRL 1.16 names 0.22 to 0.31, and only warns of {lowest}"
+            )
+        elif _numbers(found) < _numbers(lowest):
+            hint = f"tested from {lowest} on"
+        checks.append(Check(package, WARNING if hint else OK, found, hint or None))
+    if os.environ.get("R1V_VLLM"):
+        checks.append(_vllm_command())
     gpus = preflight.gpu_count()
     checks.append(Check("gpus", OK, str(gpus) if gpus else "none: only recipes with launch.device cpu run here"))
     checks.append(_hub())
@@ -104,6 +111,14 @@ def _machine() -> list[Check]:
         known = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
         checks.append(Check("wandb login", OK if known else WARNING, "found" if known else "none", "wandb login"))
     return checks
+
+
+def _vllm_command() -> Check:
+    try:
+        command = vllm.executable()
+    except UsageError as e:
+        return Check("vllm server", WARNING, e.message, e.hint)
+    return Check("vllm server", OK, f"{vllm.release_of(command) or 'of unknown release'} ({command})")
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -141,11 +156,15 @@ def _disk() -> list[Check]:
     for title, path in places:
         while not path.exists():
             path = path.parent
-        free = shutil.disk_usage(path).free / 1e9
+        if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+            hint = {"cache": "R1V_CACHE names another place", "temporary": "TMPDIR names another place"}.get(title)
+            checks.append(Check(f"disk, {title}", ERROR, f"{path} cannot be written", hint))
+            continue
+        free = files.disk_free(path) / 1e9
         state = ERROR if free < 1 else WARNING if free < 50 and title != "temporary" else OK
         hint = None
         if state != OK:
-            hint = "a 3B run with optimizer states writes about 40 GB a checkpoint"
+            hint = "a 3B run with optimizer states writes about 53 GB a checkpoint"
             hint = "TMPDIR can name another place" if title == "temporary" else hint
         checks.append(Check(f"disk, {title}", state, f"{free:.3g} GB free on {path}", hint))
     return checks
@@ -181,8 +200,9 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
             plan = module_plan("r1vfree_cli.doctor.probe", *args)
             logs = Path(folder) / "logs"
             with ExitStack() as stack:
-                url = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else None
-                launch.execute(replace(plan, argv=[*plan.argv, *(["--reward-url", url] if url else [])]), logs)
+                server = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else None
+                more = ["--reward-url", server.url] if server else []
+                launch.execute(replace(plan, argv=[*plan.argv, *more]), logs)
             return [Check(**line) for line in files.read_json(out)]
         except R1VError as e:
             lines = [Check(**line) for line in files.read_json(out)] if out.is_file() else []
@@ -197,6 +217,8 @@ def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
             sets["shuffle_dataset"] = False
         trial = recipe.model_copy(deep=True)
         trial.data.heldout = None
+        if isinstance(trial, GrpoRecipe):
+            trial.eval = None
         for key, value in sets.items():
             setattr(trial.train, key, value)
         try:

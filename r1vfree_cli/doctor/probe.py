@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from ..config import recipes
 from ..config.embedded import resolve_model, with_seed
+from ..config.rewards import FeedbackReward
 from ..config.schema import GrpoRecipe, SftRecipe
-from ..core.errors import DataError, R1VError
+from ..core.errors import DataError, R1VError, first_line
 from ..core.files import write_json
 from ..data.load import ensure_rows, load_rows
+from ..launch.disk import GB, adapter_parameters
+from ..models import family
 from ..models.lengths import prompt_lengths
-from ..models.load import attention, load_processor
-
-GB = 1e9
+from ..models.load import attention, auto_class, load_processor
 
 
 def cuda_checks() -> list[dict]:
@@ -40,7 +42,7 @@ def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
     """Prompt lengths (tokens) through the real processor as a histogram, and the longest that is kept."""
     path = with_seed(recipe.data.path, recipe.seed)
     rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
-    lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, recipe.seed)))
+    lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, recipe.seed), recipe.policy_prompt))
     limit = recipe.data.max_prompt_tokens
     kept = [n for n in lengths if limit is None or n <= limit]
     found = (
@@ -53,10 +55,10 @@ def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
     return _check("prompt tokens", "warning" if many else "ok", found, hint), kept[-1]
 
 
-def histogram(lengths: list[int], bins: int = 8) -> str:
-    """`low-high: count` over equal bins between the shortest and the longest of sorted `lengths`."""
+def histogram(lengths: list[int]) -> str:
+    """`low-high: count` over eight equal bins between the shortest and the longest of sorted `lengths`."""
     low, high = lengths[0], lengths[-1]
-    width = max(1, -(-(high + 1 - low) // bins))
+    width = max(1, -(-(high + 1 - low) // 8))
     counts: dict[int, int] = {}
     for n in lengths:
         counts[(n - low) // width] = counts.get((n - low) // width, 0) + 1
@@ -74,25 +76,17 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     Raises:
         DataError: the model's config cannot be read.
     """
-    try:
-        where = resolve_model(recipe.model.name, recipe.seed)
-        config = AutoConfig.from_pretrained(where, revision=recipe.model.revision)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-    except R1VError:
-        raise
-    except Exception as e:  # damaged files raise anything
-        reason = str(e).strip().splitlines()[0]
-        raise DataError(f"cannot read the config of model {recipe.model.name}: {reason}") from None
+    model = _weightless(recipe)
+    config = model.config
     total = trained = sum(p.numel() for p in model.parameters())
     lora, launch, train = recipe.model.lora, recipe.launch, recipe.train.model_extra or {}
     if recipe.model.freeze_vision:
-        trained -= sum(p.numel() for p in model.model.visual.parameters())
+        trained -= sum(p.numel() for m in family.of(config).vision_modules(model) for p in m.parameters())
     size = 4 if recipe.model.dtype == "float32" else 2
     held = 4 if recipe.weights_dtype == "float32" else 2
     stored: float = held
     if lora:
-        trained = int(total * 0.01 * lora.r / 16)
+        trained = adapter_parameters(total, lora.r)
         stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", held)
     zero = int(launch.preset[4]) if launch.preset.startswith("zero") else 0
     world = launch.processes
@@ -125,6 +119,20 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     return {k: v / GB for k, v in parts.items()}
 
 
+def _weightless(recipe: GrpoRecipe | SftRecipe) -> Any:
+    """The model on the meta device."""
+    family.use(recipe.model.family)
+    try:
+        where = resolve_model(recipe.model.name, recipe.seed)
+        config = AutoConfig.from_pretrained(where, revision=recipe.model.revision)
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    except R1VError:
+        raise
+    except Exception as e:  # damaged files raise anything
+        raise DataError(f"cannot read the config of model {recipe.model.name}: {first_line(e)}") from None
+
+
 def _per_token(config, layers: int, norms: int, checkpointing: bool) -> float:
     """Bytes a token (or patch) leaves for the backward pass of a tower in 16-bit numbers.
 
@@ -153,23 +161,28 @@ def memory_check(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict:
 
 
 def judge_check(recipe: GrpoRecipe, url: str | None) -> list[dict]:
-    """The judge answers, and passes the recipe's canaries."""
+    """Each judge answers, and passes the recipe's canaries."""
+    several = len(recipe.judges) > 1
+    return [line for r in recipe.judges for line in _judge(recipe, r, f" {r.key}" if several else "", url)]
+
+
+def _judge(recipe: GrpoRecipe, reward: FeedbackReward, which: str, url: str | None) -> list[dict]:
     from ..rewards import canaries
     from ..rewards.registry import build_feedback
 
-    if recipe.feedback is None:
-        return []
-    settings = recipe.feedback.canaries
-    judge = build_feedback(recipe.feedback, seed=recipe.seed, served_url=url)
+    pixels = recipe.model.min_pixels, recipe.model.max_pixels
+    judge = build_feedback(reward, seed=recipe.seed, served_url=url, pixels=pixels)
     try:
         judge.probe()
-        checks = [_check("judge", "ok", ", ".join(f"{k} {v}" for k, v in judge.identity().items() if v is not None))]
-        if settings is None:
-            return [*checks, _check("canaries", "warning", "turned off in the recipe: canaries: null")]
+        known = ", ".join(f"{k} {v}" for k, v in judge.identity().items() if v is not None)
+        checks = [_check(f"judge{which}", "ok", known)]
+        if reward.canaries is None:
+            return [*checks, _check(f"canaries{which}", "warning", "turned off in the recipe: canaries: null")]
         path = with_seed(recipe.data.path, recipe.seed)
         rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
-        report = canaries.check(judge, rows, settings, recipe.seed)
-        return [*checks, _check("canaries", "ok", "passed") if report.ok else _failed("canaries", report.error())]
+        report = canaries.check(judge, rows, reward.canaries, recipe.seed, recipe.policy_prompt)
+        failed = _failed(f"canaries{which}", report.error())
+        return [*checks, _check(f"canaries{which}", "ok", "passed") if report.ok else failed]
     finally:
         judge.close()
 
@@ -195,6 +208,7 @@ def main() -> None:
     if args.recipe:
         recipe = recipes.validate(args.stage, recipes.load_document(args.recipe), str(args.recipe))
         longest = recipe.data.max_prompt_tokens or 512
+        judged = isinstance(recipe, GrpoRecipe) and not args.without_judge
 
         def lengths() -> list[dict]:
             nonlocal longest
@@ -205,11 +219,7 @@ def main() -> None:
             "attention": lambda: [_check("attention", "ok", attention(recipe.model))],
             "prompt tokens": lengths,
             "memory": lambda: [memory_check(recipe, longest)],
-            "judge": lambda: (
-                judge_check(recipe, args.reward_url)
-                if isinstance(recipe, GrpoRecipe) and not args.without_judge
-                else []
-            ),
+            "judge": lambda: judge_check(recipe, args.reward_url) if judged else [],
         }
         for name, part in parts.items():
             try:

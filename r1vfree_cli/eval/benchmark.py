@@ -8,104 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, UsageError, nearest
-from ..core.files import parse_json, read_json, read_jsonl
+from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.prompts import DEFAULT, Prompt, build_messages
+from ..core.user_code import load_named
+from .questions import Question, QuestionSet, unique
+from .records import Files, found_in, named, read_records
 
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
-Reader = Callable[[], bytes]
 Counts = dict[str, list[int]]  # metric -> [numerator, denominator]
-_SHOWN = 5  # examples in an error
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question. `answer` is the right answer as text; `part` is a part of the benchmark that is scored alone too.
-
-    A benchmark may use a class of its own with `id, text, filename, figure, content` and `record()`.
-    """
-
-    id: str
-    text: str
-    answer: str
-    filename: str | None = None
-    part: str | None = None
-
-    @property
-    def figure(self) -> Hashable | None:
-        """What tells its figure from others; None for a question without one."""
-        return self.filename
-
-    @property
-    def content(self) -> str:
-        """All that decides what a reply is worth."""
-        return f"{self.id}\0{self.text}\0{self.answer}\0{self.filename}"
-
-    def record(self) -> dict:
-        """How it is stored beside its reply."""
-        found = {"question_id": self.id, "question": self.text, "answer": self.answer, "filename": self.filename}
-        return found | ({"part": self.part} if self.part else {})
-
-
-@dataclass
-class QuestionSet:
-    """Questions in file order, and where the image of each that has one is read from."""
-
-    questions: list[Any]
-    readers: dict[str, Reader] = field(default_factory=dict)
-    source: str = ""
-    _figures: dict[Hashable, bytes] = field(
-        default_factory=dict, repr=False
-    )  # checked once, asked for by each question
-
-    def image(self, question: Any) -> bytes | None:
-        """The figure as PNG or JPEG, RGB; None for a text-only question.
-
-        Raises:
-            DataError: the figure is missing or no usable image.
-        """
-        from ..data.rows import RowProblem, normalise_image
-
-        key = question.figure
-        if key is None:
-            return None
-        if key not in self._figures:
-            try:
-                self._figures[key] = normalise_image(self.readers[question.id]())
-            except RowProblem as e:
-                raise DataError(f"figure of {question.id} ({question.filename}): {e.reason}") from None
-            except OSError as e:
-                raise DataError(f"figure of {question.id}: {e}") from None
-        return self._figures[key]
-
-    @property
-    def sha256(self) -> str:
-        """Content key of the question set, in any order."""
-        return hashlib.sha256("\n".join(sorted(q.content for q in self.questions)).encode()).hexdigest()
-
-    def only(self, chosen: Callable[[Any], bool], limit: int | None = None) -> QuestionSet:
-        """The same set with some questions, at most `limit`."""
-        some = [q for q in self.questions if chosen(q)][:limit]
-        return QuestionSet(some, self.readers, self.source, self._figures)
-
-    def need_figures(self, chosen: Callable[[Any], bool], hint: str) -> None:
-        """Raises DataError, naming them, when figures of chosen questions are missing."""
-        wanted = [q for q in self.questions if q.figure is not None and chosen(q)]
-        missing = [f"{q.id}: {q.filename}" for q in wanted if q.id not in self.readers]
-        if missing:
-            raise DataError(
-                f"the figures of {len(missing)} of {len(wanted)} image questions are missing",
-                details=[*missing[:_SHOWN], *(["..."] if len(missing) > _SHOWN else [])],
-                hint=hint,
-            )
 
 
 @dataclass(frozen=True)
@@ -142,6 +59,8 @@ class Benchmark:
     protocols: tuple[str, ...] = ()
     chat = False  # whether `--judge chat` can be asked for
     unanswered_code = UNCLEAR  # of a question without an answer that is counted as not right
+    readers: tuple[str, ...] = ()  # rules that `--reader` may ask for, of reading.READERS; the first is the default
+    reader = "r1v"  # the one that was asked for
 
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
         """Read the questions; the figures of those that are `asked` must be there."""
@@ -204,49 +123,82 @@ class Benchmark:
             asked, text, answer = (str(record[k]) for k in ("question_id", "question", "answer"))
             return Question(asked, text, answer, record.get("filename"), record.get("part"))
         except (KeyError, TypeError):
-            raise DataError(f"{where}: no question: question_id, question and answer are needed") from None
+            accepted = "accepted: question_id, question, answer, and filename where it has a figure"
+            raise DataError(f"{where}: no question", details=[found_in(record), accepted]) from None
 
-    def carried(self, path: Path) -> QuestionSet:
-        """The question set that a file of predictions carries itself, without figures."""
-        asked = [self.from_record(record, where) for where, record in read_records(path)]
-        return QuestionSet(unique(asked, str(path)), {}, str(path))
-
-    def load_predictions(self, path: Path, known: list[Any], needed: list[Any]) -> dict[str, dict]:
-        """Question id -> record with `model_prediction`, for the needed questions.
+    def records(self, files: Files) -> list[tuple[str, dict]]:
+        """(where, record) of files of predictions or verdicts, in the form that `from_record` takes.
 
         Raises:
-            DataError: a question twice, unknown, missing or with another text; or no `model_prediction`.
+            DataError: damaged, or in no form that is known.
+        """
+        return list(read_records(files))
+
+    def has_key(self, records: list[tuple[str, dict]]) -> bool:
+        """Whether the records bring the right answers with them."""
+        return True
+
+    def filled(self, record: dict, where: str, known: dict[str, Any]) -> dict:
+        """The record with what its question, where it is known, has and the record lacks."""
+        return record
+
+    def load_predictions(self, records: list[tuple[str, dict]], known: list[Any], source: str) -> dict[str, dict]:
+        """Question id -> record with `model_prediction`.
+
+        Raises:
+            DataError: a question twice, unknown, or with another text or answer; or no `model_prediction`.
         """
         by_id = {q.id: q for q in known}
         found: dict[str, dict] = {}
-        wrong = []
-        for where, record in read_records(path):
+        unknown, twice, other = (
+            "are not in the question set",
+            "come twice",
+            "have another text or answer key than the question set",
+        )
+        wrong: dict[str, list[str]] = {unknown: [], twice: [], other: []}
+        for where, raw in records:
+            record = self.filled(raw, where, by_id)
             q = self.from_record(record, where)
             if not isinstance(record.get("model_prediction"), str):
-                raise DataError(f"{where}: no model_prediction")
-            if q.id not in by_id or q.content != by_id[q.id].content:
-                wrong.append(q.id)
+                wanted = "accepted: model_prediction (or prediction), a text: the reply"
+                raise DataError(f"{where}: no model_prediction", details=[found_in(raw), wanted])
+            if q.id not in by_id:
+                wrong[unknown].append(q.id)
+            elif q.id in found:
+                wrong[twice].append(q.id)
+            elif q.asked != by_id[q.id].asked:
+                wrong[other].append(q.id)
             found[q.id] = record
-        wrong += [q.id for q in needed if q.id not in found]
-        if wrong:
-            raise DataError(f"{path}: {len(wrong)} questions are unknown, different or missing", details=wrong[:_SHOWN])
-        return {q.id: found[q.id] for q in needed}
+        for problem, ids in wrong.items():
+            if ids:
+                hint = "were the predictions made for another question set?"
+                raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
+        return found
 
     def check_chat(self, questions: list[Any]) -> None:
         """Raises UsageError when a chat judge cannot judge these."""
 
-    def load_judged(self, path: Path) -> tuple[list[Any], list[dict]]:
-        """judged.json -> judged questions and their records, in file order.
+    def load_judged(self, files: Files, known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
+        """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
 
         Raises:
             DataError: not that, or a question twice.
         """
-        records = list(read_records(path))
-        questions = unique([self.from_record(r, where) for where, r in records], str(path))
-        for where, r in records:
-            if r.get("code") not in (None, WRONG, RIGHT, UNCLEAR) or isinstance(r.get("code"), bool):
-                raise DataError(f"{where}: code is {r.get('code')!r}, allowed: 0, 1, 2, null")
-        return [self.judged(q, r.get("code")) for q, (_, r) in zip(questions, records)], [r for _, r in records]
+        by_id = {q.id: q for q in known}
+        records = [(where, self.filled(record, where, by_id)) for where, record in self.records(files)]
+        judged = [self.judged_record(record, where) for where, record in records]
+        return unique(judged, named(files)), [record for _, record in records]
+
+    def judged_record(self, record: dict, where: str) -> Any:
+        """The judged question of a stored record.
+
+        Raises:
+            DataError: no question, or no verdict that there is.
+        """
+        code = record.get("code")
+        if code not in (None, WRONG, RIGHT, UNCLEAR) or isinstance(code, bool):
+            raise DataError(f"{where}: code is {code!r}, allowed: 0, 1, 2, null")
+        return self.judged(self.from_record(record, where), code)
 
     def describe(self, judged: Any) -> tuple[str, str, bool]:
         """For the report: where the question stands, its right answer, whether it has a figure."""
@@ -284,98 +236,6 @@ def percent(counts: Counts) -> dict[str, float | None]:
     return {metric: 100 * right / total if total else None for metric, (right, total) in counts.items()}
 
 
-# --- reading files ---------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a JSON list, or of JSON lines under any name.
-
-    Raises:
-        DataError: no file, not JSON, or no list of objects.
-    """
-    if path.suffix not in (".jsonl", ".ndjson") and not _is_lines(path):
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise DataError(f"{path}: expected a list of questions, found {type(records).__name__}")
-        numbered: Iterable[tuple[int, Any]] = enumerate(records, 1)
-        kind = "record"
-    else:
-        numbered, kind = read_jsonl(path), "line"
-    for number, record in numbered:
-        if not isinstance(record, dict):
-            raise DataError(f"{path}, {kind} {number}: expected an object, found {type(record).__name__}")
-        yield f"{path}, {kind} {number}", record
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether the first of several lines is an object of its own."""
-    try:
-        with open(path, "rb") as f:
-            return isinstance(parse_json(f.readline()), dict) and bool(f.readline().strip())
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
-def unique(questions: list[Any], where: str) -> list[Any]:
-    """Raises DataError: no questions at all, or one twice."""
-    twice = [id_ for id_, n in Counter(q.id for q in questions).items() if n > 1]
-    if twice:
-        raise DataError(f"{where}: {len(twice)} duplicate questions", details=twice[:_SHOWN])
-    if not questions:
-        raise DataError(f"{where}: no questions in it")
-    return questions
-
-
-def read_questions(
-    name: str,
-    source: str | None,
-    images: Path | None,
-    make: Callable[[dict, str, Path], Question],
-    asked: Callable[[Question], bool] = lambda q: True,
-) -> QuestionSet:
-    """The question set of a file of records, or of all .json and .jsonl files of a folder.
-
-    Args:
-        images: the folder that `filename` is relative to; without it the folder of the question file.
-        make: (record, where, its file) -> question; KeyError and TypeError mean that fields are missing.
-
-    Raises:
-        UsageError: nothing there. DataError: damaged content, or figures are missing.
-    """
-    if source is None:
-        raise UsageError(f"{name} needs its questions", hint="--questions FILE.jsonl --images FOLDER")
-    path = Path(source)
-    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UsageError(f"no questions at {source}", hint="--questions takes a JSON Lines file or a folder of them")
-    questions: list[Question] = []
-    for file in files:
-        for where, record in read_records(file):
-            try:
-                questions.append(make(record, where, file))
-            except (KeyError, TypeError, ValueError) as e:
-                found = ", ".join(map(str, record)) or "nothing"
-                raise DataError(f"{where}: no question of {name}: {e}", details=[f"found: {found}"]) from None
-    root = (images or files[0].parent).resolve()
-    readers: dict[str, Reader] = {}
-    for q in unique(questions, source):
-        figure = _inside(root, q.filename)
-        if figure:
-            readers[q.id] = figure.read_bytes
-    found_set = QuestionSet(questions, readers, source)
-    found_set.need_figures(asked, f"give the folder that {questions[0].filename} lies in with --images")
-    return found_set
-
-
-def _inside(root: Path, name: str | None) -> Path | None:
-    """The figure, by its path below `root` or by its bare name there; a question file does not choose what else is read."""
-    for part in (name or "", Path(name or "").name):
-        file = (root / part.lstrip("/")).resolve()
-        if part and file.is_relative_to(root) and file.is_file():
-            return file
-    return None
-
-
 # --- which benchmark -------------------------------------------------------------------------------------------
 
 
@@ -390,33 +250,21 @@ def find(name: str) -> Benchmark:
     Raises:
         UsageError: there is none, or it fails on import.
     """
-    place, sign, attribute = name.rpartition(":")
-    if not sign:
+    if ":" not in name:
         if name not in shipped():
-            near = nearest(name, shipped())
             raise UsageError(
                 f"no benchmark {name!r}; there are {', '.join(shipped())}",
-                hint=f"did you mean {near}?" if near else "one of your own: my_bench.py:BENCHMARK",
+                hint=did_you_mean(name, shipped(), "one of your own: my_bench.py:BENCHMARK"),
             )
         return importlib.import_module(f"{__package__}.{name}.benchmark").BENCHMARK
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"r1v_benchmark_{Path(place).stem}", place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        benchmark = getattr(module, attribute)
-    except Exception as e:  # a user's file fails as it likes
-        raise UsageError(f"cannot load the benchmark {name}: {type(e).__name__}: {e}") from e
+    benchmark = load_named(name, "the benchmark")
     if isinstance(benchmark, type):
         benchmark = benchmark()
     if not isinstance(benchmark, Benchmark):
         raise UsageError(
             f"{name} is a {type(benchmark).__name__}", hint="derive it from r1vfree_cli.eval.benchmark.Benchmark"
         )
-    benchmark.name = benchmark.name or Path(place).stem
+    benchmark.name = benchmark.name or Path(name.rpartition(":")[0]).stem
     return benchmark
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import io
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig
 
 from ..config import schema as config
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..models.adapter import load_adapter
-from ..models.load import load_policy, load_processor
+from ..models import family as families
+from ..models.adapter import base_of_adapter, load_adapter
+from ..models.load import has_processor, load_policy, load_processor
+from ..models.sampling import pin_generation, watch_logits
 from ..run.checkpoint import adapter_base, is_adapter
 
 
@@ -65,8 +66,9 @@ class Generator:
         *,
         base: str | None = None,
         revision: str | None = None,
-        min_pixels: int = 3136,
-        max_pixels: int = 401408,
+        family: str | None = None,
+        min_pixels: int = config.MIN_PIXELS,
+        max_pixels: int = config.MAX_PIXELS,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         device: str = "auto",
@@ -93,21 +95,28 @@ class Generator:
         wanted = config.Model(
             name=base if adapter and base else name,
             revision=revision,
+            family=family,
             dtype=self.dtype,  # type: ignore[arg-type]
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
-        own = adapter and any((Path(name) / f).is_file() for f in ("preprocessor_config.json", "processor_config.json"))
-        self.processor = load_processor(wanted.model_copy(update={"name": name}) if own else wanted, seed)
-        self.model = load_policy(wanted, seed)
+        with base_of_adapter() if adapter else nullcontext():
+            self.processor = load_processor(wanted, seed, folder=name if adapter and has_processor(name) else None)
+            self.model = load_policy(wanted, seed)
         if adapter:
             # LoRA layers are put into the base model's modules: its own generate() runs with them.
             self.model = load_adapter(self.model, adapter, base).get_base_model()
         self.model.eval().to(self.device)
-        self.reuse = "mm_encoder_outputs" in inspect.signature(self.model.forward).parameters  # since transformers 5.19
-        self.settings = generation_config(self.model, self.processor, max_new_tokens, temperature)
-        # generate() fills what a given config leaves open from the model's: the checkpoint's sampling must not return.
-        self.model.generation_config = self.settings
+        self.reuse = families.of(self.model.config).takes_features(self.model)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+        pin_generation(
+            self.model,
+            self.processor.tokenizer,
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=1.0,
+            **(sampling or {"do_sample": False}),
+        )
+        self.settings = self.model.generation_config
 
     @torch.inference_mode()
     def run(self, jobs: list[Job], batch_size: int, done: Callable[[Job, Answer], None]) -> None:
@@ -123,7 +132,7 @@ class Generator:
                 prompts.append(self._prompt(job, features))
                 bar.advance()
         # Text-only prompts apart; the longest first, so that a lack of memory shows at once.
-        prompts.sort(key=lambda p: (p.grid is None, -p.length, p.job.id))
+        prompts.sort(key=lambda p: (not p.figure, -p.length, p.job.id))
         left = Counter(p.figure for p in prompts)
         with console.progress("generate", len(prompts)) as bar:
             start = 0
@@ -198,7 +207,10 @@ class Generator:
             inputs = self._padded(batch)
             if batch[0].figure:
                 inputs["mm_encoder_outputs"] = {"image": self._features([features[p.figure] for p in batch])}
-        out = self.model.generate(**inputs, generation_config=self.settings)
+        with watch_logits(self.model) as logits:
+            out = self.model.generate(**inputs, generation_config=self.settings)
+        if not logits.finite:
+            raise DataError("the model computes NaN: its logits are not finite", hint="its weights are damaged")
         width = inputs["input_ids"].shape[1]
         return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
 
@@ -219,14 +231,14 @@ class Generator:
 
     def _features(self, figures: list[_Figure]) -> Any:
         """One encoder output for the batch, figures in the order of its rows."""
-        whole = copy(figures[0].output)
-        whole.pooler_output = tuple(t.to(self.device) for figure in figures for t in figure.pooled)
+        encoded = copy(figures[0].output)
+        encoded.pooler_output = tuple(t.to(self.device) for figure in figures for t in figure.pooled)
         if figures[0].deepstack:
-            whole.deepstack_features = [
+            encoded.deepstack_features = [
                 tuple(t.to(self.device) for figure in figures for t in figure.deepstack[layer])
                 for layer in range(len(figures[0].deepstack))
             ]
-        return whole
+        return encoded
 
     def _answer(self, prompt: _Prompt, tokens: list[int]) -> Answer:
         ends = self.settings.eos_token_id
@@ -247,19 +259,3 @@ class _Figure:
 
     def __post_init__(self) -> None:
         self.output = type(self.output)()  # the form only: the vision tower's states are not kept
-
-
-def generation_config(model, processor, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """Every sampling field set; only the end and padding tokens are the checkpoint's."""
-    tokenizer = processor.tokenizer
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=1.0,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        **(sampling or {"do_sample": False}),
-    )

@@ -6,17 +6,20 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ..core import console
 from ..core.files import read_jsonl, write_text
-from .benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, content_key
+from .benchmark import Benchmark, content_key
+
+Form = TypeVar("Form", bound=BaseModel)
 
 UNANSWERED = "unanswered"  # stands for a judge where there is no reply to judge
 
 
-@dataclass
-class Judgement:
+class Judgement(BaseModel, strict=True):
     """What is known about one question's reply.
 
     key, same_key: content of the calls behind `code` and `same`; a judgement with another key is not reused.
@@ -25,8 +28,8 @@ class Judgement:
 
     id: str
     key: str
-    code: int | None = None
-    same: int | None = None
+    code: int | None = Field(None, ge=0, le=2)
+    same: int | None = Field(None, ge=0, le=1)
     same_key: str | None = None
     reading: str | None = None
     judge: str = "rule"
@@ -40,10 +43,11 @@ class Judgement:
 
 @dataclass
 class Outcome:
-    """All judgements by question id. `failed` counts calls that failed for good now, by kind."""
+    """All judgements by question id. `failed` counts calls that failed for good now, by kind; `failures` adds examples."""
 
     judgements: dict[str, Judgement] = field(default_factory=dict)
     failed: Counter = field(default_factory=Counter)
+    failures: dict[str, dict] = field(default_factory=dict)
     unjudged: list[str] = field(default_factory=list)
 
     def judged(self, benchmark: Benchmark, questions: list[Any]) -> list[Any]:
@@ -57,38 +61,30 @@ class Outcome:
         return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | {"failed": dict(self.failed)}
 
 
-def repair_tail(path: Path) -> None:
-    """Cut a half-written last line, which a killed writer can leave, so that the next line starts on its own."""
-    if not path.is_file():
-        return
-    with open(path, "rb+") as f:
-        data = f.read()
-        if data and not data.endswith(b"\n"):
-            f.truncate(data.rfind(b"\n") + 1)
+def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:
+    """Question id -> its last record in a file that is appended to; {} when there is no file.
 
-
-def read(path: Path) -> dict[str, Judgement]:
-    """Question id -> its last judgement in the file; {} when there is no file. A bad record is named and left out.
+    A record that is not of the `form` is named and left out with those of its id before it: it is made again.
 
     Raises:
         DataError: the file is no JSON lines.
     """
-    found: dict[str, Judgement] = {}
+    found: dict[str, Form] = {}
     bad = []
     for number, record in read_jsonl(path) if path.is_file() else ():
-        known = record if isinstance(record, dict) else {}
-        j = Judgement(**{"id": "", "key": ""} | {k: v for k, v in known.items() if k in Judgement.__dataclass_fields__})
-        texts = all(isinstance(x, str) for x in (j.id, j.key, j.judge)) and j.id
-        counts = all(type(n) is int for n in (j.calls, j.cache_hits, j.prompt_tokens, j.completion_tokens))
-        codes = [x if type(x) in (int, type(None)) else -1 for x in (j.code, j.same)]
-        if texts and counts and codes[0] in (None, WRONG, RIGHT, UNCLEAR) and codes[1] in (None, 0, 1):
-            found[j.id] = j
-        else:
-            found.pop(j.id, None) if isinstance(j.id, str) else None
+        try:
+            found[record["id"]] = form.model_validate(record)
+        except (ValidationError, TypeError, KeyError):
+            found.pop(str(record.get("id")) if isinstance(record, dict) else "", None)
             bad.append(number)
     if bad:
-        console.warn(f"{path}: no judgement in line {', '.join(map(str, bad[:5]))} ({len(bad)} in all): judged again")
+        console.warn(f"{path}: no {what} in line {', '.join(map(str, bad[:5]))} ({len(bad)} in all): made again")
     return found
+
+
+def read(path: Path) -> dict[str, Judgement]:
+    """`by_id` of `judgements.jsonl`."""
+    return by_id(path, Judgement, "judgement")
 
 
 def write(path: Path, outcome: Outcome, benchmark: Benchmark, questions: list[Any]) -> None:
@@ -100,12 +96,14 @@ def write(path: Path, outcome: Outcome, benchmark: Benchmark, questions: list[An
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def by_rule(benchmark: Benchmark, questions: list[Any], replies: dict[str, str | None], path: Path) -> Outcome:
+def by_rule(
+    benchmark: Benchmark, questions: list[Any], replies: dict[str, str | None], path: Path | None = None
+) -> Outcome:
     """Judge by the benchmark's rule. Nothing to resume: it takes milliseconds.
 
     Args:
         replies: question id -> the text to be judged, None where there is no answer.
-        path: `judgements.jsonl`, rewritten.
+        path: `judgements.jsonl`, rewritten; None: not written.
     """
     outcome = Outcome()
     for q in questions:
@@ -114,15 +112,16 @@ def by_rule(benchmark: Benchmark, questions: list[Any], replies: dict[str, str |
             outcome.judgements[q.id] = no_reply(benchmark, q)
         else:
             key = content_key("rule", reply, q.content)
-            outcome.judgements[q.id] = Judgement(q.id, key, benchmark.code(q, reply))
+            outcome.judgements[q.id] = Judgement(id=q.id, key=key, code=benchmark.code(q, reply))
     benchmark.relate(questions, replies, outcome)
-    write(path, outcome, benchmark, questions)
+    if path is not None:
+        write(path, outcome, benchmark, questions)
     return outcome
 
 
 def no_reply(benchmark: Benchmark, question: Any) -> Judgement:
     """The verdict on a question that was never answered: not right."""
-    return Judgement(question.id, UNANSWERED, benchmark.unanswered_code, judge=UNANSWERED)
+    return Judgement(id=question.id, key=UNANSWERED, code=benchmark.unanswered_code, judge=UNANSWERED)
 
 
 def as_judged(benchmark: Benchmark, questions: list[Any], judgements: dict[str, Judgement]) -> Outcome:

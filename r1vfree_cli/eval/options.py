@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..config import recipes
-from ..core.errors import GateError, UsageError, nearest
-from ..core.redact import secrets_in
+from ..config.schema import FEWEST_PIXELS
+from ..core.errors import GateError, UsageError, counted, did_you_mean, nearest
 
 
 class EvalOptions(BaseModel):
@@ -29,12 +29,13 @@ class EvalOptions(BaseModel):
 
     benchmark: str = "hallusion"  # a room, or my_bench.py:BENCHMARK
     checkpoint: str | None = None
+    vllm: bool = False  # the checkpoint answers through a vLLM server of its own
     endpoint: str | None = None  # base URL, OpenAI-compatible
     model: str | None = None  # the model's name at the endpoint
     base: str | None = None  # base model of a LoRA folder
     revision: str | None = None
-    predictions: Path | None = None
-    judged: Path | None = None
+    predictions: list[Path] | None = None  # several files are read as one
+    judged: list[Path] | None = None
     questions: str | None = None
     images: Path | None = None
     out: Path | None = None
@@ -45,6 +46,7 @@ class EvalOptions(BaseModel):
     judge_base_url: str | None = None
     judge_prompt: Path | None = None
     judge_input: Literal["answer", "reply"] = "answer"
+    reader: Literal["r1v", "vlmevalkit"] = "r1v"  # how the rule finds yes or no
     allow_unjudged: bool = False
     count_unanswered_wrong: bool = False
     max_empty: float = Field(10.0, ge=0, le=100)  # percent of empty replies
@@ -55,8 +57,9 @@ class EvalOptions(BaseModel):
     batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(1024, ge=1)
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    min_pixels: int | None = Field(None, ge=784)
-    max_pixels: int | None = Field(None, ge=784)
+    family: str | None = None  # `model.family` of a recipe; by default the run contract's
+    min_pixels: int | None = Field(None, ge=FEWEST_PIXELS)
+    max_pixels: int | None = Field(None, ge=FEWEST_PIXELS)
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     concurrency: int = Field(16, ge=1)
@@ -64,8 +67,13 @@ class EvalOptions(BaseModel):
     max_retries: int = Field(4, ge=0)
     max_image_bytes: int | None = Field(None, ge=1000)
     seed: int = 0
-    api_key_env: str = "OPENAI_API_KEY"  # of --endpoint
+    api_key_env: str = "R1V_ENDPOINT_KEY"  # of --endpoint
     judge_api_key_env: str = "OPENAI_API_KEY"  # of the judge; never sent to --endpoint
+
+    @field_validator("predictions", "judged", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str | Path) else given or None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -80,7 +88,7 @@ class EvalOptions(BaseModel):
     @property
     def asks_judge(self) -> bool:
         """Whether a chat judge will be asked."""
-        return self.judge == "chat" and self.judged is None and self.stage in ("judge", "all")
+        return self.judge == "chat" and not self.judged and self.stage in ("judge", "all")
 
     @property
     def sources(self) -> list[str]:
@@ -116,12 +124,7 @@ def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) ->
         document = recipes.load_document(recipes.find("eval", recipe), list(overrides))
     elif overrides:
         raise UsageError("--set needs --recipe", hint="without one, use the options: --max-new-tokens 256")
-    if secrets := secrets_in(document):
-        raise UsageError(
-            f"recipe {recipe} holds what looks like a key or password",
-            details=[f"{place}: not shown" for place in secrets],
-            hint="keys come from the environment: api_key_env, judge_api_key_env",
-        )
+    recipes.refuse_secrets(document, str(recipe), "api_key_env, judge_api_key_env")
     asked, own = given.get("benchmark"), document.get("benchmark")
     if asked and own and asked != own:
         raise UsageError(f"recipe {recipe} is for the benchmark {own}, not for {asked}")
@@ -139,10 +142,9 @@ def parse_gates(fail_under: Sequence[str], metrics: Sequence[str]) -> dict[str, 
         metric, _, value = text.partition("=")
         metric = metric.strip()
         if metric not in metrics:
-            near = nearest(metric, metrics)
             raise UsageError(
                 f"--fail-under {text}: unknown metric {metric!r}; known are {', '.join(metrics)}",
-                hint=f"did you mean {near}?" if near else f"write it like {metrics[0]}=50",
+                hint=did_you_mean(metric, metrics, f"write it like {metrics[0]}=50"),
             )
         try:
             least = float(value)
@@ -168,7 +170,7 @@ def check_gates(doc: dict, fail_under: Sequence[str]) -> None:
                 f"{metric} is {'not measured' if found is None else f'{found:.2f}'}, wanted at least {least:g}"
             )
     if missed:
-        raise GateError(f"{len(missed)} gate{'s are' if len(missed) > 1 else ' is'} not met", details=missed)
+        raise GateError(f"{counted(len(missed), 'gate is', 'gates are')} not met", details=missed)
 
 
 def check(o: EvalOptions) -> None:
@@ -183,6 +185,8 @@ def check(o: EvalOptions) -> None:
             )
         if not o.judge_model:
             raise UsageError("--judge chat needs --judge-model", hint="and --judge-base-url for your own endpoint")
+    if o.reader != "r1v" and o.judge != "rule":
+        raise UsageError(f"--reader {o.reader} is for --judge rule: a chat judge reads the reply itself")
     if o.judge != "chat":
         for name, given in (("--judge-model", o.judge_model), ("--judge-prompt", o.judge_prompt)):
             if given:
@@ -200,6 +204,10 @@ def _check_sources(o: EvalOptions) -> None:
             "nothing to evaluate",
             hint="give a checkpoint, --endpoint with --model, --predictions, --judged, or --stage judge with --out",
         )
+    if o.vllm and not o.checkpoint:
+        raise UsageError("--vllm starts a server for a checkpoint, and none is given", hint="r1v eval NAME CKPT --vllm")
+    if o.vllm and o.base:
+        raise UsageError("--vllm serves complete models only", hint="merge the adapter first: r1v merge")
     if o.endpoint and not o.model:
         raise UsageError("--endpoint needs --model: the model's name there")
     if o.model and not o.endpoint:

@@ -11,15 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
+from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
-from ..core.errors import DataError, UsageError
-from ..core.files import append_jsonl, read_json, read_jsonl, write_text
+from ..core.errors import DataError, UsageError, counted
+from ..core.files import append_jsonl, read_json, repair_tail, write_text
+from ..core.process import gpu_count
+from ..judges.client import Endpoint
+from ..judges.protocol import JPEG_QUALITY, Failure
+from ..judges.replies import Reply
+from ..launch import plan as plans
+from ..launch import processes, vllm
 from ..run import checkpoint
-from .benchmark import Benchmark, QuestionSet, content_key
-from .endpoint import CallFailed, Endpoint, Reply
-from .judgements import repair_tail
+from .benchmark import Benchmark, content_key
+from .judgements import by_id
 from .options import EvalOptions
-from .remote import data_url, fitted, with_image
+from .questions import QuestionSet
+from .remote import data_url, fitted, is_settled, size_of, with_image
 
 
 @dataclass
@@ -27,7 +36,8 @@ class Plan:
     """What will generate, and how. `identity` is everything that decides a reply, apart from the question.
 
     prompt: the instruction and system message that the model was trained with.
-    runtime: where a local model ran (device, dtype), known once it is loaded.
+    runtime: where a local model ran (device, dtype), known once it is loaded; how images went to an endpoint.
+    failures: kind -> {n, example, questions} of the calls that failed for good; failed_before: those of the last run.
     """
 
     identity: dict
@@ -35,6 +45,8 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     prompt: prompts.Prompt = prompts.DEFAULT
     runtime: dict = field(default_factory=dict)
+    failures: dict[str, dict] = field(default_factory=dict)
+    failed_before: set[str] = field(default_factory=set)
 
 
 def plan(o: EvalOptions) -> Plan:
@@ -49,13 +61,10 @@ def plan(o: EvalOptions) -> Plan:
         raise UsageError("--base is the base model of a LoRA folder, and no LoRA folder is given")
     contract = found.contract if found else {}
     pixels = {}
-    for key, asked, default in (
-        ("min_pixels", o.min_pixels, checkpoint.MIN_PIXELS),
-        ("max_pixels", o.max_pixels, checkpoint.MAX_PIXELS),
-    ):
-        trained = contract.get(key)
-        pixels[key] = asked if asked is not None else trained if trained is not None else default
-        if asked is not None and trained is not None and asked != trained:
+    for key, default in {"min_pixels": MIN_PIXELS, "max_pixels": MAX_PIXELS}.items():
+        asked, trained = getattr(o, key), contract.get(key)
+        pixels[key] = asked or trained or default
+        if asked and trained and asked != trained:
             warnings.append(f"{key} is {asked} as asked; the model was trained with {trained}")
     if pixels["min_pixels"] > pixels["max_pixels"]:
         raise UsageError(f"min_pixels ({pixels['min_pixels']}) is above max_pixels ({pixels['max_pixels']})")
@@ -74,22 +83,29 @@ def plan(o: EvalOptions) -> Plan:
         "max_new_tokens": o.max_new_tokens,
         "temperature": o.temperature,
         "seed": o.seed if o.temperature else None,
-    }
+    } | ({"engine": "vllm"} if o.vllm else {})
+    if o.vllm and found is not None and found.kind == "adapter":
+        raise UsageError(
+            f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter",
+            hint=f"first: {checkpoint.merge_command(found.path)}",
+        )
     return Plan(identity, found, warnings, prompt)
 
 
-def read_predictions(path: Path) -> dict[str, dict]:
-    """Question id -> its record in `predictions.jsonl`.
+class Prediction(BaseModel, strict=True, extra="allow"):
+    """A line of `predictions.jsonl`, beside the question's own fields; of earlier releases without a key."""
 
-    Raises:
-        DataError: the file holds something else.
-    """
-    found = {}
-    for number, record in read_jsonl(path) if path.is_file() else ():
-        if not (isinstance(record, dict) and isinstance(record.get("id"), str) and "model_prediction" in record):
-            raise DataError(f"{path}, line {number}: no prediction")
-        found[record["id"]] = record
-    return found
+    id: str
+    model_prediction: str
+    key: str | None = None
+    finish: str | None = None
+    cause: str | None = None
+    unanswered: str | None = None
+
+
+def read_predictions(path: Path) -> dict[str, dict]:
+    """`by_id` of `predictions.jsonl`."""
+    return {id_: p.model_dump(exclude_unset=True) for id_, p in by_id(path, Prediction, "prediction").items()}
 
 
 def write_predictions(path: Path, records: dict[str, dict]) -> None:
@@ -130,35 +146,36 @@ def generate(
     repair_tail(path)
     before = read_predictions(path)
     asked = {t.question.id: t for t in tasks(benchmark, planned, questions)}
-    stale = [id_ for id_, record in before.items() if id_ in asked and record.get("key") != asked[id_].key]
+    answered = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
+    stale = [id_ for id_, record in answered.items() if record.get("key") != asked[id_].key]
     if stale:
         raise UsageError(
             f"{path} holds answers of another model, other figures or other settings",
             details=stale[:3],
             hint="choose another --out, or delete the file",
         )
-    found = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
+    found = dict(answered)
     todo = [t for t in asked.values() if t.question.id not in found]
     if found and todo:
-        console.log(f"{len(found)} answers are there already, {len(todo)} to go")
+        console.log(f"{counted(len(found), 'answer is', 'answers are')} there already, {len(todo)} to go")
 
     def keep(t: Task, text: str, **more: Any) -> None:
-        found[t.question.id] = {
-            "id": t.question.id,
-            "key": t.key,
-            **t.question.record(),
-            "model_prediction": text,
-            **more,
-        }
-        append_jsonl(path, found[t.question.id])
+        id_ = t.question.id
+        found[id_] = {"id": id_, "key": t.key, **t.question.record(), "model_prediction": text, **more}
+        append_jsonl(path, found[id_])
 
-    if todo and o.endpoint:
+    if todo and o.vllm:
+        _vllm(o, planned, todo, keep, path.parent)
+    elif todo and o.endpoint:
         _remote(o, planned, todo, keep)
     elif todo:
         _local(o, planned, todo, keep)
     if asked and all(found[id_].get("unanswered") for id_ in asked):
         raise DataError(f"none of {len(asked)} questions got an answer from {o.endpoint}")
-    return {id_: found[id_] for id_ in asked}
+    answers = {id_: found[id_] for id_ in asked}
+    if len(before) > len(answered):  # some were asked again: one line a question is left
+        write_predictions(path, before | answers)
+    return answers
 
 
 def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None]) -> None:
@@ -171,6 +188,7 @@ def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., 
             planned.checkpoint.path,
             base=o.base,
             revision=o.revision,
+            family=o.family or planned.checkpoint.contract.get("family"),
             min_pixels=planned.identity["min_pixels"],
             max_pixels=planned.identity["max_pixels"],
             max_new_tokens=o.max_new_tokens,
@@ -179,11 +197,8 @@ def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., 
             dtype=o.dtype,
             seed=o.seed,
         )
-        planned.runtime = {
-            "device": str(generator.device),
-            "dtype": generator.dtype,
-            "figures_encoded_once": generator.reuse,
-        }
+        where = {"device": str(generator.device), "dtype": generator.dtype}
+        planned.runtime = where | {"figures_encoded_once": generator.reuse}
         by_id = {t.question.id: t for t in todo}
 
         def done(job: Job, a: Answer) -> None:
@@ -194,46 +209,97 @@ def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., 
         generator.run([Job(t.question.id, t.messages, t.image) for t in todo], o.batch_size, done)
 
 
-def _remote(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None]) -> None:
+def _vllm(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None], out: Path) -> None:
+    """Answer through a vLLM server of the checkpoint at the run contract's pixel limits, which it applies itself."""
+    assert planned.checkpoint is not None
+    out.mkdir(parents=True, exist_ok=True)
+    port = plans.free_port()
+    pixels = (planned.identity["min_pixels"], planned.identity["max_pixels"])
+    model, on_cpu = planned.checkpoint.path, o.device == "cpu" or gpu_count() == 0
+    started = plans.vllm_policy_plan(model, o.revision, port, pixels=pixels, on_cpu=on_cpu, dtype=o.dtype)
+    console.log(f"starting vLLM, its log in {out / 'vllm-server.log'}")
+    with processes.server(started, port, out / "vllm-server.log", "vLLM server") as server:
+        here = o.model_copy(update={"endpoint": f"{server.url}/v1", "model": vllm.POLICY, "api_key_env": "R1V_NO_KEY"})
+        _remote(here, planned, todo, keep, server)
+    planned.runtime |= {"engine": "vllm", "dtype": started.argv[started.argv.index("--dtype") + 1]}
+
+
+def _remote(
+    o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None], server: processes.Server | None = None
+) -> None:
+    """Ask an endpoint. A failure that may pass blocks the score, `--count-unanswered-wrong` or not, until it happens in
+    a second run too. `server`: r1v's own, which knows the pixel limits, and is waited for when it is started again."""
     endpoint = Endpoint(o.endpoint, o.model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env)
-    limits = planned.identity["min_pixels"], planned.identity["max_pixels"]
+    endpoint.max_image_bytes = o.max_image_bytes
+    limits = (planned.identity["min_pixels"], planned.identity["max_pixels"]) if server is None else None
+    if limits:
+        _refuse_unsettled(todo, limits)
     left = {t.question.id: t for t in todo}
-    why: dict[str, str] = {}
+    why: dict[str, Failure] = {}
+    jpegs = 0
     with console.progress("generate", len(todo)) as bar:
 
         async def work(t: Task) -> Reply:
-            url = data_url(t.image, *limits) if t.image else None
-            try:
-                return await endpoint.ask(with_image(t.messages, url), o.max_new_tokens, o.temperature)
-            except CallFailed as e:
-                why[t.question.id] = e.kind
-                raise
+            nonlocal jpegs
+            url = data_url(t.image, limits, endpoint.max_image_bytes) if t.image else None
+            jpegs += bool(url and url.startswith("data:image/jpeg"))
+            while True:
+                try:
+                    return await endpoint.chat(with_image(t.messages, url), o.max_new_tokens, o.temperature)
+                except Failure as e:
+                    why[t.question.id] = e
+                    if server is None or e.kind != "connection":
+                        raise
+                if not server.watch():
+                    hint = f"what is finished is kept, and the same command asks for the rest; the log: {server.log}"
+                    raise DataError("the vLLM server ended twice", details=processes.tail(server.log), hint=hint)
 
         def done(t: Task, r: Reply) -> None:
-            cause = getattr(r, "cause", None) or (None if r.text.strip() else "empty")
             counts = {"prompt_tokens": r.prompt_tokens, "completion_tokens": r.completion_tokens}
-            keep(t, r.text, finish=r.finish, cause=cause, **counts)
+            keep(t, r.text, finish=r.finish, cause=r.cause, **counts)
             left.pop(t.question.id)
             bar.advance()
 
         failed = endpoint.run(todo, work, done)
-    if failed and not o.count_unanswered_wrong:
-        raise DataError(
-            f"{len(left)} of {len(todo)} questions got no answer from {o.endpoint}",
-            details=[f"{count} x {kind}" for kind, count in failed.items()],
-            hint="the others are kept; the same command asks only for these again, and "
-            "--count-unanswered-wrong counts them as not right",
-        )
+    if jpegs:
+        planned.runtime |= {"jpeg_images": jpegs, "jpeg_quality": JPEG_QUALITY, "max_image_bytes": o.max_image_bytes}
+    for kind, n in failed.items():
+        of_kind = [q for q in left if why[q].kind == kind]
+        planned.failures[kind] = {"n": n, "example": endpoint.failures.get(kind, ""), "questions": of_kind}
+    counts = o.count_unanswered_wrong
+    blocking = [id_ for id_ in left if not counts or (why[id_].temporary and id_ not in planned.failed_before)]
+    if blocking:
+        hint = "these may work the next time; what fails again then is counted as not right"
+        if not counts:
+            hint = (
+                "the others are kept; the same command asks only for these again, and --count-unanswered-wrong counts"
+            )
+            hint += " what the endpoint refuses for good as not right"
+        what = f"{len(blocking)} of {len(todo)} questions got no answer from {endpoint.where}"
+        raise DataError(what, details=failure_lines(planned.failures), hint=hint)
+    for line in failure_lines(planned.failures):
+        console.warn(f"counted as not right: {line}")
     for id_, t in left.items():
-        keep(t, "", unanswered=why[id_])
+        keep(t, "", unanswered=why[id_].kind, reason=endpoint.told(why[id_].message))
+
+
+def _refuse_unsettled(todo: list[Task], limits: tuple[int, int]) -> None:
+    for t in todo:
+        if t.image and not is_settled(*size_of(t.image), *limits):
+            raise UsageError(
+                f"question {t.question.id}: no size of whole tokens between {limits[0]} and {limits[1]} pixels has the "
+                f"shape of its {' x '.join(map(str, size_of(t.image)))} image, so that an endpoint may resize it again",
+                hint="wider --min-pixels and --max-pixels; --vllm serves a checkpoint at these limits",
+            )
+
+
+def failure_lines(failures: dict[str, dict]) -> list[str]:
+    """`3 x timeout: no complete reply within 60 s`."""
+    return [f"{f['n']} x {kind}: {f['example']}" for kind, f in failures.items()]
 
 
 def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path) -> dict:
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
-    import io
-
-    from PIL import Image
-
     done = read_predictions(path)
     text = images = calls = 0
     for t in tasks(benchmark, planned, questions):
@@ -242,9 +308,8 @@ def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: 
         calls += 1
         text += sum(len(part.get("text", "")) for m in t.messages for part in m["content"]) // 4
         if t.image:
-            with Image.open(io.BytesIO(t.image)) as opened:
-                width, height = fitted(*opened.size, planned.identity["min_pixels"], planned.identity["max_pixels"])
-            images += width * height // 784
+            width, height = fitted(*size_of(t.image), planned.identity["min_pixels"], planned.identity["max_pixels"])
+            images += width * height // FEWEST_PIXELS
     return {
         "calls": calls,
         "prompt_tokens": text + images,
@@ -253,12 +318,15 @@ def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: 
     }
 
 
-def identity_of_file(path: Path) -> dict:
+def identity_of_files(files: list[Path]) -> dict:
     """The identity of predictions made elsewhere: their content."""
+    digest = hashlib.sha256()
     try:
-        return {"model": path.stem, "predictions": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in files:
+            digest.update(path.read_bytes())
     except OSError as e:
-        raise DataError(f"cannot read {path}: {e}") from None
+        raise DataError(f"cannot read {e.filename}: {e}") from None
+    return {"model": files[0].stem, "predictions": digest.hexdigest()}
 
 
 def claim(out: Path, identity: dict) -> None:

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 
-_FACTOR = 28  # pixels a side of one visual token of Qwen2-VL and Qwen2.5-VL
+from ..config.schema import TOKEN_SIDE
+from ..judges.protocol import image_url
 
 
 def fitted(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """(width, height) within the limits, both multiples of 28, near the same shape: Qwen-VL's rule of resizing.
 
-    A server that applies the same or wider limits then leaves the image as it is.
+    A server that applies the same or wider limits then leaves the image as it is, unless no such shape is between them
+    (`is_settled`): 300 x 200 at 3136 to 3136 becomes 56 x 28, and then 84 x 56.
     """
-    wide, high = (max(_FACTOR, round(side / _FACTOR) * _FACTOR) for side in (width, height))
+    wide, high = (max(TOKEN_SIDE, round(side / TOKEN_SIDE) * TOKEN_SIDE) for side in (width, height))
     if wide * high > max_pixels:
         scale = math.sqrt(width * height / max_pixels)
-        return tuple(max(_FACTOR, math.floor(s / scale / _FACTOR) * _FACTOR) for s in (width, height))  # type: ignore[return-value]
+        return tuple(max(TOKEN_SIDE, math.floor(s / scale / TOKEN_SIDE) * TOKEN_SIDE) for s in (width, height))  # type: ignore[return-value]
     if wide * high < min_pixels:
         scale = math.sqrt(min_pixels / (width * height))
-        return tuple(math.ceil(s * scale / _FACTOR) * _FACTOR for s in (width, height))  # type: ignore[return-value]
+        return tuple(math.ceil(s * scale / TOKEN_SIDE) * TOKEN_SIDE for s in (width, height))  # type: ignore[return-value]
     return wide, high
 
 
-def data_url(image: bytes, min_pixels: int, max_pixels: int) -> str:
-    """The image within the limits, as a PNG data URL."""
+def size_of(image: bytes) -> tuple[int, int]:
+    """(width, height)"""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(image)) as opened:
+        return opened.size
+
+
+def is_settled(width: int, height: int, min_pixels: int, max_pixels: int) -> bool:
+    """Whether the fitted image stays as it is when a server fits it once more."""
+    once = fitted(width, height, min_pixels, max_pixels)
+    return fitted(*once, min_pixels, max_pixels) == once
+
+
+def data_url(image: bytes, limits: tuple[int, int] | None, max_bytes: int | None = None) -> str:
+    """The image, within the limits on its pixels if any, as a data URL: PNG, or JPEG where the PNG is too large."""
     from PIL import Image
 
     with Image.open(io.BytesIO(image)) as opened:
         picture = opened.convert("RGB")
-    size = fitted(*picture.size, min_pixels, max_pixels)
-    out = io.BytesIO()
-    picture.resize(size, Image.Resampling.BICUBIC).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    if limits is not None:
+        picture = picture.resize(fitted(*picture.size, *limits), Image.Resampling.BICUBIC)
+    return image_url(picture, max_bytes)
 
 
 def with_image(messages: list[dict], url: str | None) -> list[dict]:
-    """The conversation, its image placeholder replaced by the image."""
-    picture = {"type": "image_url", "image_url": {"url": url}}
-    return [m | {"content": [picture if part["type"] == "image" else part for part in m["content"]]} for m in messages]
+    """The conversation, its image placeholder replaced by the image; a turn without one is a plain string."""
+
+    def content(parts: list[dict]) -> str | list[dict]:
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+        return [{"type": "image_url", "image_url": {"url": url}} if p["type"] == "image" else p for p in parts]
+
+    return [m | {"content": content(m["content"])} for m in messages]

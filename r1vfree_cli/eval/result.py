@@ -7,9 +7,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..core.errors import DataError, UsageError
+from ..core.errors import DataError, UsageError, counted
 from ..core.files import read_json
 from ..core.prompts import parse
 from . import reading, stats
@@ -19,8 +19,7 @@ from .options import EvalOptions
 WARN_EMPTY = 1.0  # percent of empty replies
 
 
-@dataclass(frozen=True)
-class Other:
+class Other(NamedTuple):
     """A result to compare with."""
 
     path: Path
@@ -116,10 +115,8 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
     doc["warnings"] = _first(doc) + found.warnings + benchmark.warnings(doc) + _empty(o, doc, len(texts))
     if other:
         same_questions(found.judged, other)
-        doc["comparison"] = {
-            "with": str(other.path),
-            **stats.compare(found.judged, other.judged, benchmark.score, seed=o.seed),
-        }
+        compared = stats.compare(found.judged, other.judged, benchmark.score, seed=o.seed)
+        doc["comparison"] = {"with": str(other.path), **compared}
         if _who(other.judge) != _who(found.settings.get("judge")):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
@@ -127,7 +124,8 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
 
 def _who(judge: Any) -> tuple:
     judge = judge if isinstance(judge, dict) else {}
-    return tuple(judge.get(key) for key in ("kind", "model", "judge_input", "prompt_sha256"))
+    found = tuple(judge.get(key) for key in ("kind", "model", "judge_input", "prompt_sha256"))
+    return (*found, judge.get("reader", "r1v"))
 
 
 def causes(counted: dict) -> str:
@@ -139,9 +137,11 @@ def _first(doc: dict) -> list[str]:
     """What makes the scores mean little, or less than they seem to."""
     found = []
     if n := doc["unanswered"]["n"]:
-        found.append(f"{n} questions have no answer ({causes(doc['unanswered'])}) and are counted as not right")
+        asked = counted(n, "question has", "questions have")
+        found.append(f"{asked} no answer, which counts as not right: {causes(doc['unanswered'])}")
     if doc["unjudged"]:
-        found.append(f"{doc['unjudged']} questions are unjudged; those without a verdict count as not right")
+        asked = counted(doc["unjudged"], "question is", "questions are")
+        found.append(f"{asked} unjudged; what has no verdict counts as not right")
     return found
 
 
@@ -171,15 +171,18 @@ def agreement(rule: dict[str, int], judged: dict[str, int | None]) -> dict:
 
 
 def answer_format(texts: dict[str, str], records: dict[str, dict], codes: dict[str, int]) -> dict:
-    """How the replies look: without a usable `<answer>`, cut at the length limit (None: not known), unreadable."""
+    """How the replies look: without a usable `<answer>`, cut at the length limit (None: not known), unreadable (and as
+    a share from 0 to 1)."""
     problems = Counter(p.problem for text in texts.values() if (p := parse(text)).answer is None)
     finishes = [records[id_].get("finish") for id_ in texts]
+    unreadable = list(codes.values()).count(UNCLEAR)
     return {
         "n": len(texts),
         "no_answer_tags": problems.total(),
         "problems": {str(k): n for k, n in problems.items()},
         "cut_at_length": finishes.count("length") if any(finishes) else None,
-        "unreadable": sum(code == UNCLEAR for code in codes.values()),
+        "unreadable": unreadable,
+        "unreadable_share": unreadable / len(codes) if codes else None,
     }
 
 

@@ -11,24 +11,24 @@ import sys
 import time
 from collections import Counter
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core import console
-from ..core.errors import DataError, UsageError, nearest
+from ..core.errors import DataError, UsageError, counted, did_you_mean
 from ..core.files import lock, read_object, write_json, write_text
 from ..core.prompts import template_hash
+from ..judges.client import Endpoint
 from ..run import contract
 from . import judgements, predict, reading
-from .benchmark import Benchmark, QuestionSet, content_key, find
-from .endpoint import Endpoint
+from .benchmark import Benchmark, content_key, find
 from .judgements import Outcome
-from .options import EvalOptions, check, check_gates, parse_gates
+from .options import EvalOptions, check, parse_gates
+from .questions import QuestionSet, unique
+from .records import named
 from .result import Evidence, Other, build, dump_judged, load_other, same_questions
-from .show import print_scores
-
-__all__ = ["EvalOptions", "check_gates", "evaluate", "print_scores"]
 
 
 @dataclass
@@ -56,7 +56,10 @@ def evaluate(o: EvalOptions) -> dict:
             too many empty replies.
     """
     check(o)
-    benchmark = find(o.benchmark)
+    benchmark = copy(find(o.benchmark))
+    benchmark.reader = o.reader
+    if o.reader not in (benchmark.readers or ("r1v",)):
+        raise UsageError(f"--reader {o.reader}: the benchmark {o.benchmark} is not about yes and no")
     parse_gates(o.fail_under, benchmark.metrics)
     if o.judge == "chat" and not benchmark.chat:
         raise UsageError(f"the benchmark {o.benchmark} has no chat judge", hint="leave out --judge chat")
@@ -84,43 +87,48 @@ def _stages(w: Work) -> dict:
     o, out = w.o, w.out
     log = _Log(w)
     if w.records is None:
-        log.state |= {
-            "contract": w.plan.checkpoint.contract if w.plan.checkpoint else {},
-            "warnings": w.plan.warnings,
-            "asked": {
-                "source": w.asked.source,
-                "images": str(o.images) if o.images else None,
-                "n": len(w.asked.questions),
-                "sha256": w.asked.sha256,
-            },
+        images = str(o.images) if o.images else None
+        asked = {"source": w.asked.source, "images": images, "n": len(w.asked.questions), "sha256": w.asked.sha256}
+        trained = w.plan.checkpoint.contract if w.plan.checkpoint else {}
+        log.state |= {"contract": trained, "warnings": w.plan.warnings, "asked": asked}
+        log.save("generate")
+        w.plan.failed_before = {
+            id_ for kind in log.state["failures"].get("generate", {}).values() for id_ in kind.get("questions", [])
         }
-        log.save("generate")
-        w.records = predict.generate(o, w.benchmark, w.plan, w.asked, out / "predictions.jsonl")
-        log.state["runtime"] = w.plan.runtime or log.state.get("runtime", {})
-        log.save("generate")
+        try:
+            w.records = predict.generate(o, w.benchmark, w.plan, w.asked, out / "predictions.jsonl")
+        finally:
+            log.state["runtime"] = w.plan.runtime or log.state.get("runtime", {})
+            log.failures("generate", w.plan.failures)
+            log.save("generate")
+    elif o.predictions:
+        log.state["warnings"] = w.plan.warnings
     if o.stage == "generate":
         return {"stage": "generate", "out": str(out), "n_questions": len(w.records)}
 
     outcome = _judge(w, w.records, log.state)
     if o.stage != "score":
+        log.failures("judge", outcome.failures)
         log.save("judge")
     judged = outcome.judged(w.benchmark, w.asked.questions)
     _store_judged(out, w.benchmark, judged, w.records)
     if outcome.unjudged and not o.allow_unjudged:
         raise DataError(
-            f"{out}: {len(outcome.unjudged)} questions are unjudged, so there is no score",
-            details=[f"{n} calls failed: {kind}" for kind, n in outcome.failed.items()] or outcome.unjudged[:5],
+            f"{out}: {counted(len(outcome.unjudged), 'question is', 'questions are')} unjudged, so there is no score",
+            details=predict.failure_lines(outcome.failures) or outcome.unjudged[:5],
             hint="the same command asks only for these again; --allow-unjudged counts them as not right",
         )
+    for line in predict.failure_lines(outcome.failures):
+        console.warn(f"unjudged: {line}")
     if o.stage == "judge":
         return {"stage": "judge", "out": str(out), "n_questions": len(judged), "unjudged": len(outcome.unjudged)}
 
-    state = log.state
-    settings = {**w.plan.identity, **state.get("runtime", {}), "judge": state["judge"], "questions": w.asked.source}
-    warnings = list(state.get("warnings") or [])
+    settings = w.plan.identity | log.state.get("runtime", {})
+    settings |= {"judge": log.state["judge"], "questions": w.asked.source}
+    warnings = list(log.state.get("warnings") or [])
     found = Evidence(w.asked.questions, judged, w.records, settings, warnings, len(outcome.unjudged))
     doc = build(o, w.benchmark, w.protocol, found, w.other)
-    doc |= {"times": state["times"], "out": str(out)}
+    doc |= {"times": log.state["times"], "out": str(out)}
     write_json(out / "scores.json", doc)
     return doc
 
@@ -139,8 +147,14 @@ class _Log:
             "versions": contract.versions(),
             "git_commit": contract.git_commit(Path.cwd()),
         }
-        for key in ("times", "commands"):
+        for key in ("times", "commands", "failures"):
             self.state.setdefault(key, {})
+
+    def failures(self, stage: str, found: dict[str, dict]) -> None:
+        """Keep how many calls failed for good, and an example of each kind; nothing where none did."""
+        self.state["failures"].pop(stage, None)
+        if found:
+            self.state["failures"][stage] = found
 
     def save(self, stage: str) -> None:
         now, times = time.monotonic(), self.state["times"]
@@ -169,27 +183,24 @@ def _protocol(o: EvalOptions, benchmark: Benchmark) -> str:
         return benchmark.name
     found = o.protocol or benchmark.protocols[0]
     if found not in benchmark.protocols:
-        near = nearest(found, benchmark.protocols)
-        raise UsageError(
-            f"--protocol is {found!r}; allowed: {', '.join(benchmark.protocols)}",
-            hint=f"did you mean {near}?" if near else None,
-        )
+        allowed = ", ".join(benchmark.protocols)
+        hint = did_you_mean(found, benchmark.protocols)
+        raise UsageError(f"--protocol is {found!r}; allowed: {allowed}", hint=hint)
     return found
 
 
 def _state(out: Path) -> dict:
     """`eval.json`, {} when there is none."""
-    file = out / "eval.json"
-    return read_object(file) if file.is_file() else {}
+    return read_object(out / "eval.json") if (out / "eval.json").is_file() else {}
 
 
 def _open(w: Work) -> None:
     """Set plan, asked and records; the latter stay None when they have to be generated."""
     o, file = w.o, w.out / "predictions.jsonl"
     if o.predictions:
-        w.plan = predict.Plan(predict.identity_of_file(o.predictions) | {"protocol": w.protocol})
+        w.plan = predict.Plan(predict.identity_of_files(o.predictions) | {"protocol": w.protocol})
         predict.claim(w.out, w.plan.identity)
-        _take(w, o.predictions)
+        _take(w, w.benchmark.records(o.predictions), named(o.predictions))
         if not o.estimate:
             predict.write_predictions(file, w.records or {})
         return
@@ -219,22 +230,38 @@ def _go_on(w: Work, file: Path) -> None:
         raise DataError(
             f"{file} holds {len(found)} of {state['asked']['n']} answers", hint="run the generate stage to its end"
         )
-    _take(w, file)
-    unanswered = sum(bool(r.get("unanswered")) for r in (w.records or {}).values())
-    if unanswered and not w.o.count_unanswered_wrong:
+    _take(w, [(str(file), record) for record in found.values()], str(file))
+
+
+def _take(w: Work, records: list[tuple[str, dict]], source: str) -> None:
+    """Questions and records of predictions; the questions are `--questions`', else those that they carry."""
+    o, benchmark = w.o, w.benchmark
+    if o.questions:
+        known = benchmark.questions(o.questions, None, lambda q: False)
+    else:
+        known = QuestionSet(unique([benchmark.from_record(r, where) for where, r in records], source), {}, source)
+    w.asked = _chosen(w, known)
+    found = benchmark.load_predictions(records, known.questions, source)
+    missing = [q.id for q in w.asked.questions if q.id not in found]
+    if missing and benchmark.has_key(records):
+        what = f"{source}: {counted(len(missing), 'question has', 'questions have')} no prediction"
+        raise DataError(what, details=missing[:5], hint="were the predictions made for another question set?")
+    if missing:
+        # A file without an answer key of its own says itself which questions it is about.
+        w.plan.warnings.append(
+            f"{source} has {len(found)} of the {len(known.questions)} questions: only those are scored"
+        )
+        w.asked = _chosen(w, known.only(lambda q: q.id in found))
+    w.records = {
+        q.id: {"id": q.id, **found[q.id], **{k: v for k, v in q.record().items() if v is not None}}
+        for q in w.asked.questions
+    }
+    unanswered = sum(bool(r.get("unanswered")) for r in w.records.values())
+    if unanswered and not o.count_unanswered_wrong:
         raise DataError(
-            f"{unanswered} questions of {w.out} have no answer",
+            f"{counted(unanswered, 'question')} of {source} have no answer",
             hint="run the generate stage again, or --count-unanswered-wrong counts them as not right",
         )
-
-
-def _take(w: Work, file: Path) -> None:
-    """Questions and records of a file of predictions; the questions are `--questions`', else those it carries."""
-    o = w.o
-    known = w.benchmark.questions(o.questions, None, lambda q: False) if o.questions else w.benchmark.carried(file)
-    w.asked = _chosen(w, known)
-    found = w.benchmark.load_predictions(file, known.questions, w.asked.questions)
-    w.records = {q.id: {"id": q.id, **q.record(), **found[q.id]} for q in w.asked.questions}
 
 
 def _chosen(w: Work, known: QuestionSet) -> QuestionSet:
@@ -246,7 +273,7 @@ def _chosen(w: Work, known: QuestionSet) -> QuestionSet:
 
 
 def _default_out(o: EvalOptions, protocol: str) -> Path:
-    name = str(o.checkpoint or o.model or o.predictions)
+    name = str(o.checkpoint or o.model or (o.predictions[0] if o.predictions else None))
     parts = [p for p in re.split(r"[^\w.-]+", name) if p.strip(".")]
     suffix = "" if protocol == "official" else f"-{protocol}"
     return Path("evals", "-".join(parts[-2:]) + suffix)
@@ -258,13 +285,18 @@ def _default_out(o: EvalOptions, protocol: str) -> Path:
 def _replies(w: Work, records: dict[str, dict]) -> dict[str, str | None]:
     """Question id -> the text to be judged, None where there is no answer."""
     return {
-        id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], w.o.judge_input)
+        id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], _judge_input(w.o))
         for id_, r in records.items()
     }
 
 
+def _judge_input(o: EvalOptions) -> str:
+    """VLMEvalKit's rule reads replies as they are, tags and all: else its figures could not be matched."""
+    return "reply" if o.reader == "vlmevalkit" else o.judge_input
+
+
 def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
-    """Judge what is not judged yet; `state["judge"]` says by whom."""
+    """Judge what has no verdict yet; `state["judge"]` is by whom."""
     o, file, asked = w.o, w.out / "judgements.jsonl", w.asked.questions
     if o.stage == "score":
         if not file.is_file() or not isinstance(state.get("judge"), dict):
@@ -272,19 +304,14 @@ def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
         return judgements.as_judged(w.benchmark, asked, judgements.read(file))
     replies = _replies(w, records)
     if o.judge == "rule":
-        state["judge"] = {"kind": "rule", "judge_input": o.judge_input}
+        state["judge"] = {"kind": "rule", "judge_input": _judge_input(o), "reader": o.reader}
         return judgements.by_rule(w.benchmark, asked, replies, file)
     from .hallusion import judge
 
     chat = _chat(o)
-    # Said before the first call, so that a stage score after a kill knows whose verdicts these are.
-    state["judge"] = {
-        "kind": "chat",
-        "model": o.judge_model,
-        "base_url": o.judge_base_url,
-        "judge_input": o.judge_input,
-        "prompt_sha256": content_key(chat.prompt),
-    }
+    # Written before the first call, so that a stage score after a kill knows whose verdicts these are.
+    state["judge"] = {"kind": "chat", "model": o.judge_model, "base_url": o.judge_base_url}
+    state["judge"] |= {"judge_input": o.judge_input, "prompt_sha256": content_key(chat.prompt)}
     write_json(w.out / "eval.json", state)
     outcome = judge.by_chat(w.benchmark, asked, replies, file, chat)
     answered = Counter(j.judge for j in outcome.judgements.values() if j.code is not None)
@@ -293,11 +320,11 @@ def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
 
 
 def _chat(o: EvalOptions) -> Any:
-    from .hallusion.judge import ChatJudge, load_prompt
+    from .hallusion.judge import LabelJudge, load_prompt
 
     model, key = o.judge_model or "", o.judge_api_key_env
-    endpoint = Endpoint(o.judge_base_url, model, o.timeout_s, o.max_retries, o.concurrency, key)
-    return ChatJudge(endpoint, load_prompt(o.judge_prompt))
+    endpoint = Endpoint(o.judge_base_url, model, o.timeout_s, o.max_retries, o.concurrency, key, what="judge")
+    return LabelJudge(endpoint, load_prompt(o.judge_prompt))
 
 
 def _estimate(w: Work) -> dict:
@@ -318,25 +345,25 @@ def _estimate(w: Work) -> dict:
 # --- a file judged elsewhere -----------------------------------------------------------------------------------
 
 
-def _score_judged(w: Work, path: Path) -> dict:
-    o, benchmark = w.o, w.benchmark
-    judged, records = benchmark.load_judged(path)
-    if o.questions:
-        _same_set(benchmark, o.questions, judged, path)
+def _score_judged(w: Work, files: list[Path]) -> dict:
+    o, benchmark, path = w.o, w.benchmark, named(files)
+    known = benchmark.questions(o.questions, None, lambda q: False).questions if o.questions else []
+    judged, records = benchmark.load_judged(files, known)
+    warnings = _same_set(benchmark, known, judged, files) if known else []
     judged, records = judged[: o.limit], records[: o.limit]
     unjudged = sum(j.code is None for j in judged)
     if unjudged and not o.allow_unjudged:
         raise DataError(
-            f"{path}: {unjudged} questions are unjudged (verdict missing or null), so there is no score",
+            f"{path}: {counted(unjudged, 'question is', 'questions are')} unjudged (verdict missing or null), so there is no score",
             hint="--allow-unjudged counts them as not right",
         )
-    questions = [benchmark.from_record(r, str(path)) for r in records]
-    settings = {"model": path.stem, "judged": str(path), "judge": {"kind": "file"}}
+    questions = [benchmark.from_record(r, path) for r in records]
+    settings = {"model": files[0].stem, "judged": path, "judge": {"kind": "file"}}
     by_id = {j.id: r for j, r in zip(judged, records)}
-    doc = build(o, benchmark, w.protocol, Evidence(questions, judged, by_id, settings, [], unjudged), w.other)
+    doc = build(o, benchmark, w.protocol, Evidence(questions, judged, by_id, settings, warnings, unjudged), w.other)
     if o.out:
         doc["out"] = str(o.out)
-        w.plan = predict.Plan({"model": path.stem, "judged": content_key(records), "protocol": w.protocol})
+        w.plan = predict.Plan({"model": files[0].stem, "judged": content_key(records), "protocol": w.protocol})
         predict.claim(o.out, w.plan.identity)
         log = _Log(w)
         log.state |= {"template_hash": template_hash(), "judge": settings["judge"]}
@@ -346,13 +373,16 @@ def _score_judged(w: Work, path: Path) -> dict:
     return doc
 
 
-def _same_set(benchmark: Benchmark, source: str, judged: list[Any], path: Path) -> None:
-    """Raises DataError unless the file is about exactly these questions."""
-    known = {q.id: benchmark.judged(q, None) for q in benchmark.questions(source, None, lambda q: False).questions}
+def _same_set(benchmark: Benchmark, questions: list[Any], judged: list[Any], files: list[Path]) -> list[str]:
+    """Warnings. Raises DataError unless the files are about exactly these questions, or have no answer key of their own
+    and are about some of them."""
+    known = {q.id: benchmark.judged(q, None) for q in questions}
     wrong = [j.id for j in judged if j.id not in known or known[j.id].key != j.key]
     missing = known.keys() - {j.id for j in judged}
-    if wrong or missing:
+    if wrong or (missing and benchmark.has_key(benchmark.records(files))):
         raise DataError(
-            f"{path} is about another question set: {len(wrong)} questions unknown or different, {len(missing)} missing",
+            f"{named(files)} is about another question set: {len(wrong)} questions unknown or different, "
+            f"{len(missing)} missing",
             details=[*wrong[:3], *sorted(missing)[:3]],
         )
+    return [f"{named(files)} has {len(judged)} of the {len(known)} questions: only those are scored"] if missing else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core import console
+from ..core.errors import counted
 from .result import causes
 
 LARGE = 0.05  # share of unreadable replies that belongs above the table
@@ -13,7 +14,7 @@ def print_scores(doc: dict) -> None:
     if "estimate" in doc:
         _estimate(doc["estimate"])
     elif "stage" in doc:
-        console.emit(f"{doc['stage']}: {doc['n_questions']} questions in {doc['out']}")
+        console.emit(f"{doc['stage']}: {counted(doc['n_questions'], 'question')} in {doc['out']}")
     else:
         _scores(doc)
 
@@ -53,15 +54,17 @@ def _doubts(doc: dict) -> list[str]:
     """The first lines: when the table below them means little."""
     found = []
     f = doc.get("answer_format")
-    if f and f["unreadable"] > LARGE * f["n"]:
+    if f and (f["unreadable_share"] or 0) > LARGE:
         found.append(f"{f['unreadable']} of {f['n']} replies unreadable: no answer could be found in them")
     if doc["unanswered"]["n"]:
         n = doc["unanswered"]["n"]
         found.append(
             f"{n} of {doc['n_questions']} questions have no answer and count as not right: {causes(doc['unanswered'])}"
         )
-    below = below_constant(doc)
-    if below:
+    if n := doc.get("unclear_right"):
+        right = doc["counts"]["aAcc"][0]
+        found.append(f"{n} of {right} right answers are unclear replies, which text-only VS questions allow")
+    if below := below_constant(doc):
         found.append("no better than always giving one answer: " + ", ".join(below))
     return found
 
@@ -85,23 +88,19 @@ def _categories(doc: dict) -> None:
         [
             [name, *(_percent(part["metrics"][m]) for m in metrics), *(part["diagnostics"][k] for k in kinds)]
             for name, part in {**doc["by_category"], **doc["by_subcategory"], "all": doc}.items()
+            if any(value is not None for value in part["metrics"].values())
         ],
     )
 
 
 def _hallusion_notes(doc: dict) -> list[str]:
     d = doc["diagnostics"]
-    c = d["consistency"]
-    fp = "none wrong" if d["fp_ratio"] is None else f"{d['fp_ratio']:.3f}"
+    c, fp = d["consistency"], "none wrong" if d["fp_ratio"] is None else f"{d['fp_ratio']:.3f}"
     lines = [
         "easy and hard are per (set, question) pair, as in the official leaderboard",
         f"figures: {c['correct']} correct, {c['inconsistent']} inconsistent, {c['wrong']} wrong",
         f"yes/no bias: pct diff {d['yes_pct_diff']:+.3f}, fp ratio {fp}",
     ]
-    if doc["unclear_right"]:
-        lines.append(
-            f"{doc['unclear_right']} unclear replies count as right: text-only VS questions, which may be left open"
-        )
     if "mean" in doc:
         lines.append(f"mean of aAcc, fAcc and qAcc, as VLMEvalKit's leaderboard shows it: {_percent(doc['mean'])}")
     return lines
@@ -111,12 +110,14 @@ def _notes(doc: dict) -> list[str]:
     lines = _hallusion_notes(doc) if "diagnostics" in doc else []
     judge = doc["settings"].get("judge") or {}
     who = " ".join(str(judge[k]) for k in ("kind", "model") if judge.get(k))
+    if judge.get("reader", "r1v") != "r1v":
+        who += f", reading as {judge['reader']} does"
     lines.append(f"judge: {who}" + (f", shown the {judge['judge_input']}" if judge.get("judge_input") else ""))
     if f := doc.get("answer_format"):
         cut = "not known" if f["cut_at_length"] is None else f["cut_at_length"]
         lines.append(
             f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags, cut at the length limit: {cut}, "
-            f"no answer readable: {f['unreadable']}"
+            f"no answer readable: {f['unreadable']} ({_percent(100 * (f['unreadable_share'] or 0))} %)"
         )
     if a := doc.get("judge_agreement"):
         lines.append(
@@ -129,6 +130,11 @@ def _notes(doc: dict) -> list[str]:
             f"asked with {s['min_pixels']} to {s['max_pixels']} pixels, at most {s['max_new_tokens']} new tokens, "
             f"temperature {s['temperature']:g}"
         )
+    if n := doc["settings"].get("jpeg_images"):
+        lines.append(
+            f"{n} images went as JPEG of quality {doc['settings']['jpeg_quality']}: their PNG is above "
+            f"{doc['settings']['max_image_bytes']} bytes"
+        )
     return lines
 
 
@@ -140,7 +146,7 @@ def _comparison(c: dict) -> None:
         [
             ["difference", *(_signed(c["metrics"][m]["difference"]) for m in metrics)],
             ["95 % interval", *(_interval(c["metrics"][m]["interval"]) for m in metrics)],
-            ["p (swapping clusters)", *(_p(c["metrics"][m]["p_swap"]) for m in metrics)],
+            ["p (swap test)", *(_p(c["metrics"][m]["p_swap"]) for m in metrics)],
         ],
     )
     m = c["mcnemar"]
@@ -148,7 +154,7 @@ def _comparison(c: dict) -> None:
 
 
 def _estimate(e: dict) -> None:
-    console.emit(f"{e['n_questions']} questions")
+    console.emit(counted(e["n_questions"], "question"))
     for stage in ("generate", "judge"):
         if stage in e:
             console.emit(f"{stage}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in e[stage].items()))
@@ -163,7 +169,7 @@ def _signed(value: float | None) -> str:
 
 
 def _interval(bounds: list[float] | None) -> str:
-    return "-" if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
+    return "-" if bounds is None else f"{bounds[0]:.1f}, {bounds[1]:.1f}"
 
 
 def _p(value: float | None) -> str:

@@ -1,68 +1,130 @@
-"""The `chat` backend: any OpenAI-compatible chat endpoint that takes images, asked for a JSON verdict."""
+"""Chat models as judges: the `chat` backend of the reward, and how any chat judge is asked and read.
+
+A verdict is JSON where the endpoint can be held to it (`Endpoint.chat` steps down from json_schema to json_object to
+text). A label in text counts only where it is stated as the verdict; any other mention of it is no verdict.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 from typing import Any
 
-from pydantic import Field
-
 from ..core.prompts import ASK_JSON, judge_text
-from .client import HttpJudge, Reply
-from .protocol import Failure, Question, checked
+from ..core.thinking import without_thinking
+from .over_http import HttpJudge
+from .protocol import Failure, Question, Verdict, checked
+from .replies import Reply, strict_json
 
-VERDICT_SCHEMA = {
-    "type": "object",
-    "properties": {"score": {"type": "number", "minimum": 0, "maximum": 1}},
-    "required": ["score"],
-    "additionalProperties": False,
-}
+JUDGE_TOKENS = 2048  # room for a judge that thinks before its verdict
 
 
-class _Message(Reply):
-    content: str | None = None
-    refusal: str | None = None
+def _schema(name: str, value: dict) -> dict:
+    """JSON schema of an object with one property."""
+    return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
 
 
-class _Choice(Reply):
-    message: _Message
-    finish_reason: str | None = None
+VERDICT_SCHEMA = _schema("score", {"type": "number", "minimum": 0, "maximum": 1})
+
+_FENCED = re.compile(r"(?s)```(?:json)?\s*(\{.*\})\s*```")
+_NOUN = r"(?:label|verdict|judge?ment|answer|prediction|response|reply|result|conclusion|output|rating|grade)"
+# In the sentence that states a label these make it another one; after a leading label they take it back.
+_HEDGE = re.compile(
+    r"n't\b|\b(?:not|never|cannot|neither|hardly|barely|scarcely|far|partial|partially|partly|mostly|almost|nearly|"
+    r"somewhat|half|whether|if|unless|could|might|may|would|seems?|appears?|possibly|probably|perhaps|maybe|question|"
+    r"reference|no|nobody|wrong|doubt\w*|mistake\w*|impossible|unlikely|hard|difficult|sa(?:ys?|id)|claims?|thinks?)\b"
+)
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|actually|if|unless|not\s+(?:really|quite|entirely|fully|completely|so|at\s+all))\b|\bn't\s+(?:really|quite)\b|\?\s*$"
+)
+_WEAKENED = re.compile(  # "incorrect, but close" is incorrect; "correct, but in part" is no label
+    r"\b(?:but|however|although|though|except|partial|partially|partly|hardly|only\s+(?:if|when|for|in|to))\b"
+)
+_NO_LABEL = re.compile(r"\bcorrect\s+(?:answer|response|one|option|label|value)\b")
 
 
-class _Completion(Reply):
-    choices: list[_Choice] = Field(min_length=1, max_length=1)
+def verdict_text(reply: Reply) -> str:
+    """What a judge said after its thinking.
+
+    Raises:
+        Failure: it was cut, ended for any reason but the usual one, or is empty.
+    """
+    if reply.finish == "length":
+        raise Failure("truncated", f"cut at the token limit: {reply.text}")
+    if reply.finish not in (None, "stop"):
+        raise Failure("unfinished", f"finish_reason is {reply.finish!r}: {reply.text}")
+    if reply.cause:
+        raise Failure("empty", f"the reply has no text ({reply.cause})")
+    return without_thinking(reply.text).strip()
 
 
-class _Score(Reply):
-    score: int | float
+def json_object(text: str) -> dict | None:
+    """The JSON object that a verdict is, alone or in a code fence; None for text.
+
+    Raises:
+        Failure: it has a key twice, or is JSON of another kind or no JSON although it opens like an object.
+    """
+    fenced = _FENCED.search(text)
+    text = fenced[1] if fenced else text
+    document = strict_json(text) if text.startswith("{") else None
+    return document if isinstance(document, dict) else None
+
+
+def stated_label(text: str, labels: dict[str, int]) -> int | None:
+    """The label that a judge's reply states as its verdict; None when it states none, or more than one.
+
+    Stated is: JSON with `label`; a line that is only the label; "Label: X", "the answer is X"; or a leading label, with
+    its reason after it, that the reason does not take back.
+    """
+    try:
+        document = json_object(text)
+    except Failure:
+        return None
+    if document is not None:
+        label = document.get("label")
+        return labels.get(label.strip().lower()) if isinstance(label, str) else None
+    plain = re.sub(
+        r"</?\w+>|<\|\w+\|>|\\boxed|\\text\w*|[*_`\"“”#>{}]|(?<!\w)'|'(?!\w)", "", text.lower().replace("’", "'")
+    ).strip()
+    names = "|".join(map(re.escape, labels))
+    found = set()
+    says = (
+        rf"(?:(?:[\w',]+\s+){{0,6}}?{_NOUN}\s*(?:is|:|=|-|would be)?\s*:?\s*|(?:this|it|that)(?:'s|\s+is)\s+|\d\.\s+)?"
+    )
+    stated = re.compile(rf"\W*(?:(?:so|thus|hence|therefore|overall)\W+)?{says}({names})[^\w?]*")
+    for line in plain.splitlines():
+        if (match := stated.fullmatch(line)) and not _HEDGE.search(line):
+            found.add(match[1])
+    lead = re.match(rf"({says})({names})\s*(?:[–—:.,;(!\n]|-(?!\w)|because\b|since\b)(.*)", plain, re.DOTALL)
+    if lead and not _HEDGE.search(lead[1]):
+        said, rest = lead[2], _NO_LABEL.sub(" ", lead[3])
+        others = "|".join(re.escape(name) for name in labels if name != said)
+        weakened = said != "incorrect" and _WEAKENED.search(rest)
+        if not weakened and not _TAKEN_BACK.search(rest) and not re.search(rf"\b(?:{others})\b", rest):
+            found.add(said)
+    return labels[found.pop()] if len(found) == 1 else None
+
+
+def label_schema(labels: dict[str, int]) -> dict:
+    """JSON schema of a verdict that is one of `labels`."""
+    return _schema("label", {"type": "string", "enum": list(labels)})
 
 
 class ChatJudge(HttpJudge):
     """One chat completion per judgement, at temperature 0 unless `request` says otherwise."""
 
-    path = "/chat/completions"
+    async def ask(self, question: Question) -> Verdict:
+        text = judge_text(question.problem, question.answer, ASK_JSON)
+        content: Any = [{"type": "image_url", "image_url": {"url": image.data_uri}} for image in question.images]
+        content = [*content, {"type": "text", "text": text}] if content else text
+        messages = [{"role": "user", "content": content}]
+        return await self.endpoint.chat(
+            messages, JUDGE_TOKENS, 0, _verdict, schema=VERDICT_SCHEMA, more=self.reward.request
+        )
 
-    def body(self, question: Question) -> dict:
-        content: list[dict] = [{"type": "image_url", "image_url": {"url": i.data_uri}} for i in question.images]
-        content.append({"type": "text", "text": judge_text(question.problem, question.answer, ASK_JSON)})
-        schema = {"name": "verdict", "strict": True, "schema": VERDICT_SCHEMA}
-        return {
-            "model": self.reward.model,
-            "messages": [{"role": "user", "content": content}],
-            "response_format": {"type": "json_schema", "json_schema": schema},
-            "temperature": 0,
-            **self.reward.request,
-        }
 
-    def read(self, document: Any) -> float:
-        reply = _Completion.model_validate(document)
-        choice = reply.choices[0]
-        if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise Failure("refusal", choice.message.refusal or "filtered")
-        if choice.finish_reason == "length":
-            raise Failure("truncated", "the verdict was cut at the token limit")
-        try:
-            verdict = json.loads(choice.message.content or "")
-        except (ValueError, RecursionError):
-            raise Failure("unparsable", f"verdict is not JSON: {choice.message.content or ''!r}") from None
-        return checked(_Score.model_validate(verdict).score, bounded=True)
+def _verdict(reply: Reply) -> Verdict:
+    text = verdict_text(reply)
+    document = json_object(text)
+    if document is None or "score" not in document:
+        raise Failure("unparsable", f"the verdict is no JSON with a score: {text!r}")
+    return Verdict(checked(document["score"], bounded=True), reply.prompt_tokens, reply.completion_tokens)

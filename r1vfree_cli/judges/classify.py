@@ -9,28 +9,18 @@ where this does not put them.) Of several classes the last counts.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from pydantic import Field
-
 from ..core.prompts import messages_for
-from .client import HttpJudge, Reply
-from .protocol import Failure, Question, checked
+from .over_http import HttpJudge
+from .protocol import Failure, Question, Verdict, checked
+from .replies import tokens
 
-
-class _Data(Reply):
-    probs: list[Any] = Field(min_length=1)
-
-
-class _Classification(Reply):
-    data: list[_Data]
+SUM_TOLERANCE = 0.01  # of probabilities in half precision
 
 
 class ClassifyJudge(HttpJudge):
     """One request per judgement: the server batches."""
-
-    path = "/classify"
 
     async def open(self) -> None:
         await super().open()
@@ -47,17 +37,20 @@ class ClassifyJudge(HttpJudge):
 
         A server that is down must not be taken for one that says nothing: its `Failure` goes on.
         """
-        try:
-            return dict(json.loads(await self._send("GET", "/info", optional=True))["model"])
-        except (ValueError, TypeError, KeyError):
-            pass
-        try:
-            models = json.loads(await self._send("GET", "/v1/models", optional=True))["data"]
-            return {"models": [[m["id"], m.get("root")] for m in models]}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return {}
+        for path in ("/info", "/v1/models"):
+            try:
+                document = await self.endpoint.get(path)
+                if path == "/info":
+                    return dict(document["model"])
+                return {"models": [[m["id"], m.get("root")] for m in document["data"]]}
+            except Failure as failure:
+                if failure.kind != "unparsable":
+                    raise
+            except (ValueError, TypeError, LookupError, AttributeError):
+                pass
+        return {}
 
-    def body(self, question: Question) -> dict:
+    async def ask(self, question: Question) -> Verdict:
         messages = messages_for(self.prompt, question.problem, question.answer, len(question.images))
         images = iter(question.images)
         for message in messages:
@@ -65,12 +58,27 @@ class ClassifyJudge(HttpJudge):
                 {"type": "image_url", "image_url": {"url": next(images).data_uri}} if part["type"] == "image" else part
                 for part in message["content"]
             ]
-        model = {"model": self.reward.model} if self.reward.model else {}
-        asked = {"messages": messages, "add_generation_prompt": self.prompt == "judge"}
-        return {**model, **asked, **self.reward.request}
+        body: dict[str, Any] = {"model": self.reward.model} if self.reward.model else {}
+        body = body | {"messages": messages, "add_generation_prompt": self.prompt == "judge", **self.reward.request}
+        return await self.endpoint.request(
+            "/classify", lambda: body, lambda document: Verdict(self._score(document), *tokens(document))
+        )
 
-    def read(self, document: Any) -> float:
-        reply = _Classification.model_validate(document)
-        if len(reply.data) != 1:
-            raise Failure("wrong_count", f"{len(reply.data)} scores for one question")
-        return checked(reply.data[0].probs[-1], bounded=self.prompt == "judge")
+    def _score(self, document: Any) -> float:
+        """The probability of the last class; of one class alone its score, on the model's own scale."""
+        data = document.get("data") if isinstance(document, dict) else None
+        if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
+            raise Failure("unparsable", f"no classification: {document!r}")
+        if len(data) != 1:
+            raise Failure("wrong_count", f"{len(data)} scores for one question")
+        probs, classes = data[0].get("probs"), data[0].get("num_classes")
+        if not isinstance(probs, list) or not probs:
+            raise Failure("unparsable", f"no probs: {data[0]!r}")
+        if classes is not None and (type(classes) is not int or classes != len(probs)):
+            raise Failure("wrong_count", f"{len(probs)} probs of {classes!r} classes")
+        # Several classes are probabilities, unless the request turns the softmax off.
+        logits = self.reward.request.get("use_activation") is False
+        scores = [checked(p, self.prompt == "judge" or (len(probs) > 1 and not logits)) for p in probs]
+        if len(scores) > 1 and not logits and abs(sum(scores) - 1) > SUM_TOLERANCE:
+            raise Failure("out_of_range", f"the probabilities of all classes sum to {sum(scores):.4g}, not 1")
+        return scores[-1]

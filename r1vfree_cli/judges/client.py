@@ -1,8 +1,11 @@
-"""Judges behind HTTP: what `classify` and `chat` share. The openai client sends and retries; replies are validated.
+"""The one HTTP client: reward judges, evaluation endpoints and evaluation judges all ask through `Endpoint`.
 
-Three kinds of trouble, told apart here: the configuration's (`UsageError`), the judge being down (asked again until
-the step's deadline), and a reply that is no verdict (`Failure`). Redirects are not followed: the key and the images
-go to the configured origin only.
+Three kinds of trouble, told apart here and nowhere else: the configuration's (`UsageError`: no access, no such model,
+no quota), the infrastructure's (`Failure`: this call gave nothing; asked again while that may help), and a reply that
+is none (`Failure` too). No other exception that a reply causes leaves this module.
+
+A body is read as bytes under a limit, on the wire and unpacked, and is UTF-8 whatever its headers say. Redirects are
+not followed: the key and the images go to the configured origin only.
 """
 
 from __future__ import annotations
@@ -10,244 +13,379 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
-from typing import Any, Literal
+import random
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-import httpx2
-import openai
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ..core import console
+from ..core.errors import R1VError, UsageError
+from ..core.redact import URL_LOGIN, without_key
+from .protocol import Failure
+from .replies import Reply, code_in, error_of, read_reply, status_in, strict_json, tokens
+from .transport import bounded_client, on_loopback, proxy_before, retry_after
 
-from ..config.schema import FeedbackReward
-from ..core.errors import UsageError
-from ..core.prompts import PromptKind
-from ..core.redact import without_key
-from .protocol import Failure, Question, Verdict
+T = TypeVar("T")
+Job = TypeVar("Job")
 
-MAX_REPLY_BYTES = 1 << 20
+OPENAI_URL = "https://api.openai.com/v1"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
+LONGEST_RETRY_AFTER_S = 120.0  # a server that asks for more is not asked again
+CONNECT_S = 10.0
+TOLD_CHARS = 200
+FORMATS = ("json_schema", "json_object", None)  # how a structured reply is asked for, best first
+LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None}
+_NOT_KNOWN = re.compile(r"(?i)support|recogni[sz]ed|unknown|unexpected|permitted|not allowed|extra|deprecated|instead")
+_TOO_MANY = re.compile(r"(?i)too large|at most|maximum|exceed|context length")  # of the number, not of the name
+_NO_QUOTA = re.compile(r"(?i)insufficient_quota|exceeded_current_quota|billing|arrearage|insufficient_balance")
+_NO_MONEY = re.compile(r"(?i)insufficient (?:balance|credits?|funds)|credit balance is too low")
+_FORMAT_WORDS = re.compile(r"(?i)response_format|json_schema|json_object|structured|guided|grammar")
 
 
-class Reply(BaseModel):
-    """Base of the shapes that replies are validated against: other keys are ignored, types are not bent."""
+@dataclass
+class Endpoint:
+    """A server that speaks OpenAI's HTTP API, or the part of it that its user needs.
 
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class _Usage(Reply):
-    prompt_tokens: int = Field(0, ge=0)
-    completion_tokens: int | None = Field(0, ge=0)
-
-
-class _Used(Reply):
-    usage: _Usage
-
-
-class HttpJudge:
-    """A judge at `base_url`. Subclasses say where to post, what to send, and how to read the reply.
-
-    Args:
-        reward: the recipe's feedback reward.
-        base_url: origin and path prefix.
-        api_key: sent as a bearer token; None sends none of value.
-        stopping: whether the run is asked to end; then a judge that is down is not waited for.
+    base_url: origin and path prefix; None is OpenAI's own (or $OPENAI_BASE_URL).
+    timeout_s: for one attempt, from connecting to the reply's last byte; connecting alone gets at most 10 s.
+    max_retries: attempts after the first, where trying again may help. A Retry-After of up to 120 s is honoured.
+    api_key_env: the variable that holds the key; each endpoint has its own.
+    api_key: the key itself; None reads the variable, "" sends none.
+    max_image_bytes: an image whose PNG is larger goes as JPEG (`protocol.image_url`).
+    what: what errors call it.
+    failures: kind -> the first message, key removed, of calls that failed for good.
     """
 
-    path = ""
-    prompt: PromptKind = "judge"
-    one_by_one = True
+    base_url: str | None
+    model: str
+    timeout_s: float = 60
+    max_retries: int = 4
+    concurrency: int = 16
+    api_key_env: str | None = "OPENAI_API_KEY"
+    api_key: str | None = field(default=None, repr=False)
+    requests_per_minute: float | None = None
+    max_image_bytes: int | None = None
+    what: str = "endpoint"
+    failures: dict[str, str] = field(default_factory=dict)
+    _client: Any = field(default=None, repr=False)
+    _answered: bool = False
+    _next_start: float = 0.0
+    # What the endpoint takes; learned from its first refusal.
+    _temperature: bool = True
+    _limit: str | None = "max_tokens"
+    _format: int = 0
 
-    def __init__(self, reward: FeedbackReward, base_url: str, api_key: str | None, stopping: Callable[[], bool]):
-        self.reward, self.base_url, self._api_key = reward, base_url.rstrip("/"), api_key
-        self.identity: dict = {}
-        self._stopping = stopping
-        self._client: Any = None
-        self._next_start = 0.0
+    def __post_init__(self):
+        if self.api_key is None and self.api_key_env:
+            self.api_key = (os.environ.get(self.api_key_env) or "").strip()
 
-    def body(self, question: Question) -> dict:
-        """The request's JSON."""
-        raise NotImplementedError
+    @property
+    def url(self) -> str:
+        return (self.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
 
-    def read(self, document: Any) -> float:
-        """The score in a reply's JSON; pydantic's ValidationError and `Failure` mean that there is none."""
-        raise NotImplementedError
+    @property
+    def where(self) -> str:
+        """The URL without a login."""
+        return URL_LOGIN.sub("***@", self.url)
+
+    def check(self) -> None:
+        """What can be known before the first call.
+
+        Raises:
+            UsageError: the key that OpenAI's endpoint needs is not set, or cannot be sent; the URL is none.
+        """
+        if self.base_url is None and not self.api_key:
+            raise UsageError(
+                f"${self.api_key_env} is not set, and no base URL is given",
+                hint="export the key, or name your own endpoint (--judge-base-url, --endpoint)",
+            )
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UsageError(f"${self.api_key_env} holds characters that no HTTP header may have")
+        try:
+            parts = urlsplit(self.url)
+            _ = parts.port
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            usable = False
+        if not usable:
+            raise UsageError(f"the {self.what}'s URL is {self.where!r}", hint="it starts with http:// or https://")
 
     async def open(self) -> None:
-        self._client = openai.AsyncOpenAI(
-            base_url=self.base_url,
-            api_key=self._api_key or "none",
-            timeout=self.reward.timeout_s,
-            max_retries=self.reward.max_retries,
-            default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultAsyncHttpxClient(
+        """Get ready to ask, in this event loop."""
+        import httpx2
+        import openai
+
+        self.check()
+        try:
+            http = bounded_client()(
                 follow_redirects=False,
-                event_hooks={"response": [_limit]},
-                limits=httpx2.Limits(max_connections=self.reward.concurrency),
-                timeout=self.reward.timeout_s,
-                trust_env=not _on_loopback(self.base_url),
-            ),
+                limits=httpx2.Limits(max_connections=self.concurrency),
+                timeout=httpx2.Timeout(None, connect=min(CONNECT_S, self.timeout_s / 2)),
+                trust_env=not on_loopback(self.url),
+            )
+        except Exception as e:  # a proxy variable that is no URL, or a SOCKS proxy without its package
+            raise UsageError(f"cannot use the proxy of the environment: {self.told(str(e))}") from None
+        self._client = openai.AsyncOpenAI(
+            api_key=self.api_key or "none",
+            base_url=self.url,
+            timeout=http.timeout,
+            max_retries=0,  # `request` asks again: it knows what a call has cost and which ones may be repeated
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=http,
         )
 
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()
+        self._client = None
 
-    async def judge(self, questions: list[Question]) -> list[Verdict | Failure]:
-        return [await self._judge_one(question) for question in questions]
+    # --- asking ------------------------------------------------------------------------------------------------
 
-    async def _judge_one(self, question: Question) -> Verdict | Failure:
-        """Ask until there is a reply; the caller sets the deadline by cancelling."""
-        pause = FIRST_PAUSE_S
+    async def chat(
+        self,
+        messages: list[dict],
+        max_tokens: int,
+        temperature: float,
+        read: Callable[[Reply], T] = lambda reply: reply,  # type: ignore[assignment,return-value]
+        *,
+        schema: dict | None = None,
+        more: dict | None = None,
+    ) -> T:
+        """What `read` finds in one chat completion.
+
+        Args:
+            schema: JSON schema of the wanted reply; the endpoint is asked for it as strictly as it can
+                (json_schema, json_object, text).
+            more: put into the request's JSON, over the rest.
+
+        Raises:
+            UsageError, Failure: as `request`.
+        """
+        more = more or {}
+
+        def make() -> dict:
+            body: dict[str, Any] = {"model": self.model, "messages": messages}
+            if self._limit and not LIMITS.keys() & more.keys():
+                body[self._limit] = max_tokens
+            if self._temperature:
+                body["temperature"] = temperature
+            if schema and FORMATS[self._format] == "json_schema":
+                named = {"name": "verdict", "strict": True, "schema": schema}
+                body["response_format"] = {"type": "json_schema", "json_schema": named}
+            elif schema and FORMATS[self._format] == "json_object":
+                # The mode is refused where the messages do not ask for JSON.
+                asked = {"role": "user", "content": f"Reply with JSON only, after this schema: {json.dumps(schema)}"}
+                body |= {"response_format": {"type": "json_object"}, "messages": [*messages, asked]}
+            return body | more
+
+        return await self.request("/chat/completions", make, lambda document: read(read_reply(document, self.model)))
+
+    async def get(self, path: str) -> Any:
+        """The JSON at a path; None from a server that has none there.
+
+        Raises:
+            UsageError, Failure: as `request`.
+        """
+        return await self.request(path, None, lambda document: document)
+
+    async def request(self, path: str, make: Callable[[], dict] | None, read: Callable[[Any], T]) -> T:
+        """What `read` finds in the JSON that answers POST `make()` (GET without `make`); asked again where that helps.
+
+        Raises:
+            UsageError: every call would fail: no access, no such model, no quota, a URL that is none.
+            Failure: this call failed; its tokens are what it cost all the same.
+        """
+        retries, pause = self.max_retries, FIRST_PAUSE_S
         while True:
+            body = make() if make else None
             try:
-                await self._wait_for_rate()
-                begin = time.monotonic()
-                verdict = await self._ask(question)
-                return replace(verdict, seconds=time.monotonic() - begin)
+                return await self._attempt(path, body, read)
             except Failure as failure:
-                if not failure.down or self._stopping():
-                    return failure
-            await asyncio.sleep(pause)
+                if make and body and failure.status in (400, 422):
+                    self._learn(failure.message, body)
+                    if make() != body:
+                        continue
+                failure.message = self.told(failure.message)
+                console.detail(f"the {self.what} at {self.where}, a failed call: {failure}")
+                if not failure.temporary or retries == 0:
+                    self.failures.setdefault(failure.kind, failure.message)
+                    raise
+                wait = failure.wait
+            retries -= 1
+            # All who were told to wait come back apart.
+            await asyncio.sleep(pause * random.uniform(0.75, 1) if wait is None else wait * random.uniform(1, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
+    def run(
+        self, jobs: list[Job], work: Callable[[Job], Awaitable[Any]], done: Callable[[Job, Any], None]
+    ) -> Counter[str]:
+        """Run `work` over all jobs, `concurrency` at a time; `done(job, result)` is called as each finishes.
+
+        Returns how many jobs failed for good, by kind; `failures` has an example of each. An `R1VError` stops all:
+        what is done stays done.
+
+        Raises:
+            UsageError: as `request`, or nothing has ever answered at the URL.
+        """
+        return asyncio.run(self._run(jobs, work, done))
+
+    async def _run(self, jobs, work, done) -> Counter[str]:
+        failed: Counter[str] = Counter()
+        queue = iter(jobs)
+
+        async def worker() -> None:
+            for job in queue:
+                try:
+                    result = await work(job)
+                except Failure as e:
+                    if e.kind == "connection" and not self._answered:
+                        raise UsageError(
+                            f"no endpoint at {self.where}: {e.message}",
+                            hint="start the server, or check the URL; what is finished is kept",
+                        ) from None
+                    failed[e.kind] += 1
+                    self.failures.setdefault(e.kind, self.told(e.message))
+                else:
+                    done(job, result)
+
+        await self.open()
+        try:
+            tasks = [asyncio.create_task(worker()) for _ in range(max(1, min(self.concurrency, len(jobs))))]
+            try:
+                await asyncio.gather(*tasks)
+            except R1VError:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
+        finally:
+            await self.close()
+        return failed
+
+    # --- one attempt -------------------------------------------------------------------------------------------
+
+    async def _attempt(self, path: str, body: dict | None, read: Callable[[Any], T]) -> T:
+        import httpx2
+
+        document = None
+        try:
+            await self._wait_for_rate()
+            async with asyncio.timeout(self.timeout_s):
+                status, headers, data = await self._exchange(path, body)
+            self._answered = True
+            if body is None and status in (404, 405):
+                return read(None)
+            if status != 200:
+                raise self._refusal(status, data.decode("utf-8", "replace"), headers)
+            document = strict_json(data)
+            if error := error_of(document):
+                raise self._refusal(status_in(error), json.dumps(document), {})
+            return read(document)
+        except R1VError:
+            raise
+        except Failure as refused:
+            # What is no verdict was paid for all the same.
+            refused.input_tokens, refused.output_tokens = tokens(document)
+            raise
+        except httpx2.ConnectTimeout:
+            # A host that is off does not refuse connections, it does not answer at all.
+            message = f"no connection in time{proxy_before(self.url)}"
+            raise Failure("connection", message, down=True, temporary=True) from None
+        except TimeoutError:
+            message = f"no complete reply within {self.timeout_s:g} s"
+            raise Failure("timeout", message, temporary=True) from None
+        except httpx2.HTTPError as e:
+            message = f"{type(e).__name__}: {e}{proxy_before(self.url)}"
+            raise Failure("connection", message, down=True, temporary=True) from None
+        except Exception as e:
+            # A reply can break a library in ways that nobody foresaw; that is still this call's failure.
+            unread = Failure("unparsable", f"{type(e).__name__}: {e}")
+            unread.input_tokens, unread.output_tokens = tokens(document)
+            raise unread from None
+
+    async def _exchange(self, path: str, body: dict | None) -> tuple[int, Any, bytes]:
+        """(status, headers, body), the body unpacked."""
+        import httpx2
+        import openai
+
+        # The environment's key and organisation are OpenAI's: another server gets what is configured for it only.
+        unset: dict[str, Any] = {} if self.api_key else {"Authorization": openai.Omit()}
+        if self.base_url is not None:
+            unset |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+        more = {"cast_to": httpx2.Response, "options": {"headers": unset}}
+        try:
+            if body is None:
+                response = await self._client.get(path, **more)
+            else:
+                response = await self._client.post(path, body=body, **more)
+        except openai.APIStatusError as e:
+            response = e.response
+        except openai.APIConnectionError as e:
+            raise e.__cause__ or e from None
+        return response.status_code, response.headers, response.content
+
+    def _refusal(self, status: int, said: str, headers: Any) -> Exception:
+        """The error of a status that is not 200; errors in a reply with status 200 come here too."""
+        at, code = f"the {self.what} at {self.where}", code_in(said)
+        details = [self.told(said)]
+        if status == 407:
+            return UsageError(f"the proxy refused access (407){proxy_before(self.url)}", details=details)
+        if status in (401, 403):
+            hint = f"put its key in {self.api_key_env}" if self.api_key_env else "it wants a key"
+            hint += ", or name another variable" if self.api_key_env else ": name its variable"
+            return UsageError(f"{at} refused access ({status})", details=details, hint=hint)
+        if status == 402 or _NO_QUOTA.search(code) or (400 <= status < 500 and _NO_MONEY.search(said)):
+            return UsageError(f"{at} has no quota left ({status})", details=details, hint="what is finished is kept")
+        if status == 404:
+            hint = f"check the URL (OpenAI-compatible ones end in /v1) and the model's name {self.model!r}"
+            return UsageError(f"{at} knows no such path or model (404)", details=details, hint=hint)
+        if 300 <= status < 400:
+            return Failure("redirect", f"{status} to {headers.get('location', '?')}{proxy_before(self.url)}")
+        message = f"{status}: {said}"
+        if "content_filter" in code:
+            return Failure("content_filter", message)
+        wait = retry_after(headers.get("retry-after"))
+        if wait is not None and wait > LONGEST_RETRY_AFTER_S:
+            return Failure("rate_limited", f"asks to wait {wait:g} s; {message}", status=status)
+        kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
+        # A queue that is full, and says when it will not be, is as good as a server that is down for a while.
+        down = status in (502, 503, 504) or (status == 429 and wait is not None)
+        if down and status != 429:
+            kind, message = "unavailable", f"{status}{proxy_before(self.url)}: {said}"
+        temporary = status >= 500 or status in (408, 409, 425, 429)
+        return Failure(kind, message, down=down, temporary=temporary, wait=wait, status=status)
+
+    def _learn(self, said: str, body: dict) -> None:
+        """From a refusal: which parameter to leave out, to rename, or to ask for less strictly."""
+        before = (self._temperature, self._limit, self._format)
+        limit = next((name for name in LIMITS if name in body), None)
+        wanted = (
+            (body.get("response_format") or {}).get("type") if isinstance(body.get("response_format"), dict) else None
+        )
+        if "temperature" in said and "temperature" in body:
+            self._temperature = False
+        elif (
+            limit and limit == self._limit and limit in said and _NOT_KNOWN.search(said) and not _TOO_MANY.search(said)
+        ):
+            self._limit = LIMITS[limit]
+        elif wanted and wanted == FORMATS[self._format] and _FORMAT_WORDS.search(said):
+            self._format += 1
+        if before != (self._temperature, self._limit, self._format):
+            console.log(f"the {self.what} at {self.where} refuses a parameter, asked without: {self.told(said)}")
+
     async def _wait_for_rate(self) -> None:
-        if self.reward.requests_per_minute is None:
+        if self.requests_per_minute is None:
             return
         now = asyncio.get_running_loop().time()
         start = max(now, self._next_start)
-        self._next_start = start + 60 / self.reward.requests_per_minute
+        self._next_start = start + 60 / self.requests_per_minute
         await asyncio.sleep(start - now)
 
-    async def _ask(self, question: Question) -> Verdict:
-        text = await self._send("POST", self.path, self.body(question))
-        document = None
-        try:
-            document = _json(text)
-            return Verdict(self.read(document), *_tokens(document))
-        except ValidationError as e:
-            first = e.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(p) for p in first["loc"])
-            failure = Failure("unparsable", f"{where}: {first['msg']}")
-        except Failure as e:
-            failure = Failure(e.kind, self._said(e.message))
-        # What is no verdict was paid for all the same.
-        failure.input_tokens, failure.output_tokens = _tokens(document)
-        raise failure
-
-    async def _send(
-        self, method: Literal["GET", "POST"], path: str, body: dict | None = None, *, optional: bool = False
-    ) -> str:
-        """The text of a reply with status 200; with `optional`, "null" from a server that does not know the path.
-
-        Raises:
-            UsageError, Failure
-        """
-        try:
-            if method == "GET":
-                reply = await self._client.get(path, cast_to=httpx2.Response)
-            else:
-                reply = await self._client.post(path, body=body, cast_to=httpx2.Response)
-        except openai.APIStatusError as e:
-            if optional and e.status_code in (404, 405):
-                return "null"
-            raise self._status(e, path) from None
-        except openai.APITimeoutError as e:
-            # A host that is off does not refuse connections, it does not answer at all.
-            down = isinstance(e.__cause__, httpx2.ConnectTimeout)
-            raise Failure("timeout", f"no reply within {self.reward.timeout_s:g} s", down=down) from None
-        except openai.APIConnectionError as e:
-            cause = e.__cause__ or e
-            raise Failure("connection", self._said(f"{type(cause).__name__}: {cause}"), down=True) from None
-        except _RefusedReplyError as e:
-            raise Failure("too_large", str(e)) from None
-        return reply.text
-
-    def _status(self, error: openai.APIStatusError, path: str) -> Exception:
-        status, where = error.status_code, f"{self.base_url}{path}"
-        said = self._said(error.response.text)
-        if status in (401, 403):
-            return UsageError(
-                f"the judge at {where} refused access ({status})",
-                details=[said],
-                hint=f"put the key in {self.reward.api_key_env}, or name its variable in api_key_env",
-            )
-        if status == 404:
-            return UsageError(
-                f"the judge at {where} knows no such path or model (404)",
-                details=[said],
-                hint="check base_url and model",
-            )
-        if 300 <= status < 400:
-            return Failure("redirect", f"{status} to {self._said(error.response.headers.get('location', '?'))}")
-        if status == 429:
-            return Failure("rate_limited", said)
-        if status in (502, 503, 504):
-            return Failure("unavailable", f"{status}: {said}", down=True)
-        return Failure("server_error" if status >= 500 else "rejected", f"{status}: {said}")
-
-    def _said(self, text: str) -> str:
-        """The beginning of what a server said, in one line."""
+    def told(self, text: str) -> str:
+        """The beginning of what a server said: one line, without the key, in UTF-8."""
         # JSON can hold half a surrogate pair, files cannot.
-        text = without_key(text, self._api_key).encode("utf-8", "replace").decode()
-        return " ".join(text.split())[:200]
-
-
-class _RefusedReplyError(openai.OpenAIError):
-    """A reply that is not read to its end. The openai client passes its own errors through and does not retry."""
-
-
-class _Limited(httpx2.AsyncByteStream):
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
-        async for chunk in self._stream:
-            size += len(chunk)
-            if size > MAX_REPLY_BYTES:
-                raise _RefusedReplyError(f"a reply above {MAX_REPLY_BYTES} bytes")
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-async def _limit(response: httpx2.Response) -> None:
-    # The limit counts bytes on the wire, so nothing may be packed into them.
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise _RefusedReplyError("a compressed reply that was not asked for")
-    response.stream = _Limited(response.stream)
-
-
-def _on_loopback(url: str) -> bool:
-    """A judge on this machine is not asked through a proxy of the environment, which would not find it."""
-    host = httpx2.URL(url).host
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise Failure("unparsable", f"not JSON: {text!r}") from None
-
-
-def _tokens(document: Any) -> tuple[int, int]:
-    """Input and output tokens of a reply, whatever else it holds; 0 where it does not say."""
-    try:
-        usage = _Used.model_validate(document).usage
-    except ValidationError:
-        return 0, 0
-    return usage.prompt_tokens, usage.completion_tokens or 0
-
-
-def key_of(reward: FeedbackReward) -> str | None:
-    """The API key to send, from the environment.
-
-    A key that the environment holds for OpenAI goes to chat endpoints only: a classify server gets one when
-    `api_key_env` names a variable of its own.
-    """
-    if reward.serve or (reward.backend == "classify" and reward.api_key_env == "OPENAI_API_KEY"):
-        return None
-    return os.environ.get(reward.api_key_env) or None
+        text = without_key(text, self.api_key).encode("utf-8", "replace").decode()
+        return " ".join(text.split())[:TOLD_CHARS]

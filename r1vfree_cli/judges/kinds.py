@@ -28,9 +28,9 @@ def detect_kind(model: str, revision: str | None = None) -> Kind:
     Raises:
         DataError: no such checkpoint.
     """
-    path = checkpoint_file(model, "config.json", revision)
-    if path is None and is_adapter(model):
+    if is_adapter(model):
         raise DataError(f"judge {model} is a LoRA adapter", hint=f"first: {merge_command(model)}")
+    path = checkpoint_file(model, "config.json", revision)
     if path is None:
         raise unloadable(model, "there is no config.json")
     try:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +14,10 @@ from ..core.prompts import PromptKind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+JPEG_QUALITY = 95
+MAX_SCORE = 1e4  # of a reward model's own scale: a number beyond it is a broken judge's, and would rule its group
 
 
 class JudgeImage:
@@ -26,16 +29,30 @@ class JudgeImage:
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of mode, size and pixels."""
-        digest = hashlib.sha256(f"{self.image.mode} {self.image.size}".encode())
-        digest.update(self.image.tobytes())
-        return digest.hexdigest()
+        return image_digest(self.image)
 
     @cached_property
     def data_uri(self) -> str:
         """PNG, because a lossy copy would get another score."""
-        buffer = io.BytesIO()
-        self.image.convert("RGB").save(buffer, "PNG", compress_level=1)
+        return image_url(self.image)
+
+
+def image_digest(image: Image) -> str:
+    """sha256 (hex) of mode, size and pixels."""
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def image_url(image: Image, max_bytes: int | None = None) -> str:
+    """The image as a data URL: PNG, or JPEG of quality 95 where the PNG has more than `max_bytes`."""
+    picture, buffer = image.convert("RGB"), io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    if max_bytes is None or buffer.tell() <= max_bytes:
         return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @dataclass(frozen=True)
@@ -63,32 +80,45 @@ class Verdict:
 
 
 class Failure(Exception):
-    """The judge gave no verdict. `down`: it could not be reached, so asking again may help. Tokens: what it cost."""
+    """A call that gave nothing usable; `kind` is counted.
 
-    def __init__(self, kind: str, message: str, *, down: bool = False):
-        super().__init__(f"{kind}: {message}")
+    down: it could not be reached, so asking again later may help. temporary: asking again now may. wait: seconds that
+    the server asks for. status: of HTTP. Tokens: what it cost.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        *,
+        down: bool = False,
+        temporary: bool = False,
+        wait: float | None = None,
+        status: int | None = None,
+    ):
+        super().__init__(kind, message)
         self.kind, self.message, self.down = kind, message, down
+        self.temporary, self.wait, self.status = temporary, wait, status
         self.input_tokens = self.output_tokens = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
 
 
 def checked(score: object, bounded: bool) -> float:
     """`score` as a float.
 
     Raises:
-        Failure: not a number, not finite, or out of [0, 1] where scores are probabilities.
+        Failure: not a number, not finite, beyond `MAX_SCORE`, or out of [0, 1] where scores are probabilities.
     """
     if isinstance(score, bool) or not isinstance(score, int | float):
         raise Failure("unparsable", f"score {score!r} is not a number")
-    try:
-        number = float(score)
-    except OverflowError:  # an integer of 400 digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise Failure("out_of_range", f"score {number} is not finite")
-    # A softmax in half precision may exceed 1 by a rounding error; nothing else may.
-    if bounded and not -1e-6 <= number <= 1 + 1e-6:
-        raise Failure("out_of_range", f"score {number} is not in [0, 1]")
-    return number
+    # A softmax in half precision may exceed 1 by a rounding error; nothing else may. NaN fits no range.
+    low, high = (-1e-6, 1 + 1e-6) if bounded else (-MAX_SCORE, MAX_SCORE)
+    if not low <= score <= high:
+        shown = f"{score:.6g}" if isinstance(score, float) else f"an integer of {score.bit_length()} bits"
+        raise Failure("out_of_range", f"score {shown} is not in [{low:.0f}, {high:.0f}]")
+    return float(score)
 
 
 class Backend(Protocol):

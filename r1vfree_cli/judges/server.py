@@ -1,216 +1,206 @@
 """One judge for all ranks and hosts: `python -m r1vfree_cli.judges.server --model M --port P`.
 
-LitServe batches the requests of all clients. The wire is vLLM's /classify with chat messages, so that `vllm serve`
-can take this server's place. `GET /health` is 200 when the model is loaded, `GET /info` tells what it serves and which prompt that wants.
+The wire is vLLM's /classify with chat messages, so that `vllm serve` can take this server's place. `GET /health` is 200
+once the model is loaded, `GET /info` tells what it serves and which prompt that wants.
+
+One process: the HTTP server in an event loop, and a thread per device that runs the model on what `Queue` gives it. All
+that a client can make it hold is bounded: `wire` bounds a request, `limits` its time and the memory of all together.
 """
 
-# No `from __future__ import annotations`: LitServe reads the request's class from the signature of decode_request.
+from __future__ import annotations
+
 import argparse
-import base64
-import ctypes
+import asyncio
 import hmac
-import io
 import math
-import multiprocessing
 import os
-import signal
+import resource
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import litserve
-from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from ..config.embedded import is_embedded, resolve_model
+from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console
 from ..core.errors import R1VError, UsageError
+from ..core.machine import refused
 from ..core.process import gpu_count
 from ..run.checkpoint import fingerprint
 from .kinds import detect_kind, prompt_of
+from .limits import HEAD_BYTES, MAX_CONNECTIONS, PatientProtocol, Room, read_body
+from .protocol import Failure
+from .wire import Job, Refused, classification, parse
 
 MAX_BATCH = 64
-BATCH_WAIT_S = 0.02  # how long the first request of a batch waits for more
-QUEUE_S = 300.0  # a request that waited longer gets 504
-MAX_BODY_BYTES = 64 << 20
-MAX_IMAGE_PIXELS = 64_000_000
-MAX_TEXT_CHARS = 100_000
+MAX_REQUESTS = 1024  # at once, whatever they wait for; one more gets 429
+BATCH_WAIT_S = 0.01  # how long the first request of an idle server waits for more
+PATIENCE_S = 0.5  # a request that waited longer goes before shorter ones in every second batch
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
-DATA_URI = "data:image/"
+PREPARING = 2  # threads that decode images and count tokens
 
 
-# --- the wire --------------------------------------------------------------------------------------------------
+class Queue:
+    """The requests that wait for a device. Short ones go first, so that a long one does not hold up the others; every
+    second batch begins with the oldest, so that none waits for ever."""
 
+    def __init__(self, batch: int):
+        self._batch, self._waiting = batch, list[Job]()
+        self._some, self._short_first = asyncio.Event(), True
+        self.seconds_each = 0.1  # a running mean, which Retry-After is made of
 
-class _Url(BaseModel):
-    url: str
+    async def score(self, job: Job, request: Request) -> float | Failure:
+        """The job's result.
 
-
-class _ImagePart(BaseModel):
-    type: Literal["image_url"]
-    image_url: _Url
-
-
-class _TextPart(BaseModel):
-    type: Literal["text"]
-    text: Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-
-
-class _Message(BaseModel):
-    role: Literal["system", "user", "assistant"]
-    content: list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]]
-
-
-class ClassifyRequest(BaseModel):
-    """vLLM's chat form of a /classify request. Images come as data URIs: this server fetches nothing."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str | None = None
-    messages: list[_Message] = Field(min_length=1, max_length=16)
-    add_generation_prompt: bool = False
-
-    def split(self) -> tuple[list[str], list[dict]]:
-        """The images' URIs in order, and the messages with a placeholder for each."""
-        uris: list[str] = []
-        messages: list[dict] = []
-        for message in self.messages:
-            content: list[dict] = []
-            for part in message.content:
-                if isinstance(part, _ImagePart):
-                    uris.append(part.image_url.url)
-                content.append({"type": "image"} if isinstance(part, _ImagePart) else part.model_dump())
-            messages.append({"role": message.role, "content": content})
-        return uris, messages
-
-
-def decode_image(uri: str) -> Image.Image:
-    """An RGB image from a data URI.
-
-    Raises:
-        ValueError: not a data URI, not base64, not an image, or too large.
-    """
-    head, comma, data = uri.partition(",")
-    if not head.startswith(DATA_URI) or not head.endswith(";base64") or not comma:
-        raise ValueError("image_url must be a data URI: data:image/...;base64,...")
-    try:
-        image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise ValueError(f"image of {image.width} x {image.height} pixels is too large")
-        return image.convert("RGB")
-    except Exception as e:  # damaged images raise anything
-        raise ValueError(f"image cannot be decoded: {e}") from None
-
-
-@dataclass(frozen=True)
-class _Item:
-    images: list[Image.Image]
-    messages: list[dict]
-    add_generation_prompt: bool
-
-
-@dataclass(frozen=True)
-class _Scored:
-    score: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class _Refused:
-    status: int
-    message: str
-
-
-class ClassifyAPI(litserve.LitAPI):
-    """LitServe's hooks around `LocalJudge`. Each device has a worker process, which runs `setup` and `predict`."""
-
-    def __init__(self, model: str, revision: str | None, key_variable: str | None, batch: int, url: str):
-        super().__init__(max_batch_size=batch, batch_timeout=BATCH_WAIT_S if batch > 1 else 0.0, api_path="/classify")
-        self._model, self._revision, self._key_variable, self._url = model, revision, key_variable, url
-        self._judge: Any = None
-        # The answers of a group come with the same image; an lru_cache does not survive the way to the worker.
-        self._decode: Callable[[str], Image.Image] = decode_image
-
-    def authorize(self, request: Request) -> None:
-        """Every route but /health wants the key, where one is set."""
-        if self._key_variable is None or request.url.path == "/health":
-            return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), os.environ[self._key_variable].encode()):
-            raise HTTPException(401, "wrong or missing API key")
-
-    def setup(self, device: str) -> None:
-        die_with_parent(signal.SIGKILL)
-        # Imported in the worker only: this process and the HTTP server start sooner and stay small without torch.
-        from .local import LocalJudge
-
-        self._decode = lru_cache(maxsize=32)(decode_image)
-        self._judge = LocalJudge(self._model, revision=self._revision, device=device, batch_size=MAX_BATCH)
-        console.log(f"serving {self._model} on {device} at {self._url}")
-
-    def decode_request(self, request: ClassifyRequest) -> _Item | _Refused:
-        # Nothing is raised here: LitServe would fail the whole batch.
-        uris, messages = request.split()
+        Raises:
+            ClientDisconnect: nobody waits for it any more; it is not computed if it has not begun.
+        """
+        job.result = asyncio.get_running_loop().create_future()
+        self._waiting.append(job)
+        self._some.set()
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
-            return _Item([self._decode(uri) for uri in uris], messages, request.add_generation_prompt)
-        except ValueError as e:
-            return _Refused(400, str(e))
+            await asyncio.wait({job.result, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not job.result.done():
+                raise ClientDisconnect
+            return job.result.result()
+        finally:
+            gone.cancel()
+            if job in self._waiting:
+                self._waiting.remove(job)
 
-    def predict(self, x: Any) -> Any:
-        """A `_Scored` or `_Refused` per request; one that fails does not take the others along."""
-        batch = x if isinstance(x, list) else [x]
-        results: dict[int, _Scored | _Refused] = {i: r for i, r in enumerate(batch) if isinstance(r, _Refused)}
-        for asked in (False, True):
-            places = [i for i, r in enumerate(batch) if isinstance(r, _Item) and r.add_generation_prompt is asked]
-            results.update(zip(places, self._score([batch[i] for i in places]), strict=True))
-        found = [results[i] for i in range(len(batch))]
-        return found if isinstance(x, list) else found[0]
+    def retry_after(self) -> int:
+        """Seconds until about half of what waits is done."""
+        return max(1, min(60, math.ceil(len(self._waiting) * self.seconds_each / 2)))
 
-    def _score(self, items: list[_Item]) -> list[_Scored | _Refused]:
-        if not items:
+    async def work(self, judge: Any, thread: ThreadPoolExecutor) -> None:
+        """Run batches on one device, for ever."""
+        while True:
+            if not self._waiting:
+                self._some.clear()
+                await self._some.wait()
+                await asyncio.sleep(BATCH_WAIT_S)
+            if not (jobs := self._take()):
+                continue
+            begin = time.monotonic()
+            ask = partial(judge.score_messages, add_generation_prompt=jobs[0].add_generation_prompt)
+            try:
+                scores = await asyncio.get_running_loop().run_in_executor(thread, ask, [job.request for job in jobs])
+            except Exception as e:  # the judge names what it knows; this would end the server
+                scores = [Failure("error", f"{type(e).__name__}: {e}"[:300])] * len(jobs)
+            self.seconds_each += 0.2 * ((time.monotonic() - begin) / len(jobs) - self.seconds_each)
+            for job, score in zip(jobs, scores, strict=True):
+                if not job.result.done():
+                    job.result.set_result(score)
+
+    def _take(self) -> list[Job]:
+        """The next batch, of one kind of prompt: from the shortest on, or from the oldest."""
+        from .local import next_batch
+
+        if not self._waiting:
             return []
-        before = self._judge.tokens
-        try:
-            scores = self._judge.score_messages(
-                [(item.images, item.messages) for item in items],
-                add_generation_prompt=items[0].add_generation_prompt,
-            )
-        except Exception as e:
-            if len(items) > 1:
-                return [result for item in items for result in self._score([item])]
-            return [_Refused(500, f"{type(e).__name__}: {e}"[:300])]
-        tokens = (self._judge.tokens - before) // len(items)
-        # NaN is not JSON: raised in `encode_response`, that would fail the whole batch too.
-        return [
-            _Scored(score, tokens) if math.isfinite(score) else _Refused(500, f"the model's score is {score}")
-            for score in scores
-        ]
+        oldest, kept = self._waiting[0], self._waiting
+        self._short_first = not self._short_first or time.monotonic() - oldest.since < PATIENCE_S
+        if not self._short_first:
+            kept = [job for job in kept if job.tokens >= oldest.tokens]
+        first = min(kept, key=lambda job: job.tokens)
+        kept = [job for job in kept if job.add_generation_prompt == first.add_generation_prompt]
+        mates = [tuple(map(id, job.request[0])) for job in kept]  # equal images are one object, see `wire`
+        taken = [kept[i] for i in next_batch([job.tokens for job in kept], mates, self._batch)]
+        self._waiting = [job for job in self._waiting if job not in taken]
+        return taken
 
-    def encode_response(self, output: _Scored | _Refused) -> JSONResponse:
-        if isinstance(output, _Refused):
-            return JSONResponse({"error": {"message": output.message, "code": output.status}}, output.status)
-        score, tokens = output.score, output.tokens
-        probs = [1 - score, score] if self._judge.prompt == "judge" else [score]
-        label = "Yes" if score >= 0.5 else "No"
-        data = {"index": 0, "label": label if len(probs) == 2 else None, "probs": probs, "num_classes": len(probs)}
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class App:
+    """The ASGI application.
+
+    Args:
+        judges: one `LocalJudge` a device.
+        threads: one for each, in which it was loaded.
+        key: what clients must send; None for none.
+        said: what /info tells of the model.
+    """
+
+    def __init__(self, judges: list, threads: list[ThreadPoolExecutor], key: str | None, batch: int, said: dict):
+        self._judges, self._threads, self._key, self._said = judges, threads, key, said
+        self._queue, self._room, self._requests = Queue(batch), Room(), 0
+        self._preparing = asyncio.Semaphore(PREPARING)
+        self._workers: list[asyncio.Task] = []
+
+    def start(self) -> None:
+        """Begin to take batches, in this event loop."""
+        pairs = zip(self._judges, self._threads, strict=True)
+        self._workers = [asyncio.create_task(self._queue.work(judge, thread)) for judge, thread in pairs]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await self._answer(request)
+        except Refused as refusal:
+            # What is left of the body is not read: the connection ends.
+            headers = {"Connection": "close"} if refusal.status in (401, 404, 405, 408, 413) else {}
+            headers |= {"Retry-After": str(self._queue.retry_after())} if refusal.status == 429 else {}
+            said = {"message": refusal.message, "type": "error", "code": refusal.status}
+            response = JSONResponse({"error": said}, refusal.status, headers)
+        except ClientDisconnect:
+            return
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        path, method = request.scope["path"], request.method
+        if path == "/health":
+            return JSONResponse({"status": "ok"})
+        if self._key is not None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self._key.encode()):
+                raise Refused(401, "wrong or missing API key")
+        if path not in ("/info", "/classify"):
+            raise Refused(404, "there are /classify, /info and /health")
+        if method != ("GET" if path == "/info" else "POST"):
+            raise Refused(405, f"{path} does not take {method}")
+        if path == "/info":
+            return JSONResponse({"model": self._said})
+        if self._requests >= MAX_REQUESTS:
+            raise Refused(429, f"{self._requests} requests wait already")
+        self._requests += 1
+        try:
+            with self._room.claim() as held:
+                return await self._classify(request, held)
+        finally:
+            self._requests -= 1
+
+    async def _classify(self, request: Request, held: Any) -> Response:
+        body = await read_body(request, held)
+        async with self._preparing:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            job = await asyncio.to_thread(parse, body, self._judges[0], held)
+        score = await self._queue.score(job, request)
+        if isinstance(score, Failure):
+            raise Refused(500, str(score))
         return JSONResponse(
             {
                 "id": f"classify-{uuid.uuid4().hex}",
                 "object": "list",
                 "created": int(time.time()),
-                "model": self._model,
-                "data": [data],
+                "model": self._said["name"],
+                "data": [classification(score, self._said["prompt"] == "judge")],
                 "usage": {
-                    "prompt_tokens": tokens,
-                    "total_tokens": tokens,
+                    "prompt_tokens": job.tokens,
+                    "total_tokens": job.tokens,
                     "completion_tokens": 0,
                     "prompt_tokens_details": None,
                 },
@@ -226,21 +216,23 @@ def serve(
     *,
     host: str = LOOPBACK,
     port: int = 8000,
-    devices: list[int] | None = None,
     revision: str | None = None,
     api_key_env: str | None = None,
     seed: int = 42,
     batch: int = MAX_BATCH,
+    pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS),
+    max_tokens: int | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT, with a copy of the model on each visible GPU, else on the CPU.
 
     Args:
         model: folder, hub name or `embedded:tiny-judge`.
         host: 127.0.0.1, or 0.0.0.0 or :: for all interfaces.
-        devices: GPUs, one copy of the model on each; by default all that are visible, else the CPU.
         api_key_env: environment variable that holds the key which clients must send.
         seed: of an embedded model.
         batch: most requests in one batch; 1 turns batching off.
+        pixels: fewest and most pixels of an image after resizing: those of the policy, which then sees the same picture.
+        max_tokens: longest prompt, see `LocalJudge`.
 
     Raises:
         UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
@@ -249,64 +241,68 @@ def serve(
         raise UsageError(f"--api-key-env {api_key_env}: the variable is not set")
     if host not in (LOOPBACK, ANY, "::"):
         raise UsageError(f"--host {host}: not an address to bind to", hint=f"{LOOPBACK}, {ANY} or ::")
-    _check_free(host, port)
-    path = resolve_model(model, seed) if is_embedded(model) else model
-    kind = detect_kind(path, revision)
-    said = {"name": model, "revision": revision, "kind": kind, "prompt": prompt_of(kind)}
-    if Path(path).is_dir():
-        said["files"] = fingerprint(Path(path))
-    gpu = gpu_count() > 0
-    api = ClassifyAPI(
-        path, revision, api_key_env, batch, f"http://{f'[{host}]' if ':' in host else host}:{port}/classify"
+    if not FEWEST_PIXELS <= pixels[0] <= pixels[1]:
+        found = f"--min-pixels {pixels[0]}, --max-pixels {pixels[1]}"
+        raise UsageError(f"{found}: {FEWEST_PIXELS} <= min <= max is allowed")
+    # Taken before the model is loaded, listened on after: until then connections are refused.
+    with _bound(host, port) as bound:
+        path = resolve_model(model, seed) if is_embedded(model) else model
+        kind = detect_kind(path, revision)
+        said = {"name": model, "revision": revision, "kind": kind, "prompt": prompt_of(kind), "pixels": list(pixels)}
+        if Path(path).is_dir():
+            said["files"] = fingerprint(Path(path))
+        devices = [f"cuda:{i}" for i in range(gpu_count())] or ["cpu"]
+        threads = [ThreadPoolExecutor(1, f"r1v-{device}") for device in devices]
+        load = partial(_load, path, revision=revision, batch_size=batch, pixels=pixels, max_tokens=max_tokens)
+        judges = [task.result() for task in [t.submit(load, d) for t, d in zip(threads, devices, strict=True)]]
+        said["max_tokens"] = judges[0].max_tokens
+        app = App(judges, threads, os.environ[api_key_env] if api_key_env else None, batch, said)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/classify"
+        console.log(f"serving {model} on {', '.join(devices)} at {url}")
+        asyncio.run(_run(app, bound))
+
+
+def _load(path: str, device: str, **options: Any) -> Any:
+    """A judge, loaded in the thread that will run it: CUDA's current device belongs to a thread."""
+    import torch
+
+    from .local import LocalJudge
+
+    if device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # the HTTP server needs a core of its own
+    else:
+        torch.cuda.set_device(device)
+    return LocalJudge(path, device=device, **options)
+
+
+async def _run(app: App, bound: socket.socket) -> None:
+    app.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        timeout_graceful_shutdown=3,
     )
-    server = litserve.LitServer(
-        api,
-        accelerator="cuda" if gpu else "cpu",
-        devices=(devices or "auto") if gpu else 1,
-        timeout=QUEUE_S,
-        max_payload_size=MAX_BODY_BYTES,
-        model_metadata=said,
-    )
-    _end_with_this_process()
-    server.run(
-        host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning", access_log=False
-    )
+    await uvicorn.Server(config).serve(sockets=[bound])
 
 
-def _check_free(host: str, port: int) -> None:
-    """Known before the model is loaded; the HTTP server would only say so after that."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except OSError as e:
-            raise UsageError(f"cannot listen on {host}, port {port}: {e.strerror}", hint="another --port") from None
-
-
-def _end_with_this_process() -> None:
-    """LitServe's child processes end with this one, whatever ends it, and this one ends in order on SIGTERM."""
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # LitServe lets it clean up; each end would say so
-    # The manager and the HTTP server are forked; the workers, which are spawned, say it themselves in `setup`.
-    multiprocessing.set_start_method("fork", force=True)
-    os.register_at_fork(after_in_child=_in_child)
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _in_child() -> None:
-    die_with_parent(signal.SIGKILL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def die_with_parent(number: int) -> None:
-    """Ask Linux to send signal `number` to this process when its parent dies; does nothing elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-
-
-def _interrupt(*_: Any) -> None:
-    # LitServe shuts down in order on KeyboardInterrupt only. A second signal must not cut that short.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _bound(host: str, port: int) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as e:
+        bound.close()
+        raise UsageError(f"cannot listen on {host}, port {port}: {e.strerror}", hint="another --port") from None
+    return bound
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,22 +312,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--revision")
     parser.add_argument("--host", default=LOOPBACK)
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--devices", help="GPUs, as in 6,7")
     parser.add_argument("--api-key-env")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--batch", type=int, default=MAX_BATCH)
+    parser.add_argument("--min-pixels", type=int, default=MIN_PIXELS)
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS)
+    parser.add_argument("--max-tokens", type=int)
     given = vars(parser.parse_args(argv))
+    pixels = given.pop("min_pixels"), given.pop("max_pixels")
     try:
-        devices = given.pop("devices")
-        serve(given.pop("model"), devices=[int(d) for d in devices.split(",")] if devices else None, **given)
-    except R1VError as e:
-        console.error(e)
-        return e.exit_code
-    except (ValueError, SystemExit) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        serve(given.pop("model"), pixels=pixels, **given)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as e:
+        error = e if isinstance(e, R1VError) else refused(e)
+        if error is None:
+            raise
+        console.error(error)
+        return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..config import embedded, recipes
 from ..config.schema import GrpoRecipe, SftRecipe
 from ..core import console, files
 from ..core import process as ranks
-from ..core.errors import GuardStop, Interrupted, R1VError, UsageError
+from ..core.errors import GuardStop, Interrupted, R1VError, UsageError, counted
 from ..core.files import lock
 from ..run import contract, run_dir
 from ..run.attempt import Attempt
-from ..run.checkpoint import adapter_base, resolve
+from ..run.checkpoint import adapter_base, checkpoints, lacking, resolve
 from ..run.run_dir import RunDir
 from . import plan as plans
 from . import preflight, watch
@@ -45,8 +46,8 @@ def train(
         Interrupted: SIGINT or SIGTERM.
     """
     recipe = recipes.load(stage, name, overrides)
-    findings = preflight.check(recipe, dry_run=dry_run)
     where = RunDir(path or Path("runs") / Path(name).stem)
+    findings = preflight.check(recipe, dry_run=dry_run, where=where.path)
     if dry_run:
         return _dry_run(recipe, findings, plans.plan(stage, recipe, where.path))
     findings.raise_errors(f"recipe {name}")
@@ -54,12 +55,32 @@ def train(
         console.warn(line)
     resume = resume or _unfinished(where, recipe, overwrite)
     commit = contract.git_commit(recipes.find(stage, name).parent)
-    return run(stage, recipe, where, resume=resume, overwrite=overwrite, commit=commit)
+    started = time.time()
+    try:
+        return run(stage, recipe, where, resume=resume, overwrite=overwrite, commit=commit)
+    except Interrupted:
+        raise _interrupted(where, started) from None
+
+
+def _interrupted(where: RunDir, started: float) -> Interrupted:
+    """What a person reads who pressed Ctrl-C: what is kept, and the command that goes on."""
+    kept = [(step, path) for step, path in checkpoints(where.checkpoints) if not lacking(path, verify=False)]
+    message = "interrupted before the first checkpoint"
+    if kept:
+        step, path = kept[-1]
+        new = path.stat().st_mtime >= started
+        message = f"interrupted: checkpoint at step {step} saved" if new else f"interrupted after checkpoint {step}"
+    again = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
+    return Interrupted(message, hint=f"{shlex.join(['r1v', *again, '--resume'])} continues")
 
 
 def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: plans.Plan) -> dict:
     port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
-    server = plans.server_plan(recipe, port) if recipe.served else None
+    try:
+        server = plans.server_plan(recipe, port) if recipe.served else None
+    except UsageError as e:  # no vLLM on this machine, no hub
+        server = None
+        findings.unchecked.append(f"the command of the reward server: {e.message}")
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": shlex.join(plan.argv),
@@ -188,8 +209,8 @@ def prepare(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float] | None = N
 def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
     """Build the embedded models that the recipe names, unless they are cached."""
     names = [recipe.model.name]
-    if isinstance(recipe, GrpoRecipe) and recipe.feedback:
-        names += [n for n in (recipe.feedback.model, recipe.served.model if recipe.served else None) if n]
+    for judge in recipe.every_judge if isinstance(recipe, GrpoRecipe) else ():
+        names += [n for n in (judge.model, judge.serve.model if judge.serve else None) if n]
     for stage in embedded.stages(names, recipe.seed):
         if stage.ready:
             continue
@@ -224,15 +245,22 @@ def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, folder: P
     seconds: dict[str, float] = {}
     prepare(recipe, seconds)
     logs = Path(attempt.logs)
-    with launch.serving(recipe, logs) as url:
+    with launch.serving(recipe, logs) as server:
         plan = plans.plan(stage, recipe, folder)
-        replace(attempt, reward_url=url, seconds=seconds, launched=time.monotonic()).write(folder)
+        replace(attempt, reward_url=server.url if server else None, seconds=seconds, launched=time.monotonic()).write(
+            folder
+        )
         if recipe.launch.node_rank == 0:
             files.write_json(where.launch, _launch_document(plan, attempt.git_commit))
-        processes = f"{plan.processes} process{'es' * (plan.processes != 1)}"
-        console.log(f"{stage}: {where.path}, {processes} here, logs in {logs}")
+        console.log(f"{where.path}: starting {counted(plan.processes, 'process')} here, logs in {logs}")
         with _timed(stage, seconds), watch.RunView(stage, where) as view:
-            launch.execute(plan, logs, watch=view.update)
+
+            def look() -> None:
+                view.update()
+                if server:
+                    server.watch()
+
+            launch.execute(plan, logs, watch=look)
 
 
 def _launch_document(plan: plans.Plan, commit: str | None) -> dict:
@@ -247,10 +275,8 @@ def _launch_document(plan: plans.Plan, commit: str | None) -> dict:
     }
 
 
-def serve_reward(
-    model: str, *, revision: str | None, host: str, port: int, devices: str | None, api_key_env: str | None
-) -> None:
-    """Become the reward server; does not return.
+def serve_reward(model: str, *, devices: str | None = None, api_key_env: str | None = None, **options: Any) -> None:
+    """Become the reward server, of which `options` are the command's; does not return.
 
     Raises:
         UsageError: `devices` is not a list of indices, or the key's variable is not set.
@@ -258,13 +284,19 @@ def serve_reward(
     if devices is not None:
         if not all(part.strip().isdigit() for part in devices.split(",")):
             raise UsageError(f"--devices {devices!r} is not a list of GPU indices", hint="for example --devices 6,7")
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+        os.environ["CUDA_VISIBLE_DEVICES"] = ranks.gpu_names(map(int, devices.split(",")))
     if api_key_env is not None and not os.environ.get(api_key_env):
         raise UsageError(f"--api-key-env: the environment variable {api_key_env} is not set")
-    argv = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", model, "--host", host, "--port", str(port)]
-    argv += ["--revision", revision] if revision else []
-    argv += ["--api-key-env", api_key_env] if api_key_env else []
-    os.execv(sys.executable, argv)
+    given = {"model": model, "port": 8100, "api_key_env": api_key_env}
+    given |= {name: value for name, value in options.items() if value is not None}
+    plan = plans.module_plan("r1vfree_cli.judges.server", *_flags(given))
+    os.execve(plan.argv[0], plan.argv, os.environ | plan.env)
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    """`--name value` of each that is given; of True `--name`."""
+    given = {f"--{name.replace('_', '-')}": v for name, v in options.items() if v is not None and v is not False}
+    return [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
 
 
 def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
@@ -272,10 +304,7 @@ def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, o
     found = resolve(str(checkpoint), verify=False, shards=True)  # before torch is imported
     if found.kind == "adapter":
         adapter_base(found.path, base)
-    args = [str(checkpoint), str(out)]
-    args += ["--base", base] if base else []
-    args += ["--dtype", dtype] if dtype else []
-    args += ["--overwrite"] if overwrite else []
-    plan = plans.module_plan("r1vfree_cli.training.merge", *args)
+    flags = _flags({"base": base, "dtype": dtype, "overwrite": overwrite})
+    plan = plans.module_plan("r1vfree_cli.training.merge", str(checkpoint), str(out), *flags)
     # Its stderr is the user's: no warnings between libraries, no search for an accelerator.
     return launch.run_json(replace(plan, env=plan.env | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}))

@@ -1,4 +1,4 @@
-"""From a recipe to commands and environments. Pure: starts nothing, writes nothing."""
+"""From a recipe to commands and environments. Starts nothing, writes nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config.embedded import is_embedded, resolve_model
 from ..config.recipes import recipes_root
 from ..config.schema import GrpoRecipe, SftRecipe
+from ..core.process import cpu_count, gpu_names
+from . import vllm
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
         argv += ["--main_process_ip", str(launch.main_address)]
     # Port 0: accelerate looks for a free one, so that two runs on a machine do not meet.
     argv += ["--main_process_port", str(launch.main_port or (29500 if launch.nodes > 1 else 0))]
-    argv += ["-m", f"r1vfree_cli.training.{stage}", str(run_dir)]
+    worker = f"r1vfree_cli.training.{stage}"
+    if isinstance(recipe, GrpoRecipe) and recipe.eval and recipe.eval.benchmark != "heldout":
+        worker = "r1vfree_cli.eval.worker"
+    argv += ["-m", worker, str(run_dir)]
     return Plan(argv, _env(recipe), launch.processes // launch.nodes)
 
 
@@ -54,12 +60,12 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
     else:
         devices = training_devices(recipe)
         if devices is not None:
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+            env["CUDA_VISIBLE_DEVICES"] = gpu_names(devices)
     if launch.preset == "zero3-offload":
         # DeepSpeed compiles its CPU Adam by calling ninja, which lies beside this Python, activated or not.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # accelerate would set 1 thread a process, torchrun too.
-    return env | _threads(max(1, (os.cpu_count() or 1) // local))
+    return env | _threads(max(1, cpu_count() // local))
 
 
 def _common() -> dict[str, str]:
@@ -79,7 +85,8 @@ def _threads(n: int) -> dict[str, str]:
 
 
 def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
-    """GPU indices of the training processes on this node: as given, else those that no judge uses; None: all."""
+    """GPU indices of the training processes on this node, among those that r1v sees: as given, else those that no
+    judge uses; None: all."""
     launch = recipe.launch
     if launch.devices is not None:
         return launch.devices
@@ -91,24 +98,47 @@ def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
 
 
 def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
-    """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks."""
+    """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks.
+
+    Raises:
+        UsageError: `serve.engine` is vllm, and vLLM or a model that it can serve is not there.
+    """
     serve, launch = recipe.served, recipe.launch
     assert serve is not None
+    if serve.engine == "vllm":
+        model = resolve_model(serve.model, recipe.seed) if is_embedded(serve.model) else serve.model
+        pixels, on_cpu = (recipe.model.min_pixels, recipe.model.max_pixels), launch.on_cpu
+        argv = vllm.serve_command(model, serve.revision, port, pixels=pixels, devices=serve.devices, on_cpu=on_cpu)
+        argv += vllm.judge_arguments(model, serve.revision)
+        return Plan(argv, _common() | vllm.environment(serve.devices, on_cpu))
     argv = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", serve.model]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
+    argv += ["--min-pixels", str(recipe.model.min_pixels), "--max-pixels", str(recipe.model.max_pixels)]
     if serve.revision:
         argv += ["--revision", serve.revision]
     env = _common()
     if launch.on_cpu:
         env["CUDA_VISIBLE_DEVICES"] = ""
     elif serve.devices:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, serve.devices))
+        env["CUDA_VISIBLE_DEVICES"] = gpu_names(serve.devices)
     return Plan(argv, env)
+
+
+def vllm_policy_plan(
+    model: str, revision: str | None, port: int, *, pixels: tuple[int, int], on_cpu: bool, dtype: str
+) -> Plan:
+    """The command of a vLLM server that answers as the checkpoint `model`; all GPUs that it sees are its own.
+
+    Raises:
+        UsageError: there is no vLLM.
+    """
+    argv = vllm.serve_command(model, revision, port, pixels=pixels, devices=[], on_cpu=on_cpu, dtype=dtype)
+    return Plan(argv + vllm.policy_arguments(), _common() | vllm.environment([], on_cpu))
 
 
 def module_plan(module: str, *args: str) -> Plan:
     """A plain `python -m module args` in this environment, with all cores."""
-    return Plan([sys.executable, "-m", module, *args], _common() | _threads(os.cpu_count() or 1))
+    return Plan([sys.executable, "-m", module, *args], _common() | _threads(cpu_count()))
 
 
 def free_port() -> int:
@@ -116,3 +146,14 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on this TCP port of loopback."""
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: no rest of an earlier one counts
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

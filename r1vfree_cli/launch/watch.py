@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,7 @@ from typing import Any, Self
 from ..config import recipes
 from ..config.schema import STAGES
 from ..core import console
-from ..core.errors import UsageError
+from ..core.errors import UsageError, counted
 from ..run.run_dir import SAID, RunDir
 from . import processes as launch
 
@@ -34,27 +35,39 @@ class _View:
         """Show what is new since the last call."""
         raise NotImplementedError
 
+    def _begin(self, title: str) -> console.Progress:
+        return self._bar.enter_context(console.progress(title))
+
     def _advance(self, title: str, step: int, total: int | None, note: str) -> None:
-        if self._progress is None:
-            self._progress = self._bar.enter_context(console.progress(title, total))
-        self._progress.advance(max(0, step - self._step), note)
+        self._progress = self._progress or self._begin(title)
+        self._progress.advance(max(0, step - self._step), note, total)
         self._step = max(step, self._step)
+
+
+_SHOWN = {  # GRPO's loss is near 0 whatever is learnt
+    "grpo": (
+        ("reward", "reward", "{:.3f}"),
+        ("reward_std", "spread", "{:.2f}"),
+        ("rewards/format/mean", "format", "{:.2f}"),
+        ("completions/mean_length", "length", "{:.0f}"),
+        ("kl", "kl", "{:.2g}"),
+        ("judge/latency_p95", "judge", "{:.2g} s"),
+    ),
+    "sft": (("loss", "loss", "{:.4g}"), ("mean_token_accuracy", "token accuracy", "{:.2f}")),
+}
 
 
 class RunView(_View):
     """Follows a run: its steps, samples, and what rank 0 says."""
 
-    _SHOWN = (
-        ("reward", "reward", "{:.3f}"),
-        ("rewards/format/mean", "format", "{:.2f}"),
-        ("completions/mean_length", "length", "{:.1f}"),
-        ("loss", "loss", "{:.4g}"),
-    )
-
     def __init__(self, stage: str, where: RunDir):
         super().__init__()
         self._stage, self._where = stage, where
         self._offsets = {where.metrics: where.metrics.stat().st_size if where.metrics.is_file() else 0}
+
+    def __enter__(self) -> Self:
+        self._progress = self._begin(self._stage)  # its clock runs while models load
+        return self
 
     def update(self) -> None:
         logs = self._where.logs
@@ -63,8 +76,10 @@ class RunView(_View):
         for sample in self._new(logs / "samples.jsonl"):
             console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
         for line in self._new(self._where.metrics):
+            if "loss" not in line:  # an evaluation, which rank 0 has told
+                continue
             note = " ".join(
-                f"{n} {f.format(line[k])}" for k, n, f in self._SHOWN if isinstance(line.get(k), int | float)
+                f"{n} {f.format(line[k])}" for k, n, f in _SHOWN[self._stage] if isinstance(line.get(k), int | float)
             )
             self._advance(self._stage, int(line.get("step", 0)), self._where.status.get("max_steps"), note)
 
@@ -84,35 +99,56 @@ class RunView(_View):
 
 
 class LogView(_View):
-    """Follows the progress that a module without a run dir writes into its log: `judge: 30/250 loss 0.5`."""
+    """Follows the progress that a module without a run dir writes into its log: `judge: 30/250 0:12<1:28 loss 0.5`."""
 
     def __init__(self, log: Path):
         super().__init__()
         self._log = log
 
     def update(self) -> None:
-        found = re.findall(r"^(.+): (\d+)/(\d+) ?(.*)$", "\n".join(launch.tail(self._log)), re.MULTILINE)
+        found = re.findall(
+            r"^(.+): (\d+)/(\d+)(?: [\d:]+(?:<[\d:]+)?)? ?(.*)$", "\n".join(launch.tail(self._log)), re.MULTILINE
+        )
         if not found or int(found[-1][1]) <= self._step:
             return
         title, step, total, note = found[-1]
         self._advance(title, int(step), int(total), note)
 
 
-def show_dry_run(plan: dict[str, Any]) -> None:
-    """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr.
+def show_dry_run(plan: dict[str, Any], json: bool) -> None:
+    """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr; or as one JSON.
 
     Raises:
         UsageError: a check failed.
     """
-    console.emit(recipes.dump(plan["recipe"]))
-    if plan["server"]:
-        console.emit(_shell(plan["server"]) + "\n")
-    console.emit(_shell(plan))
-    for kind in ("errors", "warnings", "unchecked"):
+    if json:
+        console.emit_json(plan)
+    else:
+        console.emit(recipes.dump(plan["recipe"]))
+        if plan["server"]:
+            console.emit(_shell(plan["server"]) + "\n")
+        console.emit(_shell(plan))
+    for kind in ("errors", "warnings", "unchecked") if not json else ():
         for line in plan[kind]:
             console.log(f"{kind.rstrip('s') if kind != 'unchecked' else 'not checked'}: {line}")
     if plan["errors"]:
-        raise UsageError(f"{len(plan['errors'])} of the checks failed; nothing was started")
+        raise UsageError(f"{counted(len(plan['errors']), 'check')} failed; nothing was started")
+
+
+def last_lines(stage: str, where: str, adapter: bool, best: dict | None = None) -> str:
+    """Where the model of a finished run lies, and what to run next."""
+    run, final = shlex.quote(where), shlex.quote(f"{where}/final")
+    then = f"r1v eval hallusion {run}"
+    if stage == "sft":
+        then = f"r1v grpo --recipe NAME --set model.name={final}"
+    elif adapter:
+        then = f"r1v merge {run} --out {shlex.quote(where + '/merged')}, then {then}"
+    look = f"r1v view {run}; r1v report {run}" if stage == "grpo" else f"r1v report {run}"
+    kept = ""
+    if best:
+        metric, value = next((k, v) for k, v in best.items() if k != "step")
+        kept = f"\n  best   {where}/checkpoints/checkpoint-{best['step']} ({metric} {value:.3g})"
+    return f"  model  {where}/final{' (a LoRA adapter)' * adapter}{kept}\n  look   {look}\n  next   {then}"
 
 
 def _shell(command: dict[str, Any]) -> str:
@@ -128,6 +164,9 @@ def summary_rows(summary: dict) -> list[list[str]]:
     rows = []
     for kind, pair in (summary.get("heldout_accuracy") or {}).items():
         rows.append([f"held-out accuracy, {kind}", number(pair.get("before")), number(pair.get("after"))])
+    evaluation = summary.get("evaluation") or {}
+    for metric, pair in (evaluation.get("metrics") or {}).items():
+        rows.append([f"{evaluation['benchmark']}, {metric}", number(pair.get("first")), number(pair.get("last"))])
     # GRPO's loss is near 0 whatever is learnt.
     figures = (("reward", "reward"), ("format_rate", "format rate")) if "reward" in summary else (("loss", "loss"),)
     for key, title in figures:

@@ -4,6 +4,8 @@ or is refused."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
+from ..core import console
 from ..core.errors import DataError, R1VError, first_line
 from ..run import contract
 from ..run.checkpoint import ADAPTER, ADAPTER_WEIGHTS, adapter_base, adapter_settings, same_weights
@@ -18,6 +21,7 @@ from ..run.checkpoint import ADAPTER, ADAPTER_WEIGHTS, adapter_base, adapter_set
 # Parts of a key that differ between layouts of one model: PEFT's and other wrappers' prefixes, the adapter's name, and
 # `model.layers` (until transformers 4.51) against `model.language_model.layers`, `visual` against `model.visual`.
 _WRAPPERS = {"base_model", "model", "language_model", "module", "_orig_mod", "pretrained_model", "default"}
+_WRAPPERS |= {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
@@ -42,8 +46,19 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
         settings = LoraConfig.from_pretrained(str(folder))
     except Exception as e:  # damaged files raise anything
         raise DataError(f"cannot read the adapter in {folder}: {first_line(e)}") from None
-    if _other_base(model, folder, base):
+    other = _other_base(model, folder, base)
+    if other is None and Path(str(recorded)).name != Path(base).name:
+        console.warn(
+            f"the adapter in {folder} names {recorded} as its base: whether {base} is that model cannot be told"
+        )
+    if other:
         raise DataError(f"{misfit}: it was trained on {recorded}, another model", hint=hint)
+    if getattr(settings, "alora_invocation_tokens", None):  # PEFT applies it after those tokens, in its own generate()
+        raise DataError(f"the adapter in {folder} is an activated LoRA, which answers as its base without its tokens")
+    if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
+        raise DataError(f"the adapter in {folder} holds NaN or infinity", details=broken[:6])
+    if not any(value.any() for key, value in weights.items() if "lora_A" not in key):
+        console.warn(f"the adapter in {folder} is untrained: what it adds to its base is zero")
     _translate(settings, model, weights)
     settings.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved
     try:
@@ -54,17 +69,29 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
         renamed = {key if key in expected else known.get(_bare(key), key): value for key, value in weights.items()}
         wrong = [f"missing: {key}" for key in sorted(expected - renamed.keys())]
         wrong += [f"unexpected: {key}" for key in sorted(renamed.keys() - set(known.values()))]
-        if wrong or len(renamed) < len(weights):
+        wrong += ["two keys of one weight"] if len(renamed) < len(weights) else []
+        if wrong:
             raise DataError(misfit, details=wrong[:6], hint=hint)
         loaded: Any = set_peft_model_state_dict(wrapped, renamed)
         unexpected = loaded.unexpected_keys
     except R1VError:
         raise
     except Exception as e:  # shapes, targets that the model has not
-        raise DataError(f"{misfit}: {first_line(e)}", hint=hint) from None
+        shapes = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
+        raise DataError(f"{misfit}: {first_line(e)}", details=shapes[:6], hint=hint) from None
     if unexpected:
         raise DataError(misfit, details=[f"unexpected: {key}" for key in unexpected[:6]], hint=hint)
     return wrapped.eval()
+
+
+@contextmanager
+def base_of_adapter() -> Iterator[None]:
+    """Loading the base of an adapter: what goes wrong is said of it, and that --base names another place."""
+    try:
+        yield
+    except DataError as e:
+        hint = "give its place with --base" + (f"; {e.hint}" if e.hint else "")
+        raise DataError(f"the adapter's base model: {e.message}", details=e.details, hint=hint) from None
 
 
 def base_signature(model) -> str | None:
@@ -99,6 +126,8 @@ def _bare(key: str) -> str:
 
 def _translate(settings, model, weights: dict) -> None:
     """Where the adapter speaks another layout, name its modules in `settings` as `model` does."""
+    from peft.utils.other import get_pattern_key
+
     modules = {name for name, _ in model.named_modules()}
     adapted = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in weights if ".lora_" in key}
     if adapted <= modules:
@@ -108,13 +137,15 @@ def _translate(settings, model, weights: dict) -> None:
     if isinstance(targets, str) or any("." in name for name in targets or ()):  # patterns of the old names
         settings.target_modules = {named.get(_bare(name), name) for name in adapted}
         settings.exclude_modules = None
-    for pattern in (settings.rank_pattern, settings.alpha_pattern):  # PEFT matches them at the end of a name
-        for name in [n for n in pattern if n not in modules]:
-            pattern[_bare(name)] = pattern.pop(name)
+    for pattern in (settings.rank_pattern, settings.alpha_pattern):  # by names or patterns of the old layout
+        found = {old: get_pattern_key(pattern, old) for old in adapted}
+        values = {named.get(_bare(old), old): pattern[key] for old, key in found.items() if key in pattern}
+        pattern.clear()
+        pattern.update(values)
 
 
-def _other_base(model, folder: Path, base: str) -> bool:
-    """Whether `model`, loaded from `base`, is known to be another one than the adapter was trained on.
+def _other_base(model, folder: Path, base: str) -> bool | None:
+    """Whether `model`, loaded from `base`, is another one than the adapter was trained on; None where nothing tells.
 
     Told by the signature that r1v puts into an adapter's contract, else by the base that the adapter names: where both
     places are there their files are compared, and of two hub names the repository's.
@@ -122,9 +153,11 @@ def _other_base(model, folder: Path, base: str) -> bool:
     trained_on = (contract.read(folder) or {}).get("base_signature")
     if trained_on and (here := base_signature(model)):
         return here != trained_on
-    recorded = str(adapter_settings(folder).get("base_model_name_or_path") or base)
+    recorded = str(adapter_settings(folder).get("base_model_name_or_path") or "")
+    if not recorded:
+        return None
     if Path(recorded).is_dir() and Path(base).is_dir():
         return not same_weights(Path(recorded), Path(base))
     hub = all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() for name in (recorded, base))
     plain = [re.sub(r"(-unsloth)?-bnb-\dbit$", "", name.rpartition("/")[2].lower()) for name in (recorded, base)]
-    return bool(hub) and plain[0] != plain[1]
+    return plain[0] != plain[1] if hub else None

@@ -9,15 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from ..core import prompts
+from ..core import console
 from ..core.errors import DataError
 from ..core.files import cache_dir, read_json, write_json
+from ..core.prompts import DEFAULT, Prompt, build_messages, template_hash
 
 _BATCH = 512
 
 
-def prompt_lengths(rows, processor) -> list[int]:
-    """Tokens of each row's whole prompt: chat template, question, instruction and images after the processor's resize.
+def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
+    """Tokens of each row's complete prompt: chat template, question, instruction and images after the processor's resize.
 
     Only image headers are read. Cached by the rows' fingerprint and everything of the processor that matters.
 
@@ -26,7 +27,7 @@ def prompt_lengths(rows, processor) -> list[int]:
     """
     import datasets
 
-    cache = cache_dir("lengths", f"{_key(rows, processor)}.json")
+    cache = cache_dir("lengths", f"{_key(rows, processor, prompt)}.json")
     if cache.is_file():
         lengths = read_json(cache)
         if isinstance(lengths, list) and len(lengths) == len(rows):
@@ -34,17 +35,19 @@ def prompt_lengths(rows, processor) -> list[int]:
     plain = rows.with_format(None).select_columns(["images", "problem"])
     plain = plain.cast_column("images", datasets.List(datasets.Image(decode=False)))
     lengths = []
+    if len(plain) > 4 * _BATCH:
+        console.log(f"counting the tokens of {len(plain):,} prompts")
     for start in range(0, len(plain), _BATCH):
         batch = plain[start : start + _BATCH]
-        lengths += _batch_lengths(batch["problem"], batch["images"], processor)
+        lengths += _batch_lengths(batch["problem"], batch["images"], processor, prompt)
     write_json(cache, lengths)
     return lengths
 
 
-def _batch_lengths(problems: list[str], images: list, processor) -> list[int]:
+def _batch_lengths(problems: list[str], images: list, processor, prompt: Prompt) -> list[int]:
     texts = [
         processor.apply_chat_template(
-            prompts.build_messages(problem, len(found or [])), tokenize=False, add_generation_prompt=True
+            build_messages(problem, len(found or []), prompt), tokenize=False, add_generation_prompt=True
         )
         for problem, found in zip(problems, images, strict=True)
     ]
@@ -64,18 +67,18 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
         return opened.height, opened.width
 
 
-def _key(rows, processor) -> str:
+def _key(rows, processor, prompt: Prompt) -> str:
     parts = [
         rows._fingerprint,
         processor.tokenizer.backend_tokenizer.to_str(),
         str(getattr(processor, "chat_template", None)),
         json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
-        prompts.template_hash(),
+        template_hash(prompt),
     ]
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
-def drop_long_prompts(rows, processor, limit: int | None, *, longest_first: bool = False):
+def drop_long_prompts(rows, processor, limit: int | None, prompt: Prompt = DEFAULT, *, longest_first: bool = False):
     """Keep rows whose prompt has at most `limit` tokens (all for None); `longest_first`: what fits first fits later.
 
     Returns:
@@ -86,7 +89,7 @@ def drop_long_prompts(rows, processor, limit: int | None, *, longest_first: bool
     """
     if limit is None and not longest_first:
         return rows, 0
-    lengths = prompt_lengths(rows, processor)
+    lengths = prompt_lengths(rows, processor, prompt)
     keep = [i for i, n in enumerate(lengths) if limit is None or n <= limit]
     if not keep:
         shortest = min(lengths) if lengths else 0

@@ -1,45 +1,186 @@
-"""The one loader of models and processors."""
+"""The one loader of models and processors: for training, evaluation, judging and merging."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.integrations import is_deepspeed_zero3_enabled
+import transformers
+from transformers import AutoConfig, AutoProcessor
+from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..config import schema as config
+from ..core import console
 from ..core.errors import DataError, R1VError, UsageError, first_line
+from ..core.machine import no_memory
 from ..core.process import time_limit
 from ..core.prompts import build_messages
 from ..run.checkpoint import merge_command, resolve
+from . import family as families
 
+transformers.utils.logging.disable_progress_bar()  # a line says what is loaded
 TEMPLATE_S = 10.0  # of the chat template's trial: a program that may loop for ever
+# Around a chat template that begins the reply's thinking itself (Qwen3.5's), or ends it before it began.
+_UNOPENED = """{{%- set r1v_text %}}{}{{% endset %}}
+{{%- set r1v_rest = r1v_text.rsplit('<think>', 1)[-1] %}}
+{{%- if '<think>' in r1v_text and not r1v_rest.replace('</think>', '', 1).strip() -%}}
+    {{{{- r1v_text.rsplit('<think>', 1)[0] -}}}}
+{{%- else -%}}
+    {{{{- r1v_text -}}}}
+{{%- endif -%}}"""
+_CLOSED = """{{%- set r1v_text %}}{}{{% endset %}}
+{{{{- r1v_text -}}}}
+{{%- if r1v_text.rstrip().endswith('<think>') %}}{{{{- '\n</think>\n\n' -}}}}{{% endif -%}}"""
 
 
-def load_processor(model: config.Model, seed: int = 0):
-    """The checkpoint's processor with the recipe's pixel limits, which `save_pretrained` keeps.
+def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = None):
+    """The recipe's model, in its attention and dtype, or in `weights`.
+
+    Call it after the TRL config was built: under ZeRO-3 that is what makes `from_pretrained` shard on loading.
+
+    Raises:
+        DataError: no loadable vision-language model there.
+        UsageError: flash_attention_2 was asked for and is not installed.
+    """
+    families.use(model.family)
+    policy = load_model(
+        resolve(model.name, seed, verify=False).path,
+        what=f"model {model.name}",
+        revision=model.revision,
+        dtype=weights or model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=attention(model),
+        quantization_config=_quantization(model),
+    )
+    if model.freeze_vision:
+        freeze_vision(policy)
+    return policy
+
+
+def load_processor(model: config.Model, seed: int = 0, *, folder: str | None = None, judge: bool = False):
+    """The checkpoint's processor, or that of an adapter's `folder`, with the recipe's pixel limits; of a policy or `judge`.
 
     Raises:
         DataError: there is no processor at that place.
     """
+    families.use(model.family)
     where = resolve(model.name, seed, verify=False).path
-    try:
-        processor = AutoProcessor.from_pretrained(
-            where, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot load the processor of model {model.name}: {first_line(e)}") from None
-    if not hasattr(processor, "image_processor"):
-        raise DataError(f"model {model.name} has no image processor", hint="r1v trains vision-language models")
-    check_template(processor, model.name)
-    set_pixel_limits(processor, model.min_pixels, model.max_pixels)
+    common: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    processor = open_processor(folder or where, what=f"model {folder or model.name}", **common)
     processor.tokenizer.padding_side = "left"
+    try:
+        family = families.of(AutoConfig.from_pretrained(where, **common))
+    except Exception as e:  # damaged files raise anything
+        raise DataError(f"cannot read the config of model {model.name}: {first_line(e)}") from None
+    families.limit_pixels(family, processor, model.min_pixels, model.max_pixels)
+    settle_thinking(processor, judge=judge)
     return processor
 
 
-def check_template(processor, name: str) -> None:
+def settle_thinking(processor, *, judge: bool = False) -> None:
+    """See that a prompt does not end inside `<think>`, as the chat templates of thinking models have it.
+
+    A policy writes its `<think>` itself: the template's is taken away, or no reply would have the asked form. A judge
+    is read at the first word of its reply: its thinking is closed. `save_pretrained` keeps the change.
+    """
+    text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
+    opened = text.rpartition("<think>")[2].replace("</think>", "", 1).strip() == ""
+    if opened and isinstance(processor.chat_template, str):
+        processor.chat_template = (_CLOSED if judge else _UNOPENED).format(processor.chat_template)
+
+
+def load_model(
+    where: str,
+    *,
+    what: str,
+    revision: str | None = None,
+    dtype: str,
+    trust_remote_code: bool = False,
+    loader: str | None = None,
+    foreign: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
+    """A model from safetensors, of the class that its config names (never its path), every weight of it from the files.
+
+    Args:
+        where: folder or hub name.
+        what: its name in errors, such as `model org/name`.
+        loader: the auto class; by default the family's.
+        foreign: beginnings of keys that may lie in the files beside the model's own.
+        options: further arguments of `from_pretrained`.
+
+    Raises:
+        DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another shape.
+    """
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if find_adapter_config_file(where, revision=revision):  # from_pretrained would load its base, and what fits of it
+        folder = where if Path(where).is_dir() else Path(where).name
+        fetch = "" if folder == where else f"hf download {where} --local-dir {folder} && "
+        raise DataError(f"{what} is a LoRA adapter", hint=f"first: {fetch}{merge_command(folder)}")
+    console.log(f"loading {what}")
+    try:
+        found = AutoConfig.from_pretrained(where, **common)
+        auto = getattr(transformers, loader) if loader else auto_class(found)
+        check_size(where, found, auto, what)
+        with torch.random.fork_rng():  # weights are initialised before they are loaded
+            model, info = auto.from_pretrained(
+                where,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+                **common,
+            )
+    except R1VError:
+        raise
+    except Exception as e:  # damaged files raise anything
+        if no_memory(e):
+            raise
+        raise DataError(
+            f"cannot load {what} as a vision-language model: {first_line(e)}",
+            hint="give a hub name or a folder with config.json and *.safetensors",
+        ) from None
+    lacking = [f"missing: {key}" for key in sorted(info["missing_keys"])]
+    lacking += [f"of another shape: {key}" for key, *_ in sorted(info["mismatched_keys"])]
+    if lacking:
+        raise DataError(f"{what} lacks weights; random ones would take their place", details=lacking[:5])
+    extra = [f"unexpected: {key}" for key in sorted(info["unexpected_keys"]) if not key.startswith(foreign)]
+    if extra:
+        raise DataError(f"{what} has weights that its config.json does not describe", details=extra[:5])
+    return model
+
+
+def auto_class(config) -> Any:
+    """The class of transformers that makes a model of a config."""
+    return getattr(transformers, families.of(config).loader)
+
+
+def open_processor(where: str, *, what: str, revision: str | None = None, trust_remote_code: bool = False):
+    """A processor that takes images and knows a chat template.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
+        raise DataError(f"cannot load the processor of {what}: {first_line(e)}") from None
+    if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
+        raise DataError(f"{what} has no image processor", hint="r1v trains vision-language models")
+    check_template(processor, what)
+    return processor
+
+
+def has_processor(folder: Path | str) -> bool:
+    """Whether a folder (an adapter's, which may leave it to its base) holds a processor of its own."""
+    return any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+
+
+def check_template(processor, what: str) -> None:
     """Render a question about an image, and tokenise it.
 
     Raises:
@@ -49,65 +190,29 @@ def check_template(processor, name: str) -> None:
         with time_limit(TEMPLATE_S):
             text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
     except Exception as e:  # a template is a program
-        raise DataError(f"the chat template of {name} does not work: {first_line(e)}") from None
+        raise DataError(f"the chat template of {what} does not work: {first_line(e)}") from None
     if processor.image_token not in text:
-        raise DataError(f"the chat template of {name} leaves out the image")
+        raise DataError(f"the chat template of {what} leaves out the image")
     try:
-        processor.tokenizer(text)
+        kept = processor.tokenizer.decode(processor.tokenizer(text).input_ids)
     except Exception as e:  # settings of another type
-        raise DataError(f"the tokenizer of {name} does not work: {first_line(e)}") from None
+        raise DataError(f"the tokenizer of {what} does not work: {first_line(e)}") from None
+    if "?" not in kept:  # without its files transformers makes one with an empty vocabulary
+        raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
 
 
-def set_pixel_limits(processor, min_pixels: int, max_pixels: int) -> None:
-    """Set the limits (pixels an image, after resizing) through `size`: attributes alone are lost on save."""
-    size = processor.image_processor.size
-    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    processor.image_processor.size = limits if isinstance(size, dict) else type(size)(**limits)
-
-
-def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = None):
-    """The model, of the class its config names (never its path), in the recipe's attention and dtype, or in `weights`.
-
-    Call it after the TRL config was built: under ZeRO-3 that is what makes `from_pretrained` shard on loading.
-
-    Raises:
-        DataError: no loadable vision-language model there.
-        UsageError: flash_attention_2 was asked for and is not installed.
-    """
-    found = resolve(model.name, seed, verify=False)
-    if found.kind == "adapter":  # transformers would load its base and ignore the keys that do not fit
-        raise DataError(f"model {model.name} is a LoRA adapter", hint=f"first: {merge_command(found.path)}")
-    where = found.path
-    common = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    options = {"attn_implementation": attention(model), "quantization_config": _quantization(model)}
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Load a complete model also where ZeRO-3 is on, which would cut it over the ranks as it cuts the policy."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
     try:
-        check_size(where, AutoConfig.from_pretrained(where, **common))
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            where,
-            dtype=getattr(torch, weights or model.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-            **common,
-        )
-    except (R1VError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:  # damaged files raise anything
-        raise DataError(
-            f"cannot load model {model.name} as a vision-language model: {first_line(e)}",
-            hint="give a hub name or a folder with config.json and *.safetensors",
-        ) from None
-    policy, info = loaded
-    if info["missing_keys"]:
-        raise DataError(
-            f"model {model.name} lacks weights, which would be random", details=sorted(info["missing_keys"])[:5]
-        )
-    if model.freeze_vision:
-        freeze_vision(policy)
-    return policy
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def check_size(where: str, config) -> None:
+def check_size(where: str, config, auto: Any, what: str) -> None:
     """Stop before a folder whose config.json describes a model far larger than its weights is given memory.
 
     Raises:
@@ -116,12 +221,12 @@ def check_size(where: str, config) -> None:
     if is_deepspeed_zero3_enabled():  # it shards while loading, and cannot build on the meta device
         return
     stored = sum(file.stat().st_size for file in Path(where).glob("*.safetensors"))
+    if not stored:
+        return
     with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
-    if stored and count > 2 * stored:
-        raise DataError(
-            f"cannot load {where}: config.json describes {count} parameters, the weights are {stored} bytes"
-        )
+        count = sum(p.numel() for p in auto.from_config(config).parameters())
+    if count > 2 * stored:
+        raise DataError(f"cannot load {what}: config.json describes {count} parameters, the weights are {stored} bytes")
 
 
 def round_weights(policy, dtype: str) -> None:
@@ -133,8 +238,8 @@ def round_weights(policy, dtype: str) -> None:
 
 def freeze_vision(policy) -> None:
     """No gradients for the vision tower (and its merger)."""
-    for parameter in policy.model.visual.parameters():
-        parameter.requires_grad_(False)
+    for module in families.of(policy.config).vision_modules(policy):
+        module.requires_grad_(False)
 
 
 def attention(model: config.Model) -> str:
@@ -152,32 +257,38 @@ def attention(model: config.Model) -> str:
     return model.attention
 
 
-def peft_config(model: config.Model):
-    """A `peft.LoraConfig` for `model.lora`, or None."""
+def peft_config(policy, model: config.Model):
+    """A `peft.LoraConfig` for `model.lora`, which leaves a frozen vision tower alone, or None."""
     if model.lora is None:
         return None
-    from peft import LoraConfig
+    from trl import get_peft_config
 
-    return LoraConfig(
-        r=model.lora.r,
-        lora_alpha=model.lora.alpha,
-        lora_dropout=model.lora.dropout,
-        target_modules=model.lora.target_modules,
-        exclude_modules=r".*visual.*" if model.freeze_vision else None,
-        task_type="CAUSAL_LM",
-    )
+    made: Any = get_peft_config(_trl_config(model))
+    made.exclude_modules = families.of(policy.config).lora_exclusion if model.freeze_vision else None
+    return made
 
 
 def _quantization(model: config.Model):
     if model.lora is None or model.lora.quantize is None:
         return None
-    from transformers import BitsAndBytesConfig
+    from trl import get_quantization_config
 
-    if model.lora.quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, model.dtype),
+    return get_quantization_config(_trl_config(model))
+
+
+def _trl_config(model: config.Model):
+    """`model.lora` in TRL's words."""
+    from trl import ModelConfig
+
+    lora: Any = model.lora
+    return ModelConfig(
+        dtype=model.dtype,
+        use_peft=True,
+        lora_r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        lora_target_modules=lora.target_modules,
+        load_in_4bit=lora.quantize == "4bit",
+        load_in_8bit=lora.quantize == "8bit",
+        use_bnb_nested_quant=True,
     )

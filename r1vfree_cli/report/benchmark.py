@@ -3,68 +3,46 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterable
 from typing import Any
 
-from .changes import Changes, Comparison, changes, pair
+from ..core.errors import counted
+from .changes import Comparison, changes, pair
 from .gallery import Album
-from .load import Eval, number, table
+from .load import Eval
 from .plots import Figure, Series, dots
-from .replies import find_figures, read_replies, stage_commands
+from .replies import find_figures, read_replies
 from .view import NONE, Cell, Table, duration, flatten, p_value, percent, plain, signed
 
 
 def _metrics(evals: list[Eval]) -> dict[str, str]:
     """Metric -> its name in a table."""
-    return {m: m.removesuffix("_aAcc").replace("_", " ") for m in table(evals[0].scores.get("metrics"))}
+    return {m: m.removesuffix("_aAcc").replace("_", " ") for m in evals[0].scores["metrics"]}
 
 
 def _title(evals: list[Eval]) -> str:
     return plain(evals[0].scores.get("title") or "HallusionBench")
 
 
-@dataclass(frozen=True)
-class How:
-    """How an eval was made."""
-
-    label: str
-    table: Table
-    pairs: list[tuple[str, str]]
-    commands: list[tuple[str, str]]
-
-
-@dataclass
-class Benchmark:
-    """All that the templates print about the benchmark."""
-
-    title: str
-    lead: str
-    tables: list[Table]
-    figures: list[Figure]
-    comparisons: list[Comparison]
-    changed: list[Changes]
-    evals: list[How]
-    notices: list[str] = field(default_factory=list)
-
-
-def view(evals: list[Eval], album: Album) -> Benchmark:
-    """The benchmark's part for one or more comparable evals; the first is the reference of comparisons."""
+def view(evals: list[Eval], album: Album) -> dict[str, Any]:
+    """What the templates print about one or more comparable evals; the first is the reference of comparisons."""
     replies = {e.label: read_replies(e) for e in evals}
     if len(evals) > 1:
         find_figures(evals[0], replies[evals[0].label])
     comparisons = [c for e in evals[1:] if (c := pair(evals[0], e, replies))]
     by_label = {e.label: e for e in evals}
     tables = [_main(evals, comparisons), *_pairs(comparisons), _by_category(evals), _by_subcategory(evals)]
-    return Benchmark(
-        title=_title(evals),
-        lead=_lead(evals, comparisons),
-        tables=[t for t in [*tables, _honest(evals)] if t.rows],
-        figures=_figures(evals),
-        comparisons=comparisons,
-        changed=[changes(c, evals[0], by_label[c.label], replies, album) for c in comparisons],
-        evals=[_how(e) for e in evals],
-        notices=_notices(evals),
-    )
+    return {
+        "title": _title(evals),
+        "lead": _lead(evals, comparisons),
+        "tables": [t for t in [*tables, _honest(evals)] if t.rows],
+        "figures": _figures(evals),
+        "comparisons": comparisons,
+        "changed": [changes(c, evals[0], by_label[c.label], replies, album) for c in comparisons],
+        "evals": [_how(e) for e in evals],
+        "notices": _notices(evals),
+    }
 
 
 def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
@@ -88,12 +66,11 @@ def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
 def _notices(evals: list[Eval]) -> list[str]:
     found = []
     for e in evals:
-        warnings = e.scores.get("warnings")
-        found += [f"{e.label}: {plain(w)}" for w in warnings] if isinstance(warnings, list) else []
-        unjudged = number(e.scores.get("unjudged")) or 0
+        found += [f"{e.label}: {w}" for w in e.scores.get("warnings", [])]
+        unjudged = e.scores.get("unjudged")
         if unjudged and not any("unjudged" in line for line in found):
             found.append(
-                f"{e.label}: {unjudged:.0f} questions are unjudged; those without a verdict count as not right."
+                f"{e.label}: {counted(unjudged, 'question is', 'questions are')} unjudged; what has no verdict counts as not right."
             )
     for what, read in (
         ("judges", _judge),
@@ -108,12 +85,12 @@ def _notices(evals: list[Eval]) -> list[str]:
 
 
 def _setting(e: Eval, key: str) -> Any:
-    return table(e.scores.get("settings")).get(key)
+    return e.scores.get("settings", {}).get(key)
 
 
 def _judge(e: Eval) -> str:
     """The judge in words: what must be equal for two results to be judged alike."""
-    judge = table(_setting(e, "judge"))
+    judge = _setting(e, "judge") or {}
     shown = f"shown the {judge['judge_input']}" if judge.get("judge_input") else ""
     prompt = f"prompt {str(judge['prompt_sha256'])[:12]}" if judge.get("prompt_sha256") else ""
     return " ".join(str(part) for part in (judge.get("kind"), judge.get("model"), shown, prompt) if part)
@@ -122,12 +99,14 @@ def _judge(e: Eval) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------
 
 
-def _score(part: Any, metric: str) -> tuple[float | None, str]:
-    """(percent, `right/total`) of a part of scores.json that has metrics and counts."""
-    counts = table(table(part).get("counts")).get(metric)
-    pair = [number(c) for c in counts] if isinstance(counts, list) else []
-    said = f"{pair[0]:.0f}/{pair[1]:.0f}" if len(pair) == 2 and pair[0] is not None and pair[1] is not None else ""
-    return number(table(table(part).get("metrics")).get(metric)), said
+def _score(part: dict | None, metric: str) -> tuple[float | None, str]:
+    """(percent, `right/total`) of a part of scores.json, which an eval may lack."""
+    found = part or {}
+    return found.get("metrics", {}).get(metric), "/".join(map(str, found.get("counts", {}).get(metric, [])))
+
+
+def _cells(part: dict | None, metrics: Iterable[str]) -> list[Cell]:
+    return [Cell(percent(value), count) for value, count in (_score(part, m) for m in metrics)]
 
 
 def _main(evals: list[Eval], comparisons: list[Comparison]) -> Table:
@@ -143,19 +122,15 @@ def _main(evals: list[Eval], comparisons: list[Comparison]) -> Table:
             is_best = len(evals) > 1 and value is not None and value == best[m]
             row.append(Cell(percent(value), "\n".join(line for line in lines if line), is_best))
         rows.append(row)
-    quiet = []
-    for name, part in _baselines(evals[0]).items():
-        if part:
-            quiet.append(len(rows))
-            rows.append([Cell(name, "baseline"), *[Cell(percent(v), c) for v, c in (_score(part, m) for m in names)]])
-    return Table(
-        f"{_title(evals)}, %", ["model", *names.values()], rows, "Bold: best of its column." * (len(evals) > 1), quiet
-    )
+    baselines = [[Cell(name, "baseline"), *_cells(part, names)] for name, part in _baselines(evals[0]).items()]
+    quiet = list(range(len(rows), len(rows) + len(baselines)))
+    note = "Bold: best of its column." * (len(evals) > 1)
+    return Table(f"{_title(evals)}, %", ["model", *names.values()], rows + baselines, note, quiet)
 
 
-def _baselines(e: Eval) -> dict[str, Any]:
+def _baselines(e: Eval) -> dict[str, dict]:
     """Name -> scores of a constant reply."""
-    return {str(k).replace("_", " "): v for k, v in table(e.scores.get("baselines")).items()}
+    return {k.replace("_", " "): v for k, v in e.scores.get("baselines", {}).items()}
 
 
 def _constants(e: Eval, metric: str) -> list[float]:
@@ -196,109 +171,93 @@ def _pairs(comparisons: list[Comparison]) -> list[Table]:
 
 def _by_category(evals: list[Eval]) -> Table:
     rows = []
-    for category, name in (("VD", "visual dependent"), ("VS", "visual supplement")):
-        for e in evals:
-            part = table(e.scores.get("by_category")).get(category)
-            if part:
-                cells = [Cell(percent(v), c) for v, c in (_score(part, m) for m in _metrics(evals))]
-                head = Cell(e.label, f"{category}, {name}") if len(evals) > 1 else Cell(category, name)
-                rows.append([head, *cells])
-    for name in dict.fromkeys(name for e in evals for name in table(e.scores.get("by_part"))):
-        for e in evals:
-            part = table(e.scores.get("by_part")).get(name)
-            cells = [Cell(percent(v), c) for v, c in (_score(part, m) for m in _metrics(evals))]
-            rows.append([Cell(e.label, name) if len(evals) > 1 else Cell(name), *cells])
+    words = {"VD": "visual dependent", "VS": "visual supplement"}
+    for key in ("by_category", "by_part"):
+        for name in _parts(evals, key):
+            for e in evals:
+                whole = ", ".join(filter(None, (name, words.get(name))))
+                head = Cell(e.label, whole) if len(evals) > 1 else Cell(name, words.get(name, ""))
+                rows.append([head, *_cells(e.scores.get(key, {}).get(name), _metrics(evals))])
     return Table("By category, %", ["category", *_metrics(evals).values()], rows)
 
 
-def _subcategories(evals: list[Eval]) -> list[str]:
-    return list(dict.fromkeys(name for e in evals for name in table(e.scores.get("by_subcategory"))))
+def _parts(evals: list[Eval], key: str) -> list[str]:
+    """Names of the parts of the benchmark that any of the evals has."""
+    return list(dict.fromkeys(name for e in evals for name in e.scores.get(key, {})))
 
 
 def _by_subcategory(evals: list[Eval]) -> Table:
     rows = []
-    for name in _subcategories(evals):
-        found = [_score(table(e.scores.get("by_subcategory")).get(name), "aAcc") for e in evals]
-        rows.append([Cell(name.replace("_", " ")), *[Cell(percent(v), c) for v, c in found]])
+    for name in _parts(evals, "by_subcategory"):
+        cells = (_cells(e.scores.get("by_subcategory", {}).get(name), ["aAcc"]) for e in evals)
+        rows.append([Cell(name.replace("_", " ")), *(cell for (cell,) in cells)])
     return Table("aAcc by subcategory, %", ["subcategory", *[e.label for e in evals]], rows)
 
 
 def _honest(evals: list[Eval]) -> Table:
     """What the score alone hides: answers that could not be read, bias, kinds of error, time and calls."""
-    counts = lambda v: plain(number(v))  # noqa: E731
     found = [
-        ("unjudged questions", "", ("unjudged",), counts),
-        ("questions without an answer", "counted as not right", ("unanswered", "n"), counts),
-        ("empty replies", "", ("empty", "n"), counts),
-        ("replies without a usable answer in tags", "", ("answer_format", "no_answer_tags"), counts),
-        ("replies cut at the length limit", "", ("answer_format", "cut_at_length"), counts),
-        ("replies with no readable answer", "", ("answer_format", "unreadable"), counts),
-        ("judge agrees with the rule", "", ("judge_agreement",), _agreement),
-        ("yes bias", "yes_pct_diff; 0 is unbiased", ("diagnostics", "yes_pct_diff"), lambda v: signed(v, 3)),
-        ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", ("diagnostics", "fp_ratio"), _digits),
-        ("language hallucination", "", ("diagnostics", "language_hallucination"), counts),
-        ("visual illusion", "", ("diagnostics", "visual_illusion"), counts),
-        ("mixed", "", ("diagnostics", "mixed"), counts),
-        ("figures all right", "", ("diagnostics", "consistency", "correct"), counts),
-        ("figures inconsistent", "", ("diagnostics", "consistency", "inconsistent"), counts),
-        ("figures all wrong", "", ("diagnostics", "consistency", "wrong"), counts),
-        ("time to generate", "", ("times", "generate_s"), duration),
-        ("time to judge", "", ("times", "judge_s"), duration),
-        ("judge calls", "", ("settings", "judge", "calls"), counts),
-        ("judge tokens read", "", ("settings", "judge", "prompt_tokens"), counts),
-        ("judge tokens written", "", ("settings", "judge", "completion_tokens"), counts),
+        ("unjudged questions", "", "unjudged", plain),
+        ("questions without an answer", "counted as not right", "unanswered.n", plain),
+        ("empty replies", "", "empty.n", plain),
+        ("replies without a usable answer in tags", "", "answer_format.no_answer_tags", plain),
+        ("replies cut at the length limit", "", "answer_format.cut_at_length", plain),
+        ("replies with no readable answer", "", "answer_format.unreadable", plain),
+        ("judge agrees with the rule", "", "judge_agreement", _agreement),
+        ("yes bias", "yes_pct_diff; 0 is unbiased", "diagnostics.yes_pct_diff", lambda v: signed(v, 3)),
+        (
+            "wrong answers where no was right",
+            "fp_ratio; 0.5 is unbiased",
+            "diagnostics.fp_ratio",
+            lambda v: percent(v, 3),
+        ),
+        ("language hallucination", "", "diagnostics.language_hallucination", plain),
+        ("visual illusion", "", "diagnostics.visual_illusion", plain),
+        ("mixed", "", "diagnostics.mixed", plain),
+        ("figures all right", "", "diagnostics.consistency.correct", plain),
+        ("figures inconsistent", "", "diagnostics.consistency.inconsistent", plain),
+        ("figures all wrong", "", "diagnostics.consistency.wrong", plain),
+        ("time to generate", "", "times.generate_s", duration),
+        ("time to judge", "", "times.judge_s", duration),
+        ("judge calls", "", "settings.judge.calls", plain),
+        ("judge tokens read", "", "settings.judge.prompt_tokens", plain),
+        ("judge tokens written", "", "settings.judge.completion_tokens", plain),
     ]
     rows = []
-    for name, sub, path, show in found:
-        values = [_at(e.scores, path) for e in evals]
+    for name, sub, place, show in found:
+        values = [_at(e.scores, place) for e in evals]
         if any(v is not None for v in values):
             rows.append([Cell(name, sub), *[Cell(show(v)) for v in values]])
-    note = "Counts of questions, of figures in the lines that say so. n/a: not recorded." if rows else ""
+    note = "Counts of questions, of figures in the lines that say so. n/a: not recorded."
     return Table("Behind the scores", ["", *[e.label for e in evals]], rows, note)
 
 
-def _at(document: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        document = table(document).get(key)
+def _at(document: Any, place: str) -> Any:
+    """What stands at `a.b` of a document, None where nothing does."""
+    for key in place.split("."):
+        document = (document or {}).get(key)
     return document
 
 
-def _agreement(value: Any) -> str:
-    agree, n = (number(table(value).get(k)) for k in ("agree", "n"))
-    return f"{100 * agree / n:.1f} %" if agree is not None and n else NONE
-
-
-def _digits(value: Any) -> str:
-    found = number(value)
-    return NONE if found is None else f"{found:.3f}"
-
-
-def _interval(e: Eval, metric: str) -> tuple[float, float] | None:
-    bounds = table(e.scores.get("intervals")).get(metric)
-    low, high = (number(b) for b in bounds) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
-    return None if low is None or high is None else (low, high)
+def _agreement(found: dict | None) -> str:
+    return f"{100 * found['agree'] / found['n']:.1f} %" if found and found["n"] else NONE
 
 
 def _figures(evals: list[Eval]) -> list[Figure]:
     names = _metrics(evals)
-    metrics = [
-        Series(e.label, [], [_score(e.scores, m)[0] for m in names], [_interval(e, m) for m in names]) for e in evals
-    ]
+    metrics = []
+    for e in evals:
+        bounds = [e.scores.get("intervals", {}).get(m) for m in names]
+        metrics.append(Series(e.label, [], [_score(e.scores, m)[0] for m in names], bounds))
     title = _title(evals) + " with 95 % intervals" * any(b for s in metrics for b in s.bounds or [])
-    marks = []
-    for name, part in _baselines(evals[0]).items():
-        marks.append(Series(name, [], [_score(part, m)[0] for m in names]))
-    figures = [
-        dots("report-" + re.sub(r"\W+", "-", _title(evals).lower()), title, list(names.values()), metrics, marks=marks)
-    ]
-    parts_of = _subcategories(evals)
-    if parts_of:
-        parts = [
-            Series(e.label, [], [_score(table(e.scores.get("by_subcategory")).get(n), "aAcc")[0] for n in parts_of])
-            for e in evals
-        ]
+    marks = [Series(name, [], [_score(p, m)[0] for m in names]) for name, p in _baselines(evals[0]).items()]
+    name = "report-" + re.sub(r"\W+", "-", _title(evals).lower())
+    figures = [dots(name, title, list(names.values()), metrics, marks=marks)]
+    if parts := _parts(evals, "by_subcategory"):
+        found = [e.scores.get("by_subcategory", {}) for e in evals]
+        series = [Series(e.label, [], [_score(d.get(n), "aAcc")[0] for n in parts]) for e, d in zip(evals, found)]
         figures.append(
-            dots("report-subcategories", "aAcc by subcategory", [n.replace("_", " ") for n in parts_of], parts)
+            dots("report-subcategories", "aAcc by subcategory", [n.replace("_", " ") for n in parts], series)
         )
     return figures
 
@@ -306,15 +265,13 @@ def _figures(evals: list[Eval]) -> list[Figure]:
 # --- how it was made -------------------------------------------------------------------------------------------
 
 
-def _how(e: Eval) -> How:
-    import shlex
-
+def _how(e: Eval) -> dict[str, Any]:
+    """How an eval was made: commands, settings, versions, run contract."""
     found: dict[str, list[str]] = {}  # command line -> stages
-    for stage, argv in stage_commands(e).items():
+    for stage, argv in e.settings.get("commands", {}).items():
         # The first word is the path of the program on the machine where it ran.
-        line = shlex.join(["r1v", *[str(a) for a in argv[1:]]]) if isinstance(argv, list) and argv else str(argv)
-        found.setdefault(line, []).append(stage)
+        found.setdefault(shlex.join(["r1v", *argv[1:]]), []).append(stage)
     commands = [(", ".join(stages), line) for line, stages in found.items()]
-    pairs = flatten({k: v for k, v in e.settings.items() if k not in ("commands", "schema", "times", "warnings")})
-    rows = [[Cell(k), Cell(v)] for k, v in pairs]
-    return How(e.label, Table("Settings, versions and run contract", ["key", "value"], rows), pairs, commands)
+    hidden = ("commands", "failures", "schema", "times", "warnings")
+    settings = flatten({k: v for k, v in e.settings.items() if k not in hidden})
+    return {"label": e.label, "settings": settings, "commands": commands}

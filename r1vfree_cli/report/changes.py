@@ -5,56 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import DataError
+from ..core.errors import DataError, counted
 from ..core.prompts import parse
 from ..eval.stats import compare
-from .gallery import Album, Picture
+from .gallery import Album
 from .load import Eval, clean
 from .replies import Replies, benchmark_of
 
 SHOWN = 8  # questions shown of those gained, and of those lost
 MAX_CHARS = 3000  # of one reply
-
-
-@dataclass(frozen=True)
-class Said:
-    """One eval's reply to a question."""
-
-    who: str
-    verdict: str  # right, wrong, unclear, unjudged
-    answer: str
-    reply: str
-
-    @property
-    def tone(self) -> str:
-        return {"right": "up", "wrong": "down"}.get(self.verdict, "")
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A question that one eval has right and the other has not."""
-
-    where: str
-    question: str
-    right: str
-    replies: list[Said]
-    picture: Picture | None
-    has_figure: bool
-
-
-@dataclass(frozen=True)
-class Part:
-    title: str
-    shown: list[Changed]
-
-
-@dataclass(frozen=True)
-class Changes:
-    """Questions gained and lost between two evals."""
-
-    title: str
-    lead: str
-    parts: list[Part]
+_VERDICTS = {0: ("wrong", "down"), 1: ("right", "up"), 2: ("unclear", ""), None: ("unjudged", "")}
 
 
 @dataclass(frozen=True)
@@ -78,11 +38,8 @@ def pair(reference: Eval, other: Eval, replies: dict[str, Replies]) -> Compariso
     a, b = replies[other.label], replies[reference.label]
     for e, found in ((other, a), (reference, b)):
         if not found.items or found.unjudged:
-            why = (
-                f"{found.unjudged} questions of {e.label} are unjudged"
-                if found.items
-                else f"{e.label} has no judged.json"
-            )
+            why = f"{counted(found.unjudged, 'question')} of {e.label} unjudged"
+            why = why if found.items else f"{e.label} has no judged.json"
             other.notes.append(f"no paired comparison with {reference.label}: {why}")
             return None
     try:
@@ -96,8 +53,8 @@ def pair(reference: Eval, other: Eval, replies: dict[str, Replies]) -> Compariso
         ) from None
 
 
-def changes(c: Comparison, reference: Eval, other: Eval, replies: dict[str, Replies], album: Album) -> Changes:
-    """What to show of a comparison; figures go into `album`."""
+def changes(c: Comparison, reference: Eval, other: Eval, replies: dict[str, Replies], album: Album) -> dict[str, Any]:
+    """What the templates print of the questions gained and lost; figures go into `album`."""
     before, after = replies[reference.label], replies[other.label]
     parts = []
     for key, title in (("gained", "Gained"), ("lost", "Lost")):
@@ -106,31 +63,34 @@ def changes(c: Comparison, reference: Eval, other: Eval, replies: dict[str, Repl
         n = min(SHOWN, len(ids))
         chosen = [ids[i * len(ids) // n] for i in range(n)]
         shown = [_changed(i, before, after, (reference, other), album) for i in chosen]
-        parts.append(Part(f"{title}: {n} of {len(ids)} shown", shown))
-    lead = f"{len(c.result['gained'])} questions gained and {len(c.result['lost'])} lost against {reference.label}."
-    return Changes(f"{c.label} against {c.reference}", lead, parts)
+        parts.append({"title": f"{title}: {n} of {len(ids)} shown", "shown": shown})
+    lead = f"{counted(len(c.result['gained']), 'question')} gained and {len(c.result['lost'])} lost against {reference.label}."
+    return {"title": f"{c.label} against {c.reference}", "lead": lead, "parts": parts}
 
 
-def _changed(key: str, before: Replies, after: Replies, evals: tuple[Eval, Eval], album: Album) -> Changed:
+def _changed(key: str, before: Replies, after: Replies, evals: tuple[Eval, Eval], album: Album) -> dict[str, Any]:
+    """A question that one eval has right and the other has not."""
     where, right, has_figure = benchmark_of(evals[1]).describe(after.items[key])
-    said = [_said(e, found, key) for e, found in zip(evals, (before, after))]
     question = clean(str(after.records[key].get("question") or key))
-    image = before.figure(key)
-    return Changed(
-        where=clean(where),
-        question=question,
-        right=clean(right),
-        replies=said,
-        picture=album.add(image, f"figure of the question: {question[:200]}"),
-        has_figure=has_figure,
-    )
+    return {
+        "where": clean(where),
+        "question": question,
+        "right": clean(right),
+        "replies": [_said(e, found, key) for e, found in zip(evals, (before, after))],
+        "picture": album.add(before.figure(key), f"figure of the question: {question[:200]}"),
+        "has_figure": has_figure,
+    }
 
 
-def _said(e: Eval, found: Replies, key: str) -> Said:
+def _said(e: Eval, found: Replies, key: str) -> dict[str, str]:
+    """One eval's reply to a question."""
     reply = found.reply(key)
     answer = parse(reply).answer or reply.strip()[:160] or "(reply not kept)"
-    return Said(e.label, _verdict(found.items[key]), answer, reply[:MAX_CHARS] or "(reply not kept)")
-
-
-def _verdict(judged: Any) -> str:
-    return {0: "wrong", 1: "right", 2: "unclear"}.get(-1 if judged.code is None else judged.code, "unjudged")
+    verdict, tone = _VERDICTS[found.items[key].code]
+    return {
+        "who": e.label,
+        "verdict": verdict,
+        "tone": tone,
+        "answer": answer,
+        "reply": reply[:MAX_CHARS] or "(reply not kept)",
+    }

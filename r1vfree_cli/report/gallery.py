@@ -8,8 +8,12 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image, PngImagePlugin
+
 from ..config.embedded import with_seed
 from ..core.errors import R1VError
+from ..data.drops import RowProblem
+from ..data.images import normalise_image
 from ..data.load import find_rows
 from .plots import MARK
 
@@ -51,18 +55,10 @@ class Album:
 
 
 def _shrink(data: bytes) -> tuple[bytes, str, tuple[int, int]] | None:
-    from PIL import Image, ImageOps, PngImagePlugin
-
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or 0):
-                return None
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
-    # Whatever a broken file makes Pillow raise, the report goes on without the picture and says so.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError):
+        image = Image.open(io.BytesIO(normalise_image(data)))
+    except RowProblem:  # the report goes on without the picture and says so
         return None
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image).convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", MARK)
@@ -75,19 +71,19 @@ def _shrink(data: bytes) -> tuple[bytes, str, tuple[int, int]] | None:
     return out.getvalue(), "jpg", image.size
 
 
-def row_images(data: dict, ids: set[str], *, seed: int = 42) -> tuple[dict[str, bytes], str | None]:
-    """First image (encoded) of the rows with these ids, and a note where some are not found.
+def row_images(recipe: dict, ids: set[str]) -> tuple[dict[str, bytes], str | None]:
+    """First image (encoded) of the rows with these ids in a recipe's data, and a note where some are not found.
 
-    `data` is a recipe's `data` part: path and split; `seed` is the run's. Nothing is downloaded or prepared: of a hub
-    dataset only what is in the cache is read.
+    Nothing is downloaded or prepared: of a hub dataset only what is in the cache is read.
     """
+    data = recipe.get("data") or {}
     path, split = str(data.get("path") or ""), str(data.get("split") or "train")
     if not ids:
         return {}, None
     if not path:
         return {}, "the recipe names no data, so its rollouts have no images"
     try:
-        folder = find_rows(with_seed(path, seed), split)
+        folder = find_rows(with_seed(path, (recipe.get("train") or {}).get("seed", 42)), split)
     except R1VError as e:
         return {}, f"the data {path} cannot be read, so its rollouts have no images: {e.message}"
     if folder is None and Path(path).exists():

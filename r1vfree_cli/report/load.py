@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.recipes import read_yaml
-from ..core.errors import DataError, UsageError
-from ..core.files import read_json
+from ..core.errors import DataError, UsageError, first_line
+from ..core.files import read_object
 from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run.run_dir import RunDir
 
@@ -40,7 +40,7 @@ class Run:
     metrics: list[dict] = field(default_factory=list)
     summary: dict = field(default_factory=dict)
     contract: dict = field(default_factory=dict)
-    rollouts: list[Path] = field(default_factory=list)
+    rollouts: dict[int, Path] = field(default_factory=dict)  # step -> file
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,16 +67,6 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
-
-
-def table(value: Any) -> dict:
-    """`value` when it is a dict, else {}: the files are read from disk and may hold anything."""
-    return value if isinstance(value, dict) else {}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its class where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def clean(value: Any) -> Any:
@@ -133,14 +123,10 @@ def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
     unique = list({Path(d).resolve(): Path(d) for d in dirs}.values())
     runs, evals = [], []
     for path, label in zip(unique, labels(unique)):
-        known = False
-        if (path / "recipe.yaml").is_file() or (path / "status.json").is_file():
-            runs.append(read_run(path, label))
-            known = True
-        if (path / "scores.json").is_file():
-            evals.append(read_eval(path, label))
-            known = True
-        if not known:
+        is_run, is_eval = RunDir(path).holds_run, (path / "scores.json").is_file()
+        runs += [read_run(path, label)] if is_run else []
+        evals += [read_eval(path, label)] if is_eval else []
+        if not is_run and not is_eval:
             raise _neither(path)
     check_comparable(evals)
     return runs, evals
@@ -189,14 +175,14 @@ def read_run(path: Path, label: str) -> Run:
     """
     files = RunDir(path)
     run = Run(path, label)
-    run.status = table(clean(files.status))
+    run.status = clean(files.status)
     run.recipe = _recipe(files.recipe, run.notes)
     run.stage = "grpo" if "rewards" in run.recipe else "sft" if run.recipe else "unknown"
     run.launch = _optional(files.launch, run.notes)
     run.summary = _optional(files.summary, run.notes)
     run.contract = _optional(files.final / "r1v.json", run.notes)
     run.metrics = read_metrics(files.metrics, run.notes)
-    run.rollouts = sorted(files.rollouts.glob("*.parquet"))
+    run.rollouts = files.rollout_files
     if run.stage == "grpo" and not run.rollouts:
         run.notes.append("no rollouts were kept (rollouts/ is empty or not there)")
     state = run.status.get("state")
@@ -223,16 +209,14 @@ def read_eval(path: Path, label: str) -> Eval:
     Raises:
         DataError: `scores.json` is damaged or no result of eval-hallusion.
     """
-    result = Eval(path, label)
-    scores = clean(read_json(path / "scores.json"))
-    if not isinstance(scores, dict) or not isinstance(scores.get("metrics"), dict) or not scores.get("protocol"):
+    scores = clean(read_object(path / "scores.json"))
+    if not isinstance(scores.get("metrics"), dict) or not scores.get("protocol"):
         raise DataError(
             f"{path / 'scores.json'} is no result of r1v eval: `protocol` and `metrics` are needed",
-            details=["found: " + (", ".join(list(scores)[:12]) if isinstance(scores, dict) else type(scores).__name__)],
+            details=["found: " + ", ".join(list(scores)[:12])],
         )
-    result.scores = scores
-    result.settings = _optional(path / "eval.json", result.notes)
-    return result
+    notes: list[str] = []
+    return Eval(path, label, scores, _optional(path / "eval.json", notes), notes)
 
 
 def check_comparable(evals: list[Eval]) -> None:
@@ -262,7 +246,8 @@ def _recipe(path: Path, notes: list[str]) -> dict:
         return {}
     if not isinstance(document, dict):
         notes.append("recipe.yaml holds no recipe")
-    return table(clean(document))
+        return {}
+    return clean(document)
 
 
 def _optional(path: Path, notes: list[str]) -> dict:
@@ -271,13 +256,10 @@ def _optional(path: Path, notes: list[str]) -> dict:
         notes.append(f"{where} is not there")
         return {}
     try:
-        document = clean(read_json(path))
+        return clean(read_object(path))
     except DataError as e:
         notes.append(f"{where} is damaged: {clean(e.message)}")
         return {}
-    if not isinstance(document, dict):
-        notes.append(f"{where} is damaged: it holds no JSON object")
-    return table(document)
 
 
 def json_lines(path: Path, notes: list[str]) -> Iterator[dict]:

@@ -7,6 +7,7 @@ in dash and dots in shape as well as in colour, for readers who do not tell the 
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Series:
     label: str
     x: list[float]
     y: list[float | None]
-    bounds: list[tuple[float, float] | None] | None = None  # of `dots`: an interval a row
+    bounds: list[tuple[float, float] | None] | None = None  # an interval a point
     style: int = 0  # of `curve`: which colour and dash; a run has the same in every picture
 
 
@@ -49,8 +50,10 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
     figure, axes = _axes(3.9, 2.5)
     for s in series:
         i = s.style
-        y = [float("nan") if v is None else v for v in s.y]
+        y = _gaps(s.y)
         style: dict[str, Any] = {"color": _COLOURS[i % 6], "linestyle": _DASHES[i % 6], "linewidth": 1.8}
+        if s.bounds and (ends := [(x, *b) for x, b in zip(s.x, s.bounds) if b]):
+            axes.fill_between(*zip(*ends), color=_COLOURS[i % 6], alpha=0.15, linewidth=0)
         if len(y) >= SMOOTH_FROM:
             axes.plot(s.x, y, color=_COLOURS[i % 6], linewidth=0.8, alpha=0.35)
             axes.plot(s.x, _running_mean(s.y, max(len(y) // 25, 5)), label=s.label, **style)
@@ -62,7 +65,9 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
     axes.yaxis.label.set_color(_INK)
     if share:
         axes.set_ylim(-0.03, 1.03)
-    elif values := [v for s in series for v in s.y if v is not None]:
+    elif values := [
+        v for s in series for v in [*s.y, *(end for b in s.bounds or [] for end in b or ())] if v is not None
+    ]:
         low, high = min(values), max(values)
         room = max(0.1 * max(abs(low), abs(high)) - (high - low), 0) / 2 + 0.05 * (high - low)
         axes.set_ylim(low - (room or 0.5), high + (room or 0.5))
@@ -83,31 +88,15 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     legend_rows = (len(series) + len(marks or []) + 1) // 2
     figure, axes = _axes(4.8, 0.3 * len(rows) + 0.2 * legend_rows + 0.85)
     for j, s in enumerate(marks or []):
-        points = [(v, float(i)) for i, v in enumerate(s.y) if v is not None]
-        axes.scatter(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            marker="|" if j % 2 == 0 else "x",
-            s=70 if j % 2 == 0 else 28,
-            color=_INK,
-            linewidths=1.3,
-            label=s.label,
-        )
+        marker, size = ("|", 70) if j % 2 == 0 else ("x", 28)
+        axes.scatter(_gaps(s.y), range(len(rows)), marker=marker, s=size, color=_INK, linewidths=1.3, label=s.label)
     for j, s in enumerate(series):
         offset = (j - (len(series) - 1) / 2) * min(0.22, 0.6 / len(series))
-        points = [(v, i + offset) for i, v in enumerate(s.y) if v is not None]
+        at, look = [i + offset for i in range(len(rows))], {"color": _COLOURS[j % 6], "marker": _MARKERS[j % 6]}
         for i, bound in enumerate(s.bounds or []):
             if bound is not None:
-                axes.plot(bound, (i + offset, i + offset), color=_COLOURS[j % 6], linewidth=1.4, alpha=0.55)
-        axes.scatter(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            color=_COLOURS[j % 6],
-            marker=_MARKERS[j % 6],
-            s=36,
-            zorder=3,
-            label=s.label,
-        )
+                axes.plot(bound, (at[i], at[i]), color=_COLOURS[j % 6], linewidth=1.4, alpha=0.55)
+        axes.scatter(_gaps(s.y), at, s=36, zorder=3, label=s.label, **look)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
@@ -118,8 +107,7 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, frameon=False, labelcolor=_INK)
     said = []
     for s in [*series, *(marks or [])]:
-        values = ", ".join(f"{row} {v:.1f}" for row, v in zip(rows, s.y) if v is not None)
-        said.append(f"{s.label}: {values}")
+        said.append(f"{s.label}: " + ", ".join(f"{row} {v:.1f}" for row, v in zip(rows, s.y) if v is not None))
     return _save(figure, name, f"{title}, in percent. " + "; ".join(said) + ".", title)
 
 
@@ -139,6 +127,11 @@ def _axes(width: float, height: float):
     axes.grid(axis="y", color=_INK, alpha=0.25, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _gaps(y: list[float | None]) -> list[float]:
+    """NaN, which matplotlib leaves out, for what is missing."""
+    return [math.nan if v is None else v for v in y]
 
 
 def _running_mean(y: list[float | None], window: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""`report()`: collect, view, render both templates, and only then write: a report is replaced whole or not at all."""
+"""`report()`: collect, view, render both templates, and only then write: a report is replaced atomically."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..core.errors import UsageError
+from ..core.errors import DataError, UsageError
 from ..core.files import write_bytes
 from . import benchmark, training
 from .gallery import Album
-from .load import Eval, Run, collect, number, table
+from .load import Eval, Run, collect
 from .plots import MARK
 from .view import signed
 
@@ -47,9 +47,11 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     """
     runs, evals = collect(dirs)
     album = Album()
-    view = _view(runs, evals, album) | {
-        "training_first": bool(runs) and Path(dirs[0]).resolve() == runs[0].path.resolve()
-    }
+    try:
+        view = _view(runs, evals, album)
+    except (TypeError, AttributeError, KeyError, ValueError, LookupError) as e:  # values that r1v does not write
+        raise DataError(f"the files of {', '.join(map(str, dirs))} hold other values than r1v writes: {e!r}") from e
+    view["training_first"] = bool(runs) and Path(dirs[0]).resolve() == runs[0].path.resolve()
     files = {"report.html": _html(view).encode(), "report.md": _markdown(view).encode()}
     files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album.files
     _write(Path(out), files, overwrite)
@@ -65,28 +67,28 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
 
 def _run_summary(run: Run) -> dict:
     last = run.metrics[-1] if run.metrics else {}
-    state, step = run.status.get("state"), number(run.status.get("step", last.get("step")))
-    return {"label": run.label, "path": str(run.path), "state": state, "step": step, "reward": last.get("reward")}
+    found = {"state": run.status.get("state"), "step": run.status.get("step", last.get("step"))}
+    return {"label": run.label, "path": str(run.path), **found, "reward": last.get("reward")}
 
 
 def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
     figures = training.curves(runs)
     run_views = [training.view(run, album) for run in runs]
-    bench = benchmark.view(evals, album) if evals else None
+    bench = benchmark.view(evals, album) if evals else {}
     missing = [(e.label, note) for e in evals for note in e.notes]
-    missing += [(r.label, note) for r in run_views for note in r.notes]
+    missing += [(r["label"], note) for r in run_views for note in r["notes"]]
     names = [e.label for e in evals] + [r.label for r in runs]
     return {
         "mark": MARK,
         "version": __version__,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "title": "Report: " + (", ".join(names) if len(names) < 4 else f"{len(runs)} runs, {len(evals)} evals"),
-        "verdict": verdict(runs, bench.comparisons if bench else []),
-        "notices": [*(bench.notices if bench else []), *_run_notices(runs)],
+        "verdict": verdict(runs, bench.get("comparisons", [])),
+        "notices": [*bench.get("notices", []), *_run_notices(runs)],
         "benchmark": bench,
-        "comparisons": bench.comparisons if bench else [],
+        "comparisons": bench.get("comparisons", []),
         "figures": figures,
-        "all_figures": figures + (bench.figures if bench else []),
+        "all_figures": figures + bench.get("figures", []),
         "runs": run_views,
         "gallery_lead": GALLERY_LEAD,
         "curves_lead": CURVES_LEAD,
@@ -98,29 +100,49 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
     """What changed, by how much, and whether it is established: a sentence a run and a comparison."""
     said = []
     for run in runs:
-        accuracy = table(run.summary.get("heldout_accuracy"))
-        n = number(run.summary.get("heldout_rows"))
+        accuracy = run.summary.get("heldout_accuracy", {})
         for how, pair in accuracy.items():
-            before, after = (number(table(pair).get(k)) for k in ("before", "after"))
+            before, after = pair.get("before"), pair.get("after")
             if before is not None and after is not None:
-                said.append(f"{run.label}: held-out accuracy, {how}, {_change(before, after, n)}")
-        ends = [number(table(run.summary.get("reward")).get(k)) for k in ("first", "last")]
-        if not accuracy and None not in ends:
+                change = _change(before, after, run.summary.get("heldout_rows"))
+                said.append(f"{run.label}: held-out accuracy, {how}, {change}")
+        evaluated = None if accuracy else _evaluated(run)
+        said += [evaluated] if evaluated else []
+        ends = [run.summary.get("reward", {}).get(k) for k in ("first", "last")]
+        if not accuracy and not evaluated and None not in ends:
             said.append(
                 f"{run.label}: training reward {ends[0]:.3g} → {ends[1]:.3g}. It is the judge's own score: whether the "
                 "answers are better, a benchmark tells."
             )
     for c in comparisons:
         name, paired = next(iter(c.result["metrics"].items()))
-        low, high = (number(v) for v in paired.get("interval") or (None, None))
-        if paired.get("difference") is None or low is None or high is None:
+        if paired["difference"] is None:
             continue
+        low, high = paired["interval"]
         word = "established" if low > 0 or high < 0 else "not established: the interval holds 0"
         said.append(
             f"{c.label} against {c.reference}: {name} {signed(paired['difference'])} points, "
             f"{100 * c.result['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."
         )
     return said
+
+
+def _evaluated(run: Run) -> str | None:
+    """The evaluation while training, first and last: the metric of `keep_best`, else the first."""
+    lines = [line for line in run.metrics if any(training.EVALUATION.fullmatch(key) for key in line)]
+    if len(lines) < 2:
+        return None
+    keys = [key for key in lines[0] if training.EVALUATION.fullmatch(key)]
+    best = (run.recipe.get("eval") or {}).get("keep_best")
+    key = next((k for k in keys if k.endswith(f"/{best}")), keys[0])
+    wanted = (key, f"{key}/low", f"{key}/high")
+    first, last = ([v for k in wanted if (v := line.get(k)) is not None] for line in (lines[0], lines[-1]))
+    if len(first) < 3 or len(last) < 3:
+        return None
+    apart = last[1] > first[2] or last[2] < first[1]
+    word = "established" if apart else "not established: the intervals overlap"
+    shown = [f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in (first, last)]
+    return f"{run.label}: {key.removeprefix('eval/')}, greedy, {' → '.join(shown)}, {word}."
 
 
 def _change(before: float, after: float, n: float | None) -> str:
@@ -136,8 +158,8 @@ def _change(before: float, after: float, n: float | None) -> str:
 def _run_notices(runs: list[Run]) -> list[str]:
     found = []
     for run in runs:
-        if run.status.get("state") != "finished":
-            state, reason = run.status.get("state") or "of unknown state", run.status.get("reason")
+        state, reason = run.status.get("state") or "of unknown state", run.status.get("reason")
+        if state != "finished":
             found.append(f"Run {run.label} is {state}, not finished" + (f": {reason}" if reason else "."))
     return found
 
@@ -149,7 +171,9 @@ def _environment(**options):
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("r1vfree_cli.report", "templates")
-    return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=False, **options)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=False, **options)
+    environment.filters |= {"scored": _scored, "tone": _tone, "signed": signed}
+    return environment
 
 
 def _html(view: dict) -> str:
@@ -161,6 +185,14 @@ def _markdown(view: dict) -> str:
     environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
     environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
     return environment.get_template("report.md.j2").render(view)
+
+
+def _scored(value: float | None) -> str:
+    return "not scored" if value is None else f"{value:.3g}"
+
+
+def _tone(advantage: float | None) -> str:
+    return "" if not advantage else "up" if advantage > 0 else "down"
 
 
 def markdown(value: Any) -> str:

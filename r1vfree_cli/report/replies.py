@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, R1VError
+from ..core.errors import DataError, R1VError, first_line
 from ..eval.benchmark import Benchmark, find
-from .load import Eval, clean, first_line, table
+from .load import Eval, clean
 
 
 @dataclass
@@ -21,8 +21,7 @@ class Replies:
     figures: dict[str, Callable[[], bytes]] = field(default_factory=dict)
 
     def reply(self, key: str) -> str:
-        value = self.records.get(key, {}).get("model_prediction")
-        return clean(value) if isinstance(value, str) else ""
+        return clean(self.records.get(key, {}).get("model_prediction") or "")
 
     def figure(self, key: str) -> bytes | None:
         """The encoded figure, None where it cannot be read (any more)."""
@@ -65,13 +64,15 @@ def read_replies(e: Eval) -> Replies:
 
 def find_figures(e: Eval, found: Replies) -> None:
     """Look for the figures where the evaluation read them: nothing is downloaded. What is missing is noted."""
-    source = table(e.settings.get("asked")).get("source") or _option(e, "--questions")
-    images = table(e.settings.get("asked")).get("images") or _option(e, "--images")
-    if not isinstance(source, str) or not Path(source).exists():
+    asked = e.settings.get("asked") or {}
+    options = e.settings.get("options") or {}  # of --predictions, which asked nothing
+    source = asked.get("source") or options.get("questions")
+    images = asked.get("images") or options.get("images")
+    if not source or not Path(source).exists():
         e.notes.append("the questions and figures are not on this machine, so changed answers have no images")
         return
     beside = Path(source).parent / "hallusion_bench"
-    place = Path(images) if isinstance(images, str) else beside if beside.is_dir() else None
+    place = Path(images) if images else beside if beside.is_dir() else None
     try:
         found.figures = dict(benchmark_of(e).questions(source, place, lambda q: False).readers)
     except R1VError as error:
@@ -79,20 +80,3 @@ def find_figures(e: Eval, found: Replies) -> None:
         return
     if not found.figures:
         e.notes.append("the figures are not on this machine, so changed answers have no images")
-
-
-def stage_commands(e: Eval) -> dict[str, Any]:
-    """Stage -> the command line that ran it last, as recorded in eval.json."""
-    return {k: v for k, v in table(e.settings.get("commands")).items() if v}
-
-
-def _option(e: Eval, name: str) -> Any:
-    """The value of an option of the recorded command lines."""
-    for argv in stage_commands(e).values():
-        arguments = [str(a) for a in argv] if isinstance(argv, list) else []
-        for i, argument in enumerate(arguments):
-            if argument == name and i + 1 < len(arguments):
-                return arguments[i + 1]
-            if argument.startswith(f"{name}="):
-                return argument.partition("=")[2]
-    return None

@@ -88,17 +88,7 @@ def flatten(document: dict, prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
-            for i, item in enumerate(value):
-                rows += (
-                    flatten(item, f"{prefix}{key}.{i}.")
-                    if isinstance(item, dict)
-                    else [(f"{prefix}{key}.{i}", plain(item))]
-                )
+            rows += flatten(dict(enumerate(value)), f"{prefix}{key}.")
         else:
-            rows.append(
-                (
-                    f"{prefix}{key}",
-                    str(value) if isinstance(value, int) and not isinstance(value, bool) else plain(value),
-                )
-            )
+            rows.append((f"{prefix}{key}", str(value) if type(value) is int else plain(value)))
     return rows

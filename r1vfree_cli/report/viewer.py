@@ -6,27 +6,23 @@ thousands of steps open as quickly as one.
 
 from __future__ import annotations
 
-import re
 import socket
 import webbrowser
-from collections import Counter
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..core.prompts import parse
 from ..run.run_dir import RunDir
+from ..training.recorder import rollout_file
 from .gallery import row_images
-from .load import Run, clean, labels, number, read_run, table
-from .training import question
+from .load import Run, clean, labels, read_run
+from .rollouts import read_groups
 
 PAGE = 40  # groups in one reply of a search
-_STEP = re.compile(r"step-(\d+)\.parquet")
 
 
 class Rollouts:
@@ -44,117 +40,50 @@ class Rollouts:
             raise DataError(f"{path} is no run of r1v grpo: there are no rollouts to view", hint="give a run dir")
         self._groups: dict[int, list[dict]] = {}
 
-    def steps(self) -> list[int]:
-        """The steps that have a file now, ascending."""
-        return sorted(int(m[1]) for f in self.files.rollouts.glob("step-*.parquet") if (m := _STEP.fullmatch(f.name)))
-
     def about(self) -> dict:
         """What the page's head shows; read again each time, the run may be going on."""
-        status = table(clean(self.files.status))
-        return {
-            "label": self.label,
-            "state": status.get("state"),
-            "reason": status.get("reason"),
-            "steps": self.steps(),
-        }
+        status = clean(self.files.status)
+        return {"label": self.label, **{k: status.get(k) for k in ("state", "reason")}, "steps": self.steps()}
+
+    def steps(self) -> list[int]:
+        """The steps that have a file now, ascending."""
+        return list(self.files.rollout_files)
 
     def groups(self, step: int) -> list[dict]:
-        """The groups of a step: question, samples, spread of advantages, disagreement of judges.
+        """`read_groups` of a step; the last ones are kept.
 
         Raises:
             DataError: no such step, or its file is damaged.
         """
         if step not in self._groups:
-            file = self.files.rollouts / f"step-{step:08d}.parquet"
-            try:
-                rows = pq.read_table(file).to_pylist()
-            except FileNotFoundError:
-                raise DataError(f"step {step} has no rollouts") from None
-            except (pa.ArrowException, OSError) as e:
-                raise DataError(f"{file.name} cannot be read: {e}") from None
             if len(self._groups) > 64:
                 self._groups.pop(next(iter(self._groups)))
-            self._groups[step] = _groups(rows, step)
+            self._groups[step] = read_groups(rollout_file(self.files, step), step)
         return self._groups[step]
+
+    def _groups_of(self, step: int, columns: list[str], test: Callable[[str], bool]) -> list[dict]:
+        """A step's groups where a value of the columns passes; else none of it is read but these."""
+        rows = pq.read_table(rollout_file(self.files, step), columns=columns)
+        return self.groups(step) if any(test(str(v)) for c in rows.columns for v in c.to_pylist()) else []
 
     def question(self, row_id: str) -> list[dict]:
         """Every group of one row, by step."""
-        return [g for step in self._holding(row_id) for g in self.groups(step) if g["id"] == row_id]
-
-    def _holding(self, row_id: str) -> list[int]:
-        found = []
-        for step in self.steps():
-            ids = pq.read_table(self.files.rollouts / f"step-{step:08d}.parquet", columns=["id"])["id"]
-            if row_id in set(ids.to_pylist()):
-                found.append(step)
-        return found
+        found = (g for step in self.steps() for g in self._groups_of(step, ["id"], lambda v: v == row_id))
+        return [g for g in found if g["id"] == row_id]
 
     def search(self, text: str, start: int) -> dict:
         """Groups with `text` in a question or completion, from step `start` on: at most `PAGE`, and where to go on."""
         wanted, hits = text.casefold(), []
         for step in (s for s in self.steps() if s >= start):
-            rows = pq.read_table(self.files.rollouts / f"step-{step:08d}.parquet", columns=["prompt", "completion"])
-            if any(wanted in str(v).casefold() for column in rows.columns for v in column.to_pylist()):
-                hits += [g for g in self.groups(step) if _mentions(g, wanted)]
+            found = self._groups_of(step, ["prompt", "completion"], lambda v: wanted in v.casefold())
+            hits += [g for g in found if _mentions(g, wanted)]
             if len(hits) >= PAGE:
                 return {"groups": hits, "next": step + 1}
         return {"groups": hits, "next": None}
 
     def image(self, row_id: str) -> bytes | None:
         """The row's first image, encoded as in the data; None where the data are not on this machine."""
-        seed = number(table(self._run.recipe.get("train")).get("seed"))
-        images, _ = row_images(table(self._run.recipe.get("data")), {row_id}, seed=42 if seed is None else int(seed))
-        return images.get(row_id)
-
-
-def _groups(rows: list[dict], step: int) -> list[dict]:
-    by_group: dict[Any, list[dict]] = {}
-    for row in rows:
-        by_group.setdefault((row.get("group"), row.get("id")), []).append(row)
-    return [_group(step, int(g or 0), str(i), members) for (g, i), members in by_group.items()]
-
-
-def _group(step: int, group: int, row_id: str, members: list[dict]) -> dict:
-    repeats = Counter(str(m.get("completion")) for m in members)
-    answers = Counter(parse(str(m.get("completion"))).answer for m in members)
-    samples = []
-    for m in members:
-        text = str(m.get("completion"))
-        parsed = parse(text)
-        samples.append(
-            {
-                "completion": clean(text),
-                "answer": None if parsed.answer is None else clean(parsed.answer),
-                "format": parsed.problem,
-                "rewards": {
-                    clean(k.removeprefix("rewards/")): number(v) for k, v in m.items() if k.startswith("rewards/")
-                },
-                "verdicts": {clean(k.removeprefix("verdicts/")): v for k, v in m.items() if k.startswith("verdicts/")},
-                "reward": number(m.get("reward")),
-                "advantage": number(m.get("advantage")),
-                "tokens": number(m.get("tokens")),
-                "clipped": bool(m.get("clipped")),
-                "duplicate": repeats[text] > 1,
-                # Most of a group gives one answer: it may be a template that pleases the judge.
-                "template": len(members) > 3 and answers[parsed.answer] > 0.75 * len(members),
-            }
-        )
-    known = [s["advantage"] for s in samples if s["advantage"] is not None]
-    return {
-        "step": step,
-        "group": group,
-        "id": clean(row_id),
-        "question": question(members[0].get("prompt")),
-        "samples": samples,
-        "spread": max(known) - min(known) if known else 0.0,
-        "disagreement": max((_range(s["rewards"]) for s in samples), default=0.0),
-    }
-
-
-def _range(rewards: dict[str, float | None]) -> float:
-    """Largest distance between the judges of one sample; text rewards have no opinion to differ with."""
-    known = [v for k, v in rewards.items() if v is not None and k not in ("format", "accuracy")]
-    return max(known) - min(known) if len(known) > 1 else 0.0
+        return row_images(self._run.recipe, {row_id})[0].get(row_id)
 
 
 def _mentions(group: dict, wanted: str) -> bool:
@@ -174,9 +103,8 @@ def app(runs: list[Rollouts]):
     from starlette.routing import Route
 
     page = files("r1vfree_cli.report").joinpath("templates/view.html").read_text(encoding="utf-8")
-    policy = (
-        "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    )
+    policy = "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; "
+    policy += "script-src 'unsafe-inline'"
 
     def run_of(request: Request) -> Rollouts:
         index = int(request.query_params.get("run", 0))

@@ -8,27 +8,27 @@ Asked before step 1 and every `every_steps`, past the cache:
 - right over wrong: right answers score above wrong ones in the mean, by more than `min_margin`;
 - own image over another: right answers score above the same answers about another image, likewise.
 
-Right answers are the rows' `solution`, used for this alone. Rows without any (label-free data) are replaced by
-drawn ones for the last two checks: discs of one colour, asked for the colour.
+Asked but not answered is a failure too. Right answers are the rows' `solution`, used for this alone. Rows without any
+(label-free data) are replaced by drawn ones for the last two checks: discs of one colour, asked for the colour.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from ..config.schema import Canaries
+from ..config.rewards import Canaries
 from ..core.errors import GuardStop, R1VError, UsageError
-from ..core.prompts import INSTRUCTION
+from ..core.prompts import DEFAULT, Prompt
 from .feedback import Asked, Feedback
 from .text import reference_answer
 from .verify import normalised
 
-TEMPLATES = ("Yes", ":", "Thought process:", INSTRUCTION)
+TEMPLATES = ("Yes", ":", "Thought process:")  # and the instruction
 FEWEST = 4  # right answers from the rows; with fewer, discs are drawn
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 210), "yellow": (240, 210, 40)}
 
@@ -43,7 +43,7 @@ _YES_NO = re.compile(
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the evidence. `ok` is None when nothing could be asked."""
+    """One line of the evidence: the mean of `n` answers to `of` questions. `ok` is None where no question fits."""
 
     name: str
     asked: str
@@ -51,12 +51,14 @@ class Check:
     wanted: str
     ok: bool | None
     n: int
+    of: int
 
 
 @dataclass
 class CanaryReport:
     """What was asked and scored. `ok`: no check failed. `examples`: single scores behind the failed checks."""
 
+    judge: str
     checks: list[Check] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
 
@@ -69,9 +71,22 @@ class CanaryReport:
         """Rows under `HEADER`, for `console.emit_table`."""
         verdicts = {True: "ok", False: "FAILED", None: "not asked"}
         return [
-            [c.name, c.asked, str(c.n), "" if c.score is None else f"{c.score:.3f}", c.wanted, verdicts[c.ok]]
+            [
+                *(c.name, c.asked, str(c.n) if c.n == c.of else f"{c.n} of {c.of}"),
+                *("" if c.score is None else f"{c.score:.3f}", c.wanted, verdicts[c.ok]),
+            ]
             for c in self.checks
         ]
+
+    def add(
+        self, name: str, asked: str, scores: Sequence[float | None], wanted: str, passes: Callable[[float], bool]
+    ) -> bool:
+        """Judge the mean of the known `scores`; more unanswered than answered questions are a failure. Is it one?"""
+        known = [s for s in scores if s is not None]
+        mean = fmean(known) if known else None
+        ok = None if not scores else mean is not None and 2 * len(known) >= len(scores) and passes(mean)
+        self.checks.append(Check(name, asked, mean, wanted, ok, len(known), len(scores)))
+        return ok is False
 
     @property
     def lines(self) -> list[str]:
@@ -81,20 +96,21 @@ class CanaryReport:
 
     def error(self, step: int | None = None) -> R1VError:
         """The refusal, with the evidence: before training a `UsageError`, at a step a `GuardStop`."""
-        hint = "take another judge; or set rewards.feedback.canaries.max_empty_score and min_margin to its scale"
+        hint = f"take another judge; or set rewards.{self.judge}.canaries.max_empty_score and min_margin to its scale"
         if step is None:
             return UsageError("the judge fails its canaries", details=self.lines, hint=hint)
         return GuardStop(f"the judge fails its canaries at step {step}", details=self.lines, hint=hint)
 
 
-def check(judge: Feedback, rows: Sequence[dict[str, Any]], cfg: Canaries, seed: int = 0) -> CanaryReport:
+def check(
+    judge: Feedback, rows: Sequence[dict[str, Any]], cfg: Canaries, seed: int = 0, prompt: Prompt = DEFAULT
+) -> CanaryReport:
     """Ask the judge the canaries about at most `cfg.samples` of `rows`.
 
     Args:
-        judge: a feedback reward.
-        rows: with `images` (PIL), `problem`, and `solution` where there is one.
-        cfg: sample size and thresholds.
+        rows: that are trained on, with `images` (PIL), `problem`, and `solution` where there is one.
         seed: which rows are taken and how images are exchanged; the same seed asks the same again.
+        prompt: the policy's; its instruction is one of the templates.
 
     Raises:
         UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
@@ -104,50 +120,43 @@ def check(judge: Feedback, rows: Sequence[dict[str, Any]], cfg: Canaries, seed: 
     labelled: list[Asked] = [
         (row["images"], row["problem"], a) for row in sample if (a := reference_answer(row.get("solution")))
     ]
-    drawn = len(labelled) < FEWEST
-    if drawn:
-        labelled = _discs(min(cfg.samples, 8))
-    plan = _Plan(judge)
-    right = plan.add(labelled)
-    wrong = plan.add(_with_wrong_answers(labelled, rng))
-    shuffled = plan.add(_about_other_images(labelled))
-    templates = {
-        t: plan.add([(r["images"], r["problem"], t) for r in sample if _fits(t, r["problem"])]) for t in TEMPLATES
+    where = "solutions"
+    if len(labelled) < FEWEST:
+        labelled, where = _discs(min(cfg.samples, 8)), "drawn discs"
+    right = _Part(labelled)
+    worse = {
+        "right over wrong": _Part(_with_wrong_answers(labelled, rng)),
+        "own image over another": _Part(_about_other_images(labelled)),
     }
-    plan.ask()
+    templates = {
+        t: _Part([(r["images"], r["problem"], t) for r in sample if fits(t, r["problem"])])
+        for t in (*TEMPLATES, prompt.ask())
+    }
+    _ask(judge, [right, *worse.values(), *templates.values()])
 
-    report = CanaryReport()
-    floor, best = judge.floor, fmean(known) if (known := right.known()) else None
-    report.checks.append(
-        Check("empty", "no answer", floor, f"<= {cfg.max_empty_score:g}", floor <= cfg.max_empty_score, 1)
-    )
-    if best is not None:
-        report.checks.append(Check("empty", "no answer", floor, f"<= {best:.3f}, right answers", floor <= best, 1))
+    report, highest = CanaryReport(judge.__name__), cfg.max_empty_score
+    report.add("empty", "no answer", [judge.floor], f"<= {highest:g}", lambda s: s <= highest)
+    if known := [s for s in right.scores if s is not None]:
+        best = fmean(known)
+        report.add("empty", "no answer", [judge.floor], f"<= {best:.3f}, right answers", lambda s: s <= best)
     for text, part in templates.items():
-        mean = fmean(scores) if (scores := part.known()) else None
-        ok = None if mean is None else mean <= cfg.max_empty_score
-        wanted = f"<= {cfg.max_empty_score:g}"
-        report.checks.append(Check("template", repr(text[:40]), mean, wanted, ok, len(part.known())))
-        report.examples += part.highest() if ok is False else []
-    where = "drawn discs" if drawn else "solutions"
-    for name, worse in (("right over wrong", wrong), ("own image over another", shuffled)):
-        gaps = [a - b for a, b in zip(right.scores, worse.scores, strict=True) if a is not None and b is not None]
-        gap = fmean(gaps) if gaps else None
-        ok = None if gap is None else gap > cfg.min_margin
-        report.checks.append(Check(name, f"difference, {where}", gap, f"> {cfg.min_margin:g}", ok, len(gaps)))
-        report.examples += worse.highest() if ok is False else []
+        if report.add("template", repr(text[:40]), part.scores, f"<= {highest:g}", lambda s: s <= highest):
+            report.examples += part.highest()
+    for name, part in worse.items():
+        pairs = [(a, b) for a, b, i in zip(right.scores, part.scores, part.items, strict=True) if i is not None]
+        gaps = [None if a is None or b is None else a - b for a, b in pairs]
+        wanted = f"> {cfg.min_margin:g}"
+        if report.add(name, f"difference, {where}", gaps, wanted, lambda s: s > cfg.min_margin):
+            report.examples += part.highest()
     return report
 
 
 class _Part:
-    """Some of the questions of a plan, and their scores once it was asked. A None among the questions is not asked."""
+    """Some of the questions, and their scores once they were asked. A None among the questions is not asked."""
 
     def __init__(self, items: Sequence[Asked | None]):
         self.items = list(items)
         self.scores: list[float | None] = [None] * len(self.items)
-
-    def known(self) -> list[float]:
-        return [s for s in self.scores if s is not None]
 
     def highest(self) -> list[str]:
         """The two that the judge liked best, as lines."""
@@ -156,30 +165,21 @@ class _Part:
         return [f"scored {s:.3f}: {str(i[2])[:80]!r} for {i[1][:100]!r}" for s, i in scored[:2]]
 
 
-class _Plan:
-    def __init__(self, judge: Feedback):
-        self._judge = judge
-        self._parts: list[_Part] = []
-
-    def add(self, items: Sequence[Asked | None]) -> _Part:
-        self._parts.append(_Part(items))
-        return self._parts[-1]
-
-    def ask(self) -> None:
-        items = [item for part in self._parts for item in part.items if item is not None]
-        scores = self._judge.ask(items, use_cache=False)
-        missing = sum(s is None for s in scores)
-        if items and missing * 2 >= len(items):
-            raise UsageError(
-                f"the judge gave no verdict on {missing} of {len(items)} canaries",
-                details=list(self._judge.failures)[-3:],
-            )
-        found = iter(scores)
-        for part in self._parts:
-            part.scores = [None if item is None else next(found) for item in part.items]
+def _ask(judge: Feedback, parts: Sequence[_Part]) -> None:
+    items = [item for part in parts for item in part.items if item is not None]
+    scores = judge.ask(items, use_cache=False)
+    missing = sum(s is None for s in scores)
+    if items and missing * 2 >= len(items):
+        raise UsageError(
+            f"the judge gave no verdict on {missing} of {len(items)} canaries", details=list(judge.failures)[-3:]
+        )
+    found = iter(scores)
+    for part in parts:
+        part.scores = [None if item is None else next(found) for item in part.items]
 
 
-def _fits(template: str, problem: str) -> bool:
+def fits(template: str, problem: str) -> bool:
+    """Whether it answers nothing there."""
     return template != "Yes" or not _YES_NO.match(problem)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.schema import FeedbackReward
+from ..config.rewards import FeedbackReward
 from ..core.errors import GuardStop, R1VError, UsageError
 from ..core.prompts import parse, prompt_hash
 from ..judges.cache import JudgementCache
@@ -32,17 +32,10 @@ class Feedback:
 
     It works in an event loop of its own, so that TRL's loop, canaries and probes may all ask it.
 
-    Args:
-        reward: the recipe's settings.
-        backend: the judge.
+    Args (figures, stopping: as of `registry.build_feedback`):
         identity: what decides a judgement beside the question: model, revision, prompt. Part of cache keys.
         cache: folder of the judgement cache, or None.
         share: the part of `max_cost` that this process may spend.
-        stopping: whether the run is asked to end; then a judge that is down is not waited for.
-
-    Attributes:
-        failures: the last failures, as lines.
-        floor: the score of a reply without a usable answer.
     """
 
     def __init__(
@@ -51,11 +44,12 @@ class Feedback:
         backend: Backend,
         *,
         identity: dict,
+        figures: str = "judge",
         cache: Path | None = None,
         share: float = 1.0,
         stopping: Callable[[], bool] = lambda: False,
     ):
-        self.__name__ = reward.name
+        self.__name__, self._figures = reward.key, figures
         self.weight, self.required = reward.weight, reward.required
         self.max_failed_fraction, self.floor = reward.max_failed_fraction, reward.floor
         self.failures: deque[str] = deque(maxlen=100)
@@ -79,11 +73,9 @@ class Feedback:
         problem: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float | None]:
-        """One score, or None, for each completion.
+        """One score, or None, for each completion; the judge sees the row's question, not the policy's prompt.
 
         Args:
-            prompts: not used: the judge sees the row's question, not the policy's prompt.
-            completions: replies, as text or as lists of messages.
             images: for each completion a list of PIL images.
             problem: for each completion the row's question.
 
@@ -126,23 +118,23 @@ class Feedback:
             raise UsageError(
                 f"the judge gave no verdict on a trial question ({self._where()})",
                 details=list(self.failures)[seen:][-3:],
-                hint="start the judge, or correct rewards.feedback; r1v doctor --recipe NAME tries again",
+                hint=f"start the judge, or correct rewards.{self.__name__}; r1v doctor --recipe NAME tries again",
             )
-        if self._budget is not None and not self._stats["judge/tokens"]:
+        if self._budget is not None and not self._stats["tokens"]:
             raise UsageError(
                 f"max_cost cannot be kept: the judge does not say how many tokens it used ({self._where()})",
-                hint="remove rewards.feedback.max_cost and price",
+                hint=f"remove rewards.{self.__name__}.max_cost and price",
             )
 
     def stats(self) -> dict[str, float]:
-        """Counts, times and costs since the last call, under `judge/...`; latencies in seconds."""
-        stats: dict[str, float] = {"judge/calls": 0, "judge/cache_hits": 0, "judge/cost": 0.0, **self._stats}
+        """Counts, times and costs since the last call, under `judge/...` (`figures`); latencies in seconds."""
+        stats: dict[str, float] = {"calls": 0, "cache_hits": 0, "cost": 0.0, **self._stats}
         latencies = sorted(self._latencies)
         if latencies:
-            stats["judge/latency_p50"] = latencies[len(latencies) // 2]
-            stats["judge/latency_p95"] = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
+            stats["latency_p50"] = latencies[len(latencies) // 2]
+            stats["latency_p95"] = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
         self._stats, self._latencies = Counter(), []
-        return stats
+        return {f"{self._figures}/{key}": value for key, value in stats.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from: money spent (`max_cost` counts all attempts), figures not yet logged."""
@@ -151,7 +143,7 @@ class Feedback:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what earlier attempts counted to what this one has spent already, on its canaries."""
         self._spent += state["spent"]
-        self._stats.update(state["stats"])
+        self._stats.update({key.removeprefix("judge/"): value for key, value in state["stats"].items()})
         self._latencies = [*state["latencies"], *self._latencies]
 
     def identity(self) -> dict:
@@ -192,15 +184,15 @@ class Feedback:
         for images, problem, answer in items:
             if not answer or not answer.strip() or len(answer) > self._reward.max_answer_chars:
                 keys.append(None)
-                self._stats["judge/floored"] += 1
+                self._stats["floored"] += 1
                 continue
             given = [wrapped.setdefault(id(image), JudgeImage(image)) for image in images]
             pictures = tuple(distinct.setdefault(image.digest, image) for image in given)
             question = Question(pictures, problem, answer.strip())
             keys.append(question.key(identity))
             questions.setdefault(question.key(identity), question)
-        scores = self._cache.get(list(questions)) if use_cache else {}
-        self._stats["judge/cache_hits"] += len(scores)
+        scores = self._cache.get(list(questions), bounded=self._backend.prompt == "judge") if use_cache else {}
+        self._stats["cache_hits"] += len(scores)
         wanted = {key: question for key, question in questions.items() if key not in scores}
         fresh: dict[str, float] = {}
         try:
@@ -248,9 +240,10 @@ class Feedback:
             if self._budget is not None and self._spent >= self._budget:
                 raise GuardStop(
                     f"the judge's cost reached its ceiling: {self._spent:.4g} of {self._budget:.4g} in this process",
-                    hint="raise rewards.feedback.max_cost, the ceiling of all processes together, and go on with --resume",
+                    hint=f"raise rewards.{self.__name__}.max_cost, the ceiling of all processes together, and go on with "
+                    "--resume",
                 )
-            self._stats["judge/calls"] += len(part)
+            self._stats["calls"] += len(part)
             results = await self._backend.judge(list(part.values()))
         for key, result in zip(part, results, strict=True):
             if isinstance(result, Verdict):
@@ -261,16 +254,16 @@ class Feedback:
             self._pay(result)
 
     def _pay(self, result: Verdict | Failure) -> None:
-        self._stats["judge/tokens"] += result.input_tokens + result.output_tokens
+        self._stats["tokens"] += result.input_tokens + result.output_tokens
         if self._reward.price:
             price = self._reward.price
             cost = (result.input_tokens * price.input + result.output_tokens * price.output) / 1e6
             self._spent += cost
             # A Counter holds floats as well as counts.
-            self._stats["judge/cost"] += cost  # type: ignore[assignment]
+            self._stats["cost"] += cost  # type: ignore[assignment]
 
     def _failed(self, failure: Failure) -> None:
-        self._stats[f"judge/failed/{failure.kind}"] += 1
+        self._stats[f"failed/{failure.kind}"] += 1
         self.failures.append(f"{failure.kind}: {failure.message}")
 
     def _where(self) -> str:

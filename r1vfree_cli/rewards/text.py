@@ -33,14 +33,10 @@ def accuracy_reward(completions: Sequence[Any], solution: Sequence[str | None], 
 
     None where the row has no reference: not scored, which is not the same as wrong.
     """
-    answers = [parse(completion_text(c)).answer for c in completions]
-    references = [reference_answer(s) for s in solution]
-    pairs = [(r, a) for r, a in zip(references, answers, strict=True) if r is not None and a is not None]
-    found = iter(equivalent(pairs))
-    return [
-        None if r is None else 0.0 if a is None else float(next(found))
-        for r, a in zip(references, answers, strict=True)
-    ]
+    answers = (parse(completion_text(c)).answer for c in completions)
+    pairs = list(zip(map(reference_answer, solution), answers, strict=True))
+    found = iter(equivalent([(r, a) for r, a in pairs if r is not None and a is not None]))
+    return [None if r is None else 0.0 if a is None else float(next(found)) for r, a in pairs]
 
 
 def reference_answer(solution: str | None) -> str | None:

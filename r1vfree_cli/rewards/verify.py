@@ -1,7 +1,7 @@
 """Whether an answer equals a reference: plain comparison first, math-verify for what that leaves open.
 
 math-verify bounds its own time with SIGALRM, which works in main threads only and does not interrupt a huge integer
-power. It therefore runs in one child process for all calls, which is killed and started anew when it is late.
+power. It therefore runs in one child process for all calls, which is killed and restarted when it is late.
 """
 
 from __future__ import annotations

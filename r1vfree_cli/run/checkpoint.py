@@ -18,9 +18,8 @@ import xxhash
 
 from ..config.embedded import is_embedded, resolve_model
 from ..config.recipes import read_yaml
-from ..config.schema import Model
 from ..core.errors import DataError, UsageError
-from ..core.files import read_object, write_json
+from ..core.files import read_object, sync, write_json
 from . import contract
 from .run_dir import RunDir
 
@@ -31,9 +30,6 @@ ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _NAME = re.compile(r"checkpoint-(\d+)")
-_DEFAULT = Model.model_fields
-MIN_PIXELS: int = _DEFAULT["min_pixels"].default
-MAX_PIXELS: int = _DEFAULT["max_pixels"].default
 
 
 @dataclass(frozen=True)
@@ -248,15 +244,6 @@ def seal(folder: Path) -> None:
     )
     for path in [*files, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync a file, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _hashes(files: Iterable[Path]) -> list[str]:

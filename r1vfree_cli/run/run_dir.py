@@ -1,8 +1,4 @@
-"""Run dirs: names, the guard against overwriting, attempts, status, provenance, and safe small files.
-
-Every file is written to a temporary name in the same folder and renamed, so a reader never sees half of one;
-JSONL files are appended to a whole line at a time.
-"""
+"""Run dirs: names, the guard against overwriting, attempts, status."""
 
 from __future__ import annotations
 
@@ -16,20 +12,8 @@ from ..core.files import read_object, write_json, write_text
 
 SAID = "said.jsonl"  # in an attempt's logs: what rank 0 says to people, for r1v to repeat
 
-STATES = FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = (
-    "finished",
-    "running",
-    "starting",
-    "failed",
-    "interrupted",
-    "stopped",
-)
-
-
-# --- small files -----------------------------------------------------------------------------------------------
-
-
-# --- the run dir -----------------------------------------------------------------------------------------------
+STATES = ("finished", "running", "starting", "failed", "interrupted", "stopped")
+FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = STATES
 
 
 class RunDir:
@@ -77,6 +61,11 @@ class RunDir:
     def logs(self) -> Path:
         """The folder of the current attempt's logs."""
         return self.path / "logs" / f"attempt-{self.attempt}"
+
+    @property
+    def rollout_files(self) -> dict[int, Path]:
+        """Step -> the file of its rollouts, ascending."""
+        return {int(f.stem.removeprefix("step-")): f for f in sorted(self.rollouts.glob("step-*.parquet"))}
 
     @property
     def holds_run(self) -> bool:

@@ -1,1 +1,3 @@
-"""The engine that computes a group's prompt once: generation, reference and policy passes. Imports core."""
+"""The engine that computes a group's prompt once: generation, reference and policy passes, judges, evaluation.
+
+Imports core and models."""

@@ -8,7 +8,6 @@ is registered under a name of its own, and behaves as the original until a call 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +17,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..models import family
+from .delta import States, install_scan, layers_of, takes_layout
 
 PREFIX = "r1v_shared_prefix_over_"
 
@@ -46,6 +48,10 @@ class Layout:
     layers_seen = 0
 
     def attend(self, module, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def scan(self, module, run, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
+        """What `attend` is to attention, to a layer of linear attention; `run(hidden, states)` is its own forward."""
         raise NotImplementedError
 
     def assert_used(self, layers: int) -> None:
@@ -128,6 +134,27 @@ class PackedLayout(Layout):
             outputs.append(out if gather is None else out.index_select(0, gather))
         return torch.cat(outputs)[None]
 
+    def scan(self, module, run, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Output (1, L, H) of linear attention; branches start from the states that their prompt ends with."""
+        self.layers_seen += 1
+        outputs = []
+        for seg, scatter, gather in zip(self.segments, self._scatter, self._gather, strict=True):
+            states, middle = States(), seg.start + seg.prompt
+            if seg.prompt:
+                outputs.append(run(hidden[:, seg.start : middle], states)[0])  # (P, H)
+            if cache is not None:
+                cache.states.setdefault(module.layer_idx, []).append(states)
+            if not seg.lengths:
+                continue
+            branches = hidden[0, middle : seg.end]
+            branches = branches if scatter is None else branches.index_select(0, scatter)
+            branches = branches.unflatten(0, (len(seg.lengths), -1))  # (G, C, H)
+            alone = branches.shape[1] == 1  # the kernel for single tokens has no gradients
+            branches = branches.expand(-1, 2, -1) if alone else branches
+            out = run(branches, states.expand(len(seg.lengths)))[:, : 1 if alone else None].flatten(0, 1)
+            outputs.append(out if gather is None else out.index_select(0, gather))
+        return torch.cat(outputs)[None]
+
 
 def _fold(x: torch.Tensor, count: int, scatter: torch.Tensor | None) -> torch.Tensor:
     """(H, tokens of all branches, D) to (G, H, C, D)."""
@@ -139,129 +166,6 @@ def _fold(x: torch.Tensor, count: int, scatter: torch.Tensor | None) -> torch.Te
 def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
     """(B, Hkv, L, D) to (B, Hkv * times, L, D), each head repeated in place, as grouped-query attention needs."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
-
-
-def as_used(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A key in the type of its value: under autocast rotation leaves it in float32, and every product casts it again."""
-    return key.to(value.dtype)
-
-
-class PromptCache:
-    """A cache that only records: the keys and values of a packed row of prompts, per layer."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(self, key, value, layer_idx: int, *args: Any, **kwargs: Any):
-        self.layers[layer_idx] = (as_used(key, value), value)
-        return key, value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-class BranchCache(Layout):
-    """Keys and values while decoding: the prompts' once per group, the branches' own in buffers of full length.
-
-    Args:
-        prompts: the recorded prompts of a packed row with the segments `segments`.
-        sizes: how many branches each prompt has; branches are in the order of the prompts.
-        max_new: how many tokens a branch can hold.
-        static: every step has the same shapes, over the whole buffers with a mask, as a CUDA graph needs.
-    """
-
-    def __init__(
-        self, prompts: PromptCache, segments: list[Segment], sizes: Sequence[int], max_new: int, *, static: bool = False
-    ) -> None:
-        self.length = 0  # tokens stored per branch before the current step
-        self.max_new = max_new
-        self.static = static
-        self.sizes = list(sizes)
-        self.uniform = len(set(sizes)) == 1
-        first = prompts.layers[0][0]
-        longest = max(seg.prompt for seg in segments)
-        self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer, pair in prompts.layers.items():
-            padded = []
-            for x in pair:  # (1, Hkv, L, D)
-                out = x.new_zeros(len(segments), x.shape[1], longest, x.shape[3])
-                for i, seg in enumerate(segments):
-                    out[i, :, : seg.prompt] = x[0, :, seg.start : seg.start + seg.prompt]
-                padded.append(out)
-            self.prompt[layer] = (padded[0], padded[1])
-        self.mask: torch.Tensor | None = None  # (N, 1, 1, P), -inf at padding
-        if any(seg.prompt != longest for seg in segments):
-            lengths = torch.tensor([seg.prompt for seg in segments], device=first.device)
-            hidden = torch.arange(longest, device=first.device)[None] >= lengths[:, None]
-            self.mask = torch.zeros(hidden.shape, device=first.device).masked_fill_(hidden, -torch.inf)[:, None, None]
-        self.slots: torch.Tensor | None = None  # place of each branch in a (N, largest group) grid
-        if not self.uniform:
-            widest = max(sizes)
-            places = [i * widest + j for i, size in enumerate(sizes) for j in range(size)]
-            self.slots = torch.tensor(places, device=first.device)
-        self.branch: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.at = torch.zeros(1, dtype=torch.long, device=first.device)
-        self.ahead = torch.zeros(max_new, device=first.device)  # static: -inf at tokens still to come
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def advance(self, length: int) -> None:
-        """Begin the step of a token that comes after `length` others of its branch."""
-        self.length = length
-        if self.static:
-            self.at.fill_(length)
-            self.ahead.zero_()[length + 1 :] = -torch.inf
-
-    def update(self, key, value, layer_idx: int, *args: Any, **kwargs: Any):
-        """Store the step's key and value (B, Hkv, 1, D)."""
-        key = as_used(key, value)
-        if layer_idx not in self.branch:
-            batch, heads, _, dim = key.shape
-            self.branch[layer_idx] = (
-                key.new_zeros(batch, heads, self.max_new, dim),
-                value.new_zeros(batch, heads, self.max_new, dim),
-            )
-        for buffer, x in zip(self.branch[layer_idx], (key, value), strict=True):
-            if self.static:
-                buffer.index_copy_(2, self.at, x)
-            else:
-                buffer[:, :, self.length] = x[:, :, 0]
-        return key, value
-
-    def attend(self, module, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
-        """Attention output (B, 1, H, D) of one new token per branch; query (B, H, 1, D)."""
-        self.layers_seen += 1
-        batch, heads, _, dim = query.shape
-        prompt_k, prompt_v = self.prompt[module.layer_idx]  # (N, Hkv, P, D)
-        kv_heads = prompt_k.shape[1]
-        stop = self.max_new if self.static else self.length + 1
-        branch_k, branch_v = (x[:, :, :stop] for x in self.branch[module.layer_idx])  # (B, Hkv, t, D)
-        scale = dim**-0.5 if scaling is None else scaling
-        query = (query * scale).view(batch, kv_heads, heads // kv_heads, dim)  # (B, Hkv, R, D)
-        own = query @ branch_k.transpose(2, 3)  # (B, Hkv, R, t)
-        if self.static:
-            own = own + self.ahead
-        shared = self._to_groups(query) @ prompt_k.transpose(2, 3)  # (N, Hkv, G * R, P)
-        if self.mask is not None:
-            shared = shared + self.mask
-        scores = torch.cat([self._to_rows(shared, batch), own], dim=-1)  # (B, Hkv, R, P + t)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(branch_v.dtype)
-        on_prompt, on_own = weights.split([prompt_k.shape[2], stop], dim=-1)
-        out = self._to_rows(self._to_groups(on_prompt) @ prompt_v, batch) + on_own @ branch_v
-        return out.reshape(batch, 1, heads, dim)
-
-    def _to_groups(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, Hkv, R, X) to (N, Hkv, G * R, X): the branches of a prompt side by side, to use its keys once."""
-        if self.slots is not None:
-            grid = x.new_zeros(len(self.sizes) * max(self.sizes), *x.shape[1:])
-            x = grid.index_copy(0, self.slots, x)
-        return x.unflatten(0, (len(self.sizes), -1)).transpose(1, 2).flatten(2, 3)
-
-    def _to_rows(self, x: torch.Tensor, batch: int) -> torch.Tensor:
-        """The reverse of `_to_groups`."""
-        x = x.unflatten(2, (max(self.sizes), -1)).transpose(1, 2).flatten(0, 1)
-        return x if self.slots is None else x.index_select(0, self.slots)
 
 
 def _attention(
@@ -280,6 +184,17 @@ def _attention(
         module.config._attn_implementation = name
 
 
+def not_shared(model) -> str | None:
+    """Why prefixes cannot be shared in passes of a model, in words; None when they can."""
+    if not family.of(model.config).shares_prefix:
+        return f"models of type {model.config.model_type} cannot share one"
+    if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or []):
+        return "sliding-window attention is not supported"
+    if not all(map(takes_layout, layers_of(model))):
+        return "this transformers tells linear attention nothing of it"
+    return None
+
+
 def install(model) -> None:
     """Give the text part of `model` (a Qwen-VL model for conditional generation) the attention of this module.
 
@@ -293,6 +208,8 @@ def install(model) -> None:
     # Without a mask function of its own, an unknown name gets no mask at all, and padding would be seen.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     model.set_attn_implementation({"text_config": name})
+    for module in layers_of(model):
+        install_scan(module)
     assert_installed(model)
 
 

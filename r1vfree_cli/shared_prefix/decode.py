@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .attention import BranchCache, PackedLayout, PromptCache, Segment, assert_installed, no_mask
+from ..core import console
+from ..core.errors import first_line
+from ..models.sampling import draw
+from .attention import assert_installed, no_mask
+from .cache import BranchCache, PromptCache
+from .delta import StepStates
+from .pack import Tree, lay_out
 
 
 @dataclass
@@ -20,133 +25,144 @@ class Prompts:
     grids: for each its rows of `image_grid_thw` (images, 3), or None for text alone.
     sizes: how many completions are wanted of each; the completions of a prompt stand side by side.
     images: what the model needs to see the images of all prompts (`pixel_values` ..., or encoded images).
-    blank: `images` is a blank image instead, shown to nobody (see `blank_image`).
     """
 
     ids: list[list[int]]
     grids: list[torch.Tensor | None]
     sizes: list[int]
     images: dict[str, Any] = field(default_factory=dict)
-    blank: bool = False
 
 
-def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> torch.Tensor:
-    """Positions (3, P + 1) of a prompt's tokens and of the first token after it, as the model alone would count them.
+class Sampler:
+    """The decoding loop of one model for `generate(custom_generate=...)`: samples or takes the best token, as it does.
 
-    `core` is the model inside the one for conditional generation (it owns `get_rope_index`); they are passed to every
-    call, so that nothing depends on what an earlier call left in `core.rope_deltas`.
+    Rows that have finished leave the batch. On a GPU they stay: a step is captured as a CUDA graph, once for all calls
+    of the same shape, over buffers that last; the weights are updated in place.
     """
-    if grid is None or not len(grid):
-        return torch.arange(len(ids) + 1).expand(3, -1)
-    # One text token more, whose position is that of the first completion token.
-    tokens = torch.tensor([*ids, 0])[None]
-    tokens[0, -1] = -1
-    kinds = (tokens == core.config.image_token_id).int()
-    positions, _ = core.get_rope_index(
-        tokens, mm_token_type_ids=kinds, image_grid_thw=grid.cpu(), attention_mask=torch.ones_like(tokens)
-    )
-    return positions[:, 0]
 
+    def __init__(self) -> None:
+        self._kept: _GraphedStep | None = None
 
-def decode_groups(
-    model,
-    input_ids: torch.Tensor,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
-    *,
-    prompts: Prompts,
-    all_ranks: bool = False,
-    **_: Any,
-) -> torch.Tensor:
-    """The decoding loop for `generate(custom_generate=...)`: samples or takes the best token, as `generate` does.
+    def __call__(
+        self,
+        model,
+        input_ids: torch.Tensor,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        *,
+        prompts: Prompts,
+        all_ranks: bool = False,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Completions of all branches.
 
-    Args:
-        model: the model for conditional generation.
-        input_ids: the prompts of all branches, left-padded (B, P); only the processors and criteria read them.
-        prompts: the same prompts, each once.
-        all_ranks: go on until all ranks have finished (`generate` does not hand its own such switch to a loop).
+        Args:
+            model: the model for conditional generation.
+            input_ids: the prompts of all branches, left-padded (B, P); only processors and criteria read them, which
+                must treat each row by itself.
+            prompts: the same prompts, each once.
+            all_ranks: go on until all ranks have finished (`generate` does not hand its own such switch to a loop).
 
-    Returns:
-        (B, P + new): prompts and completions, padded behind the end token.
-    """
-    assert_installed(model)
-    device = input_ids.device
-    batch, width = input_ids.shape
-    max_new = generation_config.max_length - width
-    sequences = torch.cat([input_ids, input_ids.new_full((batch, max_new), generation_config.pad_token_id)], dim=1)
-    graphed = device.type == "cuda" and not all_ranks
-    logits, cache, positions = _prefill(model, prompts, max_new, device, static=graphed)
-    forward = (_GraphedStep if graphed else _Step)(model, cache, positions)
+        Returns:
+            (B, P + new): prompts and completions, padded behind the end token.
+        """
+        assert_installed(model)
+        batch, width = input_ids.shape
+        max_new = generation_config.max_length - width
+        pad = generation_config.pad_token_id
+        sequences = torch.cat([input_ids, input_ids.new_full((batch, max_new), pad)], dim=1)
+        logits, forward = self._start(model, prompts, max_new, input_ids.device, all_ranks)
 
-    running = torch.ones(batch, dtype=torch.bool, device=device)
-    step, finished = 0, False
-    while True:
-        if not finished:
-            seen = sequences[:, : width + step]
-            scores = logits_processor(seen, logits.to(copy=True, dtype=torch.float32))
-            if generation_config.do_sample:
-                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0]
-            else:
-                tokens = scores.argmax(dim=-1)
-            tokens = torch.where(running, tokens, generation_config.pad_token_id)
-            sequences[:, width + step] = tokens
-            step += 1
-            running = running & ~stopping_criteria(sequences[:, : width + step], scores)
-            finished = step == max_new or not bool(running.any())
-        # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
-        if not _any_rank(not finished, device) if all_ranks else finished:
-            return sequences[:, : width + step]
-        logits = forward(tokens, min(step - 1, max_new - 1))
+        # What is left of the batch: its rows, their tokens, and which of them go on.
+        rows, live = torch.arange(batch, device=input_ids.device), sequences.clone()
+        running = torch.ones_like(rows, dtype=torch.bool)
+        step, finished = 0, False
+        while True:
+            if not finished:
+                scores = logits_processor(live[:, : width + step], logits.to(copy=True, dtype=torch.float32))
+                if generation_config.do_sample:
+                    tokens = draw(torch.softmax(scores, dim=-1), rows)
+                else:
+                    tokens = scores.argmax(dim=-1)
+                tokens = torch.where(running, tokens, pad)
+                live[:, width + step] = tokens
+                step += 1
+                running = running & ~stopping_criteria(live[:, : width + step], scores)
+                if step == max_new:
+                    finished = True
+                elif step % forward.look_every == 0:
+                    stay = running.nonzero()[:, 0]
+                    finished = not len(stay)
+                    if forward.rows_leave and 0 < len(stay) < len(rows):
+                        sequences[rows] = live
+                        rows, live, tokens, running = rows[stay], live[stay], tokens[stay], running[stay]
+                        forward.keep(stay)
+            # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
+            if not _any_rank(not finished, input_ids.device) if all_ranks else finished:
+                sequences[rows] = live
+                return sequences[:, : width + step]
+            logits = forward(tokens, min(step - 1, max_new - 1))
 
+    def _start(
+        self, model, prompts: Prompts, max_new: int, device: torch.device, all_ranks: bool
+    ) -> tuple[torch.Tensor, _Step]:
+        """One pass over the packed prompts: logits (B, V) after them, and the step that goes on."""
+        trees = [Tree(ids, grid) for ids, grid in zip(prompts.ids, prompts.grids, strict=True)]
+        inputs, layout, ends = lay_out(model.base_model, trees, device)
+        recorded = PromptCache()
+        logits = model(
+            **inputs,
+            past_key_values=recorded,
+            use_cache=True,
+            shared_prefix=layout,
+            logits_to_keep=ends,
+            return_dict=True,
+            **prompts.images,
+        ).logits[0]  # (N, V)
+        layout.assert_used(model.config.get_text_config().num_hidden_layers)
+        sizes = torch.tensor(prompts.sizes, device=device)
+        following = inputs["position_ids"][:, 0, ends].amax(0) + 1  # (N,)
+        graphed = device.type == "cuda" and not all_ranks
+        step = self._step(_GraphedStep if graphed else _Step, model, prompts, max_new)
+        step.cache.begin(recorded, layout.segments)
+        step.positions = following.repeat_interleave(sizes)
+        return logits.repeat_interleave(sizes, dim=0), step
 
-def _prefill(model, prompts: Prompts, max_new: int, device: torch.device, *, static: bool):
-    """One pass over the packed prompts: (logits (B, V) after them, cache for the branches, next positions (B,))."""
-    segments, positions, start = [], [], 0
-    for ids, grid in zip(prompts.ids, prompts.grids, strict=True):
-        segments.append(Segment(start, len(ids)))
-        positions.append(prompt_positions(model.base_model, ids, grid))
-        start += len(ids)
-    tokens = [token for ids in prompts.ids for token in ids]
-    places = [p[:, :-1] for p in positions]
-    shown = list(segments)
-    if prompts.blank:
-        tokens.append(model.config.image_token_id)
-        places.append(torch.zeros(3, 1, dtype=torch.long))
-        shown.append(Segment(start, 1))
-    layout, recorded = PackedLayout(shown, device), PromptCache()
-    logits = model(
-        input_ids=torch.tensor(tokens, device=device)[None],
-        position_ids=torch.cat(places, dim=1)[:, None].to(device),
-        attention_mask=no_mask(device),
-        past_key_values=recorded,
-        use_cache=True,
-        shared_prefix=layout,
-        logits_to_keep=torch.tensor([seg.end - 1 for seg in segments], device=device),
-        return_dict=True,
-        **prompts.images,
-    ).logits[0]  # (N, V)
-    layout.assert_used(model.config.get_text_config().num_hidden_layers)
-    sizes = torch.tensor(prompts.sizes, device=device)
-    following = torch.tensor([int(p[0, -1]) for p in positions], device=device)
-    cache = BranchCache(recorded, segments, prompts.sizes, max_new, static=static)
-    return logits.repeat_interleave(sizes, dim=0), cache, following.repeat_interleave(sizes)
+    def _step(self, kind: type[_Step], model, prompts: Prompts, max_new: int) -> _Step:
+        """The step that was captured, where it fits this call, else a new one."""
+        if not issubclass(kind, _GraphedStep):
+            return kind(model, prompts.sizes, max_new)
+        longest = max(map(len, prompts.ids))
+        if self._kept is None or not self._kept.fits(model, prompts.sizes, max_new, longest):
+            self._kept = None  # its buffers go before the new ones come
+            self._kept = kind(model, prompts.sizes, max_new)
+        return self._kept
 
 
 class _Step:
     """The forward pass of one token per branch.
 
-    Args:
-        positions: (B,) position of each branch's first token.
+    positions: (B,) position of each branch's first token.
     """
 
-    def __init__(self, model, cache: BranchCache, positions: torch.Tensor) -> None:
-        self.model, self.cache, self.positions = model, cache, positions
+    rows_leave = True
+    look_every = 1  # tokens between two looks at which rows have finished; a look waits for the device
+    static = False
+    positions: torch.Tensor
+
+    def __init__(self, model, sizes: list[int], max_new: int) -> None:
+        self.model, self.cache = model, BranchCache(sizes, max_new, static=self.static)
 
     def __call__(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         """Logits (B, V) after `tokens` (B,), of which each branch has `length` before."""
         self.cache.advance(length)
         return self._run(tokens[:, None], (self.positions + length).expand(3, -1)[..., None])
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with the branches `rows` alone."""
+        self.positions = self.positions[rows]
+        self.cache.keep(rows.tolist())
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.cache.layers_seen = 0
@@ -164,31 +180,79 @@ class _Step:
 
 
 class _GraphedStep(_Step):
-    """The same, captured once per call as a CUDA graph: a step is then one launch instead of thousands."""
+    """The same, captured as a CUDA graph: a step is then one launch instead of thousands."""
 
-    def __init__(self, model, cache: BranchCache, positions: torch.Tensor) -> None:
-        super().__init__(model, cache, positions)
-        self.tokens = torch.zeros(len(positions), 1, dtype=torch.long, device=positions.device)
-        self.at = positions.expand(3, -1)[..., None].clone()
-        self.graph: torch.cuda.CUDAGraph | None = None
+    rows_leave = False  # one graph, whose time goes into reading weights
+    look_every = 8
+    static = True
+
+    def __init__(self, model, sizes: list[int], max_new: int) -> None:
+        super().__init__(model, sizes, max_new)
+        device, rows = model.device, sum(sizes)
+        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.at = torch.zeros(3, rows, 1, dtype=torch.long, device=device)
+        self.graph: Any = None
+        self.captures = True
+        self._key = _addresses(model)
+        # Autocast casts large float32 weights once a call; a graph that lasts would have to do it for each token.
+        cast, total = _weights_to_cast(model)
+        self._lasts = 10 * cast < total
+
+    def fits(self, model, sizes: list[int], max_new: int, longest: int) -> bool:
+        """Whether another call can use this step: the same shapes, and weights at the same addresses."""
+        same = (self.cache.sizes, self.cache.max_new) == (list(sizes), max_new) and longest <= self.cache.room
+        return same and self._lasts and self._key == _addresses(model)
 
     def __call__(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
         self.cache.advance(length)
         self.tokens.copy_(tokens[:, None])
         self.at.copy_((self.positions + length).expand(3, -1)[..., None])
-        if self.graph is None:
-            # Kernels choose their work space in runs before the capture. They write what the captured run writes.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    self._run(self.tokens, self.at)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self._run(self.tokens, self.at)
+        if self.graph is None and self.captures:
+            try:
+                self._capture()
+            except RuntimeError as e:  # some quantised layers wait for the device
+                console.warn(f"the decoding step cannot be captured and runs as it is, slower: {first_line(e)}")
+                self.captures = False
+        return self._replay() if self.captures else self._run(self.tokens, self.at)
+
+    def _capture(self) -> None:
+        # Kernels choose their work space in runs before the capture. They write what the captured run writes; states
+        # of linear attention, which a run moves on, are put back.
+        before = {layer: StepStates(s.conv.clone(), s.recurrent.clone()) for layer, s in self.cache.states.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._run(self.tokens, self.at)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.logits = self._run(self.tokens, self.at)
+        self.graph = graph
+        for layer, states in before.items():
+            self.cache.states[layer].copied(states)
+
+    def _replay(self) -> torch.Tensor:
         self.graph.replay()
         return self.logits
+
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        kind = tokens.device.type
+        on = torch.is_autocast_enabled(kind)
+        # Without its cache: a graph that lasts must cast for itself what autocast casts.
+        with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=on, cache_enabled=not self._lasts):
+            return super()._run(tokens, positions)
+
+
+def _addresses(model) -> list[int]:
+    return [p.data_ptr() for p in model.parameters()]
+
+
+def _weights_to_cast(model) -> tuple[int, int]:
+    """How many weights of the text part autocast would cast now, and how many there are."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    on = torch.is_autocast_enabled(model.device.type)
+    return sum(p.numel() for p in weights if on and p.dtype == torch.float32), sum(p.numel() for p in weights)
 
 
 def _any_rank(value: bool, device: torch.device) -> bool:

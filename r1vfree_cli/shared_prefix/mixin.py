@@ -20,24 +20,23 @@ from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
 from ..core import console
-from .attention import assert_installed, install
-from .decode import Prompts, decode_groups
-from .pack import Group, find_groups, pack, split_by_groups
+from ..core.errors import DataError
+from .attention import assert_installed, install, not_shared
+from .decode import Prompts, Sampler
+from .pack import Group, cut, find_groups, pack, split_by_groups
 from .prompts import (
     DistinctPrompts,
     PreparedProcessor,
     RowsByReference,
-    blank_image,
     encode_images,
     equal_prompts,
+    has_image,
     left_pad,
     model_images,
     same_frozen_vision,
 )
 
 _Trainer: Any = object  # for type checkers: the attributes are GRPOTrainer's
-
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 class SharedPrefixMixin(_Trainer):
@@ -59,7 +58,10 @@ class SharedPrefixMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self._prompts: DistinctPrompts  # of the batch in work
         self._advantages: torch.Tensor | None = None  # of the micro-batch in work
+        self._idle: list[torch.Tensor] = []  # log-probabilities and entropies of its skipped groups
+        self._may_skip_idle = True
         self._encodes_once = False
+        self._sampler = Sampler()
         self.shared_prefix_off = unsupported(self) if self.shared_prefix else "switched off"
         if self.shared_prefix_off:
             if self.shared_prefix and self.accelerator.is_main_process:
@@ -133,6 +135,12 @@ class SharedPrefixMixin(_Trainer):
     def _tokenize_prompts(self, prompts: list):
         if not self._shares:
             return super()._tokenize_prompts(prompts)
+        if self._zero3 and not self._encodes_once and not all(map(has_image, prompts)):
+            # Each rank must run the vision tower in every pass, because its weights are gathered from all ranks.
+            raise DataError(
+                "a prompt has no image, which ZeRO-3 cannot train on",
+                hint="leave out rows without an image, as r1v does when it loads them",
+            )
         starts = [i for i in range(len(prompts)) if i == 0 or not equal_prompts(prompts[i], prompts[i - 1])]
         sizes = [b - a for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
         ids, images, fields = super()._tokenize_prompts([prompts[i] for i in starts])
@@ -176,15 +184,12 @@ class SharedPrefixMixin(_Trainer):
                 self._whole(model), fields.get("pixel_values"), fields.get("image_grid_thw"), encoded=prompts.encoded
             )
             together = self._zero3 and not self.args.ds3_gather_for_generation
-            blank = together and not images
-            if blank:
-                images = blank_image(self._whole(model), device)
             sequences = model.generate(
                 input_ids=padded.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                custom_generate=decode_groups,
-                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images, blank),
+                custom_generate=self._sampler,
+                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images),
                 all_ranks=together,
             )
         completions = sequences[:, padded.shape[1] :]
@@ -243,18 +248,21 @@ class SharedPrefixMixin(_Trainer):
         whole = self._whole(model)
         assert_installed(whole)
         width = input_ids.shape[1] - logits_to_keep
-        groups = self._groups(input_ids[:, :width], attention_mask[:, :width], num_images, grid)
+        # The layout is made on the host: it waits for the device here, and not again before the pass has begun.
+        ids, mask, grids = input_ids.cpu(), attention_mask.cpu(), None if grid is None else grid.cpu()
+        groups = self._groups(ids[:, :width], mask[:, :width], num_images, grids)
         live, idle = self._split_idle(groups) if torch.is_grad_enabled() else (groups, [])
+        rows = [row for g in live + idle for row in range(g.start, g.stop)]
+        order = torch.tensor(rows).argsort().to(input_ids.device)  # before the pass: a copy waits for its end
 
         def run(part: list[Group], model) -> list[torch.Tensor]:
             """Log-probabilities (rows, C) of the part and, if wanted, entropies."""
-            blank = self._zero3 and not self._encodes_once and not any(g.grids.stop > g.grids.start for g in part)
-            packed = pack(whole.base_model, part, input_ids, attention_mask, logits_to_keep, grid, blank_image=blank)
-            images = blank_image(whole, input_ids.device) if blank else {}
-            if pixels is not None and grid is not None and not blank:
+            packed = pack(whole.base_model, part, ids, mask, logits_to_keep, grids, input_ids.device)
+            images = {}
+            if pixels is not None and grid is not None:
                 shown = torch.cat([pixels[g.pixels] for g in part])
-                grids = torch.cat([grid[g.grids] for g in part])
-                images = model_images(whole, shown, grids, encoded=self._encodes_once)
+                sizes = torch.cat([grid[g.grids] for g in part])
+                images = model_images(whole, shown, sizes, encoded=self._encodes_once)
             with self.accelerator.autocast():
                 outputs = model(**packed.inputs, **images, shared_prefix=packed.layout, fused_lm_head=True)
             packed.layout.assert_used(whole.config.get_text_config().num_hidden_layers)
@@ -265,25 +273,47 @@ class SharedPrefixMixin(_Trainer):
         parts = [run(part, model) for part in passes]
         if idle:
             with torch.no_grad():  # local, as other ranks may have no such group
-                parts.append(run(idle, whole))
-        order = torch.tensor([row for g in live + idle for row in range(g.start, g.stop)], device=input_ids.device)
-        logps, *entropies = (torch.cat(x)[order.argsort()] for x in zip(*parts, strict=True))
+                self._idle = run(idle, whole)
+            parts.append([x.requires_grad_() for x in self._idle])  # see `_loses_gradient`
+        logps, *entropies = (torch.cat(x)[order] for x in zip(*parts, strict=True))
         return logps, entropies[0] if entropies else None, None
 
+    # TRL runs the policy on all rows, also on a group of equal rewards, whose advantages are zero and which adds
+    # nothing to any gradient: its backward pass is half of its work. Can go when TRL leaves such groups out.
     def _compute_loss(self, model, inputs):
-        self._advantages = inputs["advantages"]
+        self._advantages = inputs["advantages"] if self._skips_idle else None
+        self._idle = []
         try:
-            return super()._compute_loss(model, inputs)
+            loss = super()._compute_loss(model, inputs)
+            if self._advantages is not None and torch.is_grad_enabled() and self._loses_gradient(loss):
+                console.warn("shared_prefix: a term of the loss moves groups of equal rewards too; none is skipped")
+                self._may_skip_idle, self._advantages = False, None
+                loss = super()._compute_loss(model, inputs)
+            return loss
         finally:
             self._advantages = None
+
+    @property
+    def _skips_idle(self) -> bool:
+        """Whether groups without a gradient may be left out of the backward pass.
+
+        Not where a known term moves every group, and under ZeRO-3 all ranks must make the same forward passes.
+        """
+        moves_all = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
+        return self._may_skip_idle and not moves_all and not self._zero3
+
+    def _loses_gradient(self, loss: torch.Tensor) -> bool:
+        """Whether on any rank the loss, whatever its terms are, has a gradient by the outputs of a skipped group."""
+        grads = torch.autograd.grad(loss, self._idle, retain_graph=True, allow_unused=True) if self._idle else ()
+        lost = any(g is not None and bool(g.any()) for g in grads)
+        return bool(self.accelerator.reduce(torch.tensor(float(lost), device=loss.device)).item())
 
     def _split_idle(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
         """Groups that have a gradient, and those that have none because all their advantages are zero.
 
-        With a KL term or an entropy bonus every group has one. Under ZeRO-3 every rank must make the same number of
-        forward passes. One group is always kept, so that there is something to run backward through.
+        One group is always kept, so that there is something to run backward through.
         """
-        if self._advantages is None or self.beta != 0.0 or self._entropy_bonus_enabled or self._zero3:
+        if self._advantages is None or not self._skips_idle:
             return groups, []
         moving = (self._advantages != 0).view(len(self._advantages), -1).any(dim=1).tolist()
         live = [g for g in groups if any(moving[g.start : g.stop])] or groups[:1]
@@ -292,28 +322,12 @@ class SharedPrefixMixin(_Trainer):
 
 
 def chunks(groups: list[Group], rows: int, generations: int) -> list[list[Group]]:
-    """Groups in parts of about `rows` rows: whole groups of `generations`, at least one.
-
-    The boundaries depend on numbers of rows only, which all ranks have in common, and not on where their groups
-    begin: under ZeRO-3 every rank must make the same number of forward passes.
-    """
-    size = max(rows // generations, 1) * generations
-    out: list[list[Group]] = []
-    taken = 0
-    for group in groups:
-        start = group.start
-        while start < group.stop:
-            if taken % size == 0:
-                out.append([])
-            stop = min(group.stop, start + size - taken % size)
-            out[-1].append(group.part(start, stop))
-            taken += stop - start
-            start = stop
-    return out
+    """Groups in parts of about `rows` rows: as many as complete groups of `generations` have, at least one."""
+    return cut(groups, max(rows // generations, 1) * generations)
 
 
 def own_loop_can(config) -> bool:
-    """Whether `decode_groups` does all that the generation config asks for."""
+    """Whether `Sampler` does all that the generation config asks for."""
     return (
         str(getattr(config.get_generation_mode(), "value", "")) in ("greedy_search", "sample")
         and config.cache_implementation in (None, "dynamic", "static")
@@ -330,13 +344,8 @@ def unsupported(trainer) -> str | None:
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "prompt-learning adapters are not supported"
         model = model.get_base_model()
-    text = model.config.get_text_config()
-    if model.config.model_type not in MODEL_TYPES:
-        return f"model type {model.config.model_type} is not one of {', '.join(MODEL_TYPES)}"
-    if "sliding_attention" in (getattr(text, "layer_types", None) or []):
-        return "sliding-window attention is not supported"
     if trainer.tools or trainer.environment_factories is not None or trainer.rollout_func is not None:
         return "tools, environments and rollout functions are not supported"
     if trainer.is_fsdp_enabled:
         return "FSDP is not supported"
-    return None
+    return not_shared(model)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .attention import PackedLayout, Segment, no_mask
-from .decode import prompt_positions
 
 
 @dataclass
@@ -87,22 +86,48 @@ def take_rows(batch: dict[str, Any], groups: Sequence[Group]) -> dict[str, Any]:
     return out
 
 
-def split_by_groups(batch: dict[str, Any], groups: Sequence[Group], chunks: int) -> list[dict[str, Any]]:
-    """The batch in `chunks` parts of equal size, rows in the order of `groups`; a group may be cut at a boundary."""
-    size = sum(g.stop - g.start for g in groups) // chunks
-    parts: list[list[Group]] = [[]]
-    room = size
+def cut(groups: Sequence[Group], size: int) -> list[list[Group]]:
+    """The groups in parts of `size` rows, in their order; a group that crosses a boundary is in both parts.
+
+    The boundaries depend on numbers of rows only, which all ranks have in common, and not on where their groups
+    begin: under ZeRO-3 every rank must make the same number of forward passes.
+    """
+    parts: list[list[Group]] = []
+    taken = 0
     for group in groups:
         start = group.start
         while start < group.stop:
-            if not room:
+            if taken % size == 0:
                 parts.append([])
-                room = size
-            stop = min(group.stop, start + room)
+            stop = min(group.stop, start + size - taken % size)
             parts[-1].append(group.part(start, stop))
-            room -= stop - start
+            taken += stop - start
             start = stop
-    return [take_rows(batch, part) for part in parts[:chunks]]
+    return parts
+
+
+def split_by_groups(batch: dict[str, Any], groups: Sequence[Group], chunks: int) -> list[dict[str, Any]]:
+    """The batch in `chunks` parts of equal size, rows in the order of `groups`; a group may be cut at a boundary."""
+    size = sum(g.stop - g.start for g in groups) // chunks
+    return [take_rows(batch, part) for part in cut(groups, size)[:chunks]]
+
+
+def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> torch.Tensor:
+    """Positions (3, P + 1) of a prompt's tokens and of the first token after it, as the model alone would count them.
+
+    `core` is the model inside the one for conditional generation (it owns `get_rope_index`); they are passed to every
+    call, so that nothing depends on what an earlier call left in `core.rope_deltas`.
+    """
+    if grid is None or not len(grid):
+        return torch.arange(len(ids) + 1).expand(3, -1)
+    # One text token more, whose position is that of the first completion token.
+    tokens = torch.tensor([*ids, 0])[None]
+    tokens[0, -1] = -1
+    kinds = (tokens == core.config.image_token_id).int()
+    positions, _ = core.get_rope_index(
+        tokens, mm_token_type_ids=kinds, image_grid_thw=grid.cpu(), attention_mask=torch.ones_like(tokens)
+    )
+    return positions[:, 0]
 
 
 @dataclass
@@ -133,69 +158,129 @@ def pack(
     attention_mask: torch.Tensor,
     keep: int,
     image_grid_thw: torch.Tensor | None,
-    *,
-    blank_image: bool = False,
+    device: torch.device,
 ) -> Packed:
-    """Lay out `groups` of the batch in one row without padding.
+    """Lay out `groups` of the batch in one row on `device`, without padding.
 
     A branch is the prompt's last token and all completion tokens but the last: the token that a position predicts is
     then always the next one of the same branch, also for the first token of a completion.
 
     Args:
         core: the model inside the one for conditional generation.
-        input_ids, attention_mask: (B, P + C), prompts left-padded, completions right-padded.
+        input_ids, attention_mask: (B, P + C) on the host, prompts left-padded, completions right-padded.
         keep: C.
-        image_grid_thw: (images, 3) of the whole batch.
-        blank_image: end the row with the one token of a blank image, seen by nothing (see `blank_image`).
+        image_grid_thw: (images, 3) of the complete batch, on the host.
     """
-    device = input_ids.device
-    total = input_ids.shape[1]
-    width = total - keep
-    prompt_lengths = attention_mask[:, :width].sum(dim=1).tolist()
-    lengths = attention_mask[:, width:].sum(dim=1).tolist()
-    ids = input_ids.cpu()
-    segments, positions, index, labels, source, target = [], [], [], [], [], []
-    start = row = 0
+    width = input_ids.shape[1] - keep  # P
+    prompts = attention_mask[:, :width].sum(dim=1).tolist()
+    completions = attention_mask[:, width:].sum(dim=1).tolist()
+    row = _Row(width, keep)
     for group in groups:
-        prompt = prompt_lengths[group.start]
+        length = prompts[group.start]
         grid = None if image_grid_thw is None else image_grid_thw[group.grids]
-        known = prompt_positions(core, ids[group.start, width - prompt : width].tolist(), grid)  # (3, prompt + 1)
-        at = group.start * total
-        index.append(torch.arange(at + width - prompt, at + width - 1))
-        labels.append(torch.full((prompt - 1,), -1))
-        positions.append(known[:, : prompt - 1])
-        segment = Segment(start, prompt - 1, [])
-        start += prompt - 1
+        known = prompt_positions(core, input_ids[group.start, width - length : width].tolist(), grid)  # (3, length + 1)
+        row.add_prompt(group.start, known[:, : length - 1])
         for member in range(group.start, group.stop):
-            # A completion that is masked as a whole keeps one unscored token, so that no micro-batch becomes empty.
-            length = max(1, lengths[member])
-            at = member * total + width
-            index.append(torch.arange(at - 1, at - 1 + length))
-            positions.append(torch.cat([known[:, -2:-1], known[:, -1:] + torch.arange(length - 1)], dim=1))
-            labels.append(torch.arange(at, at + length) if lengths[member] else torch.full((1,), -1))
-            source.append(torch.arange(start, start + lengths[member]))
-            target.append(torch.arange(row * keep, row * keep + lengths[member]))
-            segment.lengths.append(length)
-            start += length
-            row += 1
-        segments.append(segment)
-    flat = input_ids.reshape(-1)
-    if blank_image:
-        segments.append(Segment(start, 1))
-        index.append(torch.tensor([len(flat)]))
-        labels.append(torch.tensor([-1]))
-        positions.append(torch.zeros(3, 1, dtype=torch.long))
-        flat = torch.cat([flat, flat.new_tensor([core.config.image_token_id])])
-    where = torch.cat(labels).to(device)
-    return Packed(
-        inputs={
-            "input_ids": flat[torch.cat(index).to(device)][None],
-            "position_ids": torch.cat(positions, dim=1)[:, None].to(device),  # (3, 1, L)
-            "attention_mask": no_mask(device),
-            "shift_labels": torch.where(where < 0, -100, flat[where.clamp(min=0)])[None],
-        },
-        layout=PackedLayout(segments, device),
-        source=torch.cat(source).to(device),
-        target=torch.cat(target).to(device),
-        rows=row,
-    )
+            row.add_branch(member, completions[member], known[:, -2:])
+    return row.packed(input_ids, device)
+
+
+class _Row:
+    """A packed row in the making; `flat` below is the batch (B, P + C) as one dimension."""
+
+    def __init__(self, width: int, keep: int) -> None:
+        self.width, self.keep = width, keep
+        self.length = self.branches = 0
+        self.segments: list[Segment] = []
+        self.index: list[torch.Tensor] = []  # place in `flat` of each token
+        self.labels: list[torch.Tensor] = []  # place in `flat` of the token that it predicts, -1 for none
+        self.positions: list[torch.Tensor] = []  # (3, tokens)
+        self.source: list[torch.Tensor] = []
+        self.target: list[torch.Tensor] = []
+
+    def add_prompt(self, member: int, positions: torch.Tensor) -> None:
+        """The prompt of the batch's row `member` without its last token; positions (3, tokens)."""
+        tokens = positions.shape[1]
+        end = member * (self.width + self.keep) + self.width - 1
+        self.segments.append(Segment(self.length, tokens, []))
+        self._add(torch.arange(end - tokens, end), torch.full((tokens,), -1), positions)
+
+    def add_branch(self, member: int, tokens: int, last: torch.Tensor) -> None:
+        """The completion of the batch's row `member`.
+
+        Args:
+            last: (3, 2) positions of the prompt's last token and of the first one after it.
+        """
+        # A completion that is masked as a whole keeps one unscored token, so that no micro-batch becomes empty.
+        length = max(1, tokens)
+        start = member * (self.width + self.keep) + self.width
+        self.source.append(torch.arange(self.length, self.length + tokens))
+        self.target.append(torch.arange(self.branches * self.keep, self.branches * self.keep + tokens))
+        self.segments[-1].lengths.append(length)
+        self.branches += 1
+        labels = torch.arange(start, start + length) if tokens else torch.full((1,), -1)
+        positions = torch.cat([last[:, :1], last[:, 1:] + torch.arange(length - 1)], dim=1)
+        self._add(torch.arange(start - 1, start - 1 + length), labels, positions)
+
+    def _add(self, index: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> None:
+        self.index.append(index)
+        self.labels.append(labels)
+        self.positions.append(positions)
+        self.length += len(index)
+
+    def packed(self, input_ids: torch.Tensor, device: torch.device) -> Packed:
+        flat, labels = input_ids.reshape(-1), torch.cat(self.labels)
+        return Packed(
+            inputs={
+                "input_ids": flat[torch.cat(self.index)][None].to(device),  # (1, L)
+                "position_ids": torch.cat(self.positions, dim=1)[:, None].to(device),  # (3, 1, L)
+                "attention_mask": no_mask(device),
+                "shift_labels": torch.where(labels < 0, -100, flat[labels.clamp(min=0)])[None].to(device),
+            },
+            layout=PackedLayout(self.segments, device),
+            source=torch.cat(self.source).to(device),
+            target=torch.cat(self.target).to(device),
+            rows=self.branches,
+        )
+
+
+@dataclass
+class Tree:
+    """A prefix that `branches` go on from; without any it ends in itself.
+
+    grid: (images, 3) `image_grid_thw` of its images, which all lie in the prefix; None for text alone.
+    """
+
+    prefix: list[int]
+    grid: torch.Tensor | None
+    branches: list[list[int]] = field(default_factory=list)
+
+
+def tree_of(rows: Sequence[list[int]], grid: torch.Tensor | None) -> Tree:
+    """What `rows` of token ids have in common, and at least the last token of each as its branch."""
+    pairs = zip(min(rows), max(rows), strict=False)  # in the order of lists, the two that differ first
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(min(rows)))
+    same = min(same, min(map(len, rows)) - 1)
+    return Tree(rows[0][:same], grid, [row[same:] for row in rows])
+
+
+def lay_out(core, trees: Sequence[Tree], device: torch.device) -> tuple[dict[str, Any], PackedLayout, torch.Tensor]:
+    """Token ids as one row: the model's inputs without images, the layout, and the places of all last tokens."""
+    segments, ids, positions, ends = [], list[int](), [], []
+    for tree in trees:
+        known = prompt_positions(core, tree.prefix, tree.grid)  # (3, P + 1)
+        segments.append(Segment(len(ids), len(tree.prefix), [len(branch) for branch in tree.branches]))
+        positions.append(known[:, :-1])
+        ids += tree.prefix
+        for branch in tree.branches:
+            positions.append(known[:, -1:] + torch.arange(len(branch)))
+            ids += branch
+            ends.append(len(ids) - 1)
+        if not tree.branches:
+            ends.append(len(ids) - 1)
+    inputs = {
+        "input_ids": torch.tensor(ids, device=device)[None],  # (1, L)
+        "position_ids": torch.cat(positions, dim=1)[:, None].to(device),  # (3, 1, L)
+        "attention_mask": no_mask(device),
+    }
+    return inputs, PackedLayout(segments, device), torch.tensor(ends, device=device)

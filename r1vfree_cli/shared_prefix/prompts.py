@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..models import family
 
 
 class RowsByReference(torch.utils.data.Dataset):
@@ -46,6 +47,13 @@ def equal_prompts(a: Any, b: Any) -> bool:
     if hasattr(a, "shape"):
         return a.shape == b.shape and bool((a == b).all())
     return bool(a == b)
+
+
+def has_image(prompt: list[dict]) -> bool:
+    """Whether a conversation, as TRL prepares it, shows an image."""
+    return any(
+        part.get("type") == "image" for turn in prompt if isinstance(turn["content"], list) for part in turn["content"]
+    )
 
 
 @dataclass
@@ -143,36 +151,22 @@ def model_images(
     return {"mm_encoder_outputs": {"image": output}}
 
 
-def blank_image(core, device: torch.device) -> dict[str, torch.Tensor]:
-    """The smallest image, one token, all zeros.
-
-    Under ZeRO-3 every rank must run the vision tower whenever one does, because its weights are gathered from all
-    ranks. A rank with text alone runs it on this; nothing sees the token, so that its gradient is zero.
-    """
-    vision = core.config.vision_config
-    side = vision.spatial_merge_size
-    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        "pixel_values": torch.zeros(side * side, values, device=device),
-        "image_grid_thw": torch.tensor([[1, side, side]], device=device),
-    }
-
-
 def same_frozen_vision(policy, reference) -> bool:
-    """Whether the vision tower is not trained and the reference has the same one, so that its output serves both.
-
-    It also needs a transformers whose models take that output (`mm_encoder_outputs`, 5.19).
-    """
-    if "mm_encoder_outputs" not in inspect.signature(type(policy).forward).parameters:
+    """Whether the vision tower is not trained and the reference has the same one, so that its output serves both."""
+    kind = family.of(policy.config)
+    if not kind.takes_features(policy):
         return False
 
-    def weight(p: Any) -> torch.Tensor:
+    def weights(model) -> dict[str, Any]:
+        return {f"{i}.{n}": p for i, m in enumerate(kind.vision_modules(model)) for n, p in m.named_parameters()}
+
+    def values(p: Any) -> torch.Tensor:
         return getattr(p, "ds_tensor", p).detach().cpu()  # under ZeRO-3 the shard of this rank
 
-    own = dict(policy.base_model.visual.named_parameters())
+    own = weights(policy)
     if any(p.requires_grad for p in own.values()):
         return False
     if reference is None:
         return True
-    other = dict(reference.base_model.visual.named_parameters())
-    return own.keys() == other.keys() and all(torch.equal(weight(own[k]), weight(other[k])) for k in own)
+    other = weights(reference)
+    return own.keys() == other.keys() and all(torch.equal(values(own[k]), values(other[k])) for k in own)

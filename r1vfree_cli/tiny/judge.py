@@ -22,6 +22,7 @@ from PIL import Image
 from ..core import console
 from ..core.prompts import judge_messages
 from ..data import shapes
+from ..training.judging import area_under_roc
 
 STEPS = 250
 IMAGES = 24  # a step
@@ -298,9 +299,4 @@ def areas(judge, rows: list[dict], seed: int = 0) -> dict[str, float]:
         for name in (kind, "all"):
             scores[name][0].append(right)
             scores[name][1].append(wrong)
-    return {name: _area(*both) for name, both in scores.items() if both[0]}
-
-
-def _area(right: list[float], wrong: list[float]) -> float:
-    gap = torch.tensor(right)[:, None] - torch.tensor(wrong)[None]
-    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
+    return {name: area_under_roc(*both) for name, both in scores.items() if both[0]}

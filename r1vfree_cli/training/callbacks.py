@@ -72,6 +72,12 @@ class RunCallback(TrainerCallback):
             self._status_at = time.monotonic()
             self.run.set_status(RUNNING, step=state.global_step)
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """A line of its own with the step's number; no part of a step's time either."""
+        self._mark = time.perf_counter()
+        if state.is_world_process_zero and metrics:
+            append_jsonl(self.run.metrics, {"step": state.global_step} | {k: finite(v) for k, v in metrics.items()})
+
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.run.set_status(RUNNING, step=state.global_step)
@@ -84,8 +90,16 @@ class RolloutCallback(TrainerCallback):
     the same figures and decides alike.
     """
 
-    def __init__(self, recorder: Recorder, run: RunDir, *, show: int = 0, guard: CollapseGuard | None = None):
-        self.recorder, self.run, self.show, self.guard = recorder, run, show, guard
+    def __init__(
+        self,
+        recorder: Recorder,
+        run: RunDir,
+        *,
+        show: int = 0,
+        guard: CollapseGuard | None = None,
+        table: Callable[[int, list[Rollout]], None] = lambda *_: None,
+    ):
+        self.recorder, self.run, self.show, self.guard, self.table = recorder, run, show, guard, table
         self.stopped: R1VError | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -98,6 +112,7 @@ class RolloutCallback(TrainerCallback):
         rollouts = self.recorder.take()
         if state.is_world_process_zero:
             self._show(state.global_step, rollouts)
+            self.table(state.global_step, rollouts)
         verdict = self.judge(state.global_step, logs, rollouts)
         if state.is_world_process_zero:
             for warning in verdict.warnings:
@@ -117,7 +132,11 @@ class RolloutCallback(TrainerCallback):
         """The verdict on one logged step: `logs` as in metrics.jsonl, and the rollouts since the last one."""
         if self.guard is None:
             return Verdict()
-        return self.guard.observe(figures(step, rollouts, loss=logs.get("loss"), grad_norm=logs.get("grad_norm")))
+        difference = logs.get("sampling/sampling_logp_difference/mean")
+        found = figures(
+            step, rollouts, loss=logs.get("loss"), grad_norm=logs.get("grad_norm"), sampler_difference=difference
+        )
+        return self.guard.observe(found)
 
     def _show(self, step: int, rollouts: list[Rollout]) -> None:
         for r in spread_over_groups(rollouts, self.show):

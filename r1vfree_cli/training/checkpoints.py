@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -21,11 +21,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..core import console
 from ..core.errors import DataError, R1VError, UsageError, first_line
-from ..core.files import disk_full, no_space, write_json
+from ..core.files import sync, write_json
+from ..core.machine import disk_full, no_memory, no_space
 from ..models.adapter import base_signature
 from ..run import contract
 from ..run.attempt import Attempt
-from ..run.checkpoint import checkpoints, lacking, seal, sync
+from ..run.checkpoint import checkpoints, lacking, seal
 from .worker import on_main
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class AtomicCheckpoints(_Trainer):
     """
 
     contract: dict | None = None
+    kept: str | None = None  # name of a checkpoint that `save_total_limit` does not delete
     _staging: Path | None = None
 
     def _get_output_dir(self, trial):
@@ -58,6 +60,7 @@ class AtomicCheckpoints(_Trainer):
         staging = folder / STAGING
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
+            console.log(f"saving {name}")
             clean(folder)
         self.accelerator.wait_for_everyone()
         self._staging = staging
@@ -88,13 +91,14 @@ class AtomicCheckpoints(_Trainer):
             clean(folder)
             limit = self.args.save_total_limit or 0  # 0: all are kept
             for old in [path for _, path in checkpoints(folder) if not lacking(path, verify=False)][:-limit]:
-                _remove(old)
+                if old.name != self.kept:
+                    _remove(old)
 
     def _save(self, output_dir=None, state_dict=None):
         # Loading under ZeRO-3 records renamings that were not needed as if they had been, and saving reverts them:
         # `model.model.embed_tokens`, which other readers of the file do not know. None means the published names.
         if is_deepspeed_zero3_enabled() and isinstance(self.model, PreTrainedModel):
-            vars(self.model)["_weight_conversions"] = None
+            self.model.__dict__["_weight_conversions"] = None
         super()._save(output_dir, state_dict)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -150,16 +154,26 @@ def try_final_save(trainer) -> None:
 
     Raises:
         DataError: something cannot be saved, so the run would end without its model.
+        UsageError: the disk has less room than the trained weights take.
     """
+    run = Path(trainer.args.output_dir).parent
     model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     mend_generation_config(base)
     adapted = getattr(model, "peft_config", {})
     if adapted and (signature := base_signature(base)):
         trainer.contract = trainer.contract | {"base_signature": signature}
+    saved = [p for p in model.parameters() if p.requires_grad or not adapted]
+    needed = 2 * sum(getattr(p, "ds_numel", p.numel()) for p in saved)  # bytes: at least 16 bits each
 
     def save() -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        free = shutil.disk_usage(run).free
+        if free < needed:
+            raise UsageError(
+                f"the disk of {run} has {free / 1e9:.1f} GB free; the trained model alone takes {needed / 1e9:.1f} GB",
+                hint="free some space, or choose another --run-dir",
+            )
+        with tempfile.TemporaryDirectory(prefix=".trial-", dir=run) as folder:
             try:
                 for config in (base.config, base.generation_config, *adapted.values()):
                     config.save_pretrained(folder)
@@ -219,8 +233,7 @@ def save_final(trainer, folder: Path) -> None:
             seal(staging)
     except Exception as e:
         if no_space(e):
-            shutil.rmtree(staging, ignore_errors=True)
-            raise disk_full(folder) from e
+            shutil.rmtree(staging, ignore_errors=True)  # cut files
         raise _unsaved(trainer, folder, staging, e) from e
     if trainer.args.should_save:
         _move(staging, folder)
@@ -231,13 +244,18 @@ def save_final(trainer, folder: Path) -> None:
 
 def _unsaved(trainer, folder: Path, staging: Path, error: Exception) -> DataError:
     """The error of a final save that failed; the weights are kept, by a write of them alone if need be."""
-    if not any(staging.glob("*.safetensors")) and not is_deepspeed_zero3_enabled():  # there: sharded over the ranks
-        staging.mkdir(exist_ok=True)
-        save_model(trainer.accelerator.unwrap_model(trainer.model), str(staging / "weights.safetensors"))
-    places = [str(p) for p in staging.glob("*.safetensors")]
+    kept = list(staging.glob("*.safetensors"))
+    for place in (staging, Path(tempfile.gettempdir()) / f"r1v-{folder.parent.name}-{os.getpid()}"):
+        if kept or not trainer.args.should_save or is_deepspeed_zero3_enabled():  # the last: sharded over the ranks
+            break
+        with suppress(Exception):  # no room there either, read-only
+            place.mkdir(exist_ok=True)
+            save_model(trainer.accelerator.unwrap_model(trainer.model), str(place / "weights.safetensors"))
+            kept = [place / "weights.safetensors"]
+    places = [str(p) for p in kept]
     places += [str(p) for _, p in checkpoints(folder.parent / "checkpoints")[-1:] if not lacking(p)]
-    kept = f"the weights are in {' and in '.join(places)}" if places else "there is no checkpoint either"
-    return DataError(f"the trained model could not be saved to {folder}: {first_line(error)}", hint=kept)
+    hint = f"the weights are in {' and in '.join(places)}" if places else "there is no checkpoint either"
+    return DataError(f"the trained model could not be saved to {folder}: {first_line(error)}", hint=hint)
 
 
 def _damaged(checkpoint: Path | str, error: BaseException) -> DataError:
@@ -250,9 +268,11 @@ def _readable(checkpoint: Path | str | None) -> Iterator[None]:
     """What reading a damaged file raises, as an error that names its checkpoint."""
     try:
         yield
-    except (R1VError, torch.OutOfMemoryError):
+    except R1VError:
         raise
     except Exception as e:  # damaged files raise anything
+        if no_memory(e):
+            raise
         raise _damaged(checkpoint or "the checkpoint", e) from e
 
 

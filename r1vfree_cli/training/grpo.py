@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,24 +13,22 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
-from ..config.embedded import with_seed
 from ..config.schema import GrpoRecipe
 from ..core import console
-from ..core.errors import R1VError, UsageError
+from ..core.errors import UsageError, counted
 from ..core.files import append_jsonl
-from ..data.load import data_sha256, load_rows
 from ..models.lengths import drop_long_prompts
-from ..models.load import load_policy, load_processor, peft_config, round_weights
 from ..rewards import canaries
-from ..rewards.registry import build_rewards
+from ..rewards.registry import build_feedback, build_rewards
 from ..run import contract
 from ..run.attempt import Attempt
-from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED, RunDir
-from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback, RunCallback
-from .checkpoints import resume_point, save_final, try_final_save
+from ..run.run_dir import RunDir
+from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback
+from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam
 from .guard import CollapseGuard
 from .heldout import heldout_rows, measure
-from .recorder import summarise_metrics, truncate_lines, truncate_rollouts, update_summary
+from .recorder import Rollout, summarise_metrics, truncate_lines, truncate_rollouts, update_summary
+from .run import Training
 from .trainer import R1VGRPOTrainer
 from .worker import is_main, on_main, refusals, stop_requested, to_prompts, worker
 
@@ -47,6 +45,9 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
         given["ddp_backend"] = "gloo"  # else accelerate, which sees no GPU, counts one process
     # The loss is reported as it is: a NaN replaced by an average would hide from the guard.
     defaults: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_nan_inf_filter": False}
+    if recipe.data.max_prompt_tokens:  # else vLLM plans for the model's longest context
+        longest = given.get("max_completion_length") or GRPOConfig.max_completion_length or 0
+        defaults["vllm_max_model_length"] = recipe.data.max_prompt_tokens + longest
     if recipe.model.revision is not None:  # TRL loads the reference policy itself
         given["model_init_kwargs"] = {"revision": recipe.model.revision}
     with refusals(recipe):
@@ -67,140 +68,168 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     return args
 
 
-def main(recipe: GrpoRecipe, attempt: Attempt) -> None:
-    """Train, and leave `final/`, `summary.json` and the status. Runs on every rank.
+class GrpoTraining(Training):
+    """Adds rewards and their canaries, held-out accuracy, rollouts and the guard."""
 
-    Raises:
-        GuardStop: the run stopped itself; a checkpoint is there.
-        Interrupted: a signal; a checkpoint is there.
-        UsageError, DataError: nothing to train on, or a reward that cannot work.
-    """
-    clock = _Clock()
-    run = attempt.run
-    args = grpo_config(recipe, run)
-    resume = on_main(lambda: resume_point(attempt))  # other nodes have no run dir to see that it is a resume
-    processor = load_processor(recipe.model, args.seed)
-    path = with_seed(recipe.data.path, args.seed)
-    split, limit = recipe.data.split, recipe.data.max_prompt_tokens
-    with PartialState().local_main_process_first():  # the others find the lengths in the cache
-        rows, dropped = drop_long_prompts(
-            load_rows(path, split, recipe.data.limit), processor, limit, longest_first=attempt.longest_first
+    stage = "grpo"
+    trainer: R1VGRPOTrainer
+
+    def __init__(self, recipe: GrpoRecipe, attempt: Attempt, exam: Exam | None = None):
+        super().__init__(recipe, attempt)
+        self.exam = exam
+
+    def config(self) -> GRPOConfig:
+        return grpo_config(self.recipe, self.run)
+
+    def select(self, rows) -> tuple[Any, dict[str, int]]:
+        limit, heldout, prompt = self.recipe.data.max_prompt_tokens, self.recipe.data.heldout, self.recipe.policy_prompt
+        rows, dropped = drop_long_prompts(rows, self.processor, limit, prompt, longest_first=self.attempt.longest_first)
+        judged = bool(self.recipe.eval and self.recipe.judges)
+        self.heldout = (
+            heldout_rows(heldout, self.processor, limit, self.args.seed, prompt, judged=judged) if heldout else None
         )
-        heldout = heldout_rows(recipe.data.heldout, processor, limit, args.seed) if recipe.data.heldout else None
-    if dropped:
-        console.log(f"dropped {dropped} rows: prompt longer than {limit} tokens; {len(rows)} are left")
-    _enough(rows, args)
+        return rows, {f"prompt longer than {limit} tokens": dropped} if dropped else {}
 
-    rewards = build_rewards(recipe.rewards, seed=args.seed, served_url=attempt.reward_url, stopping=stop_requested)
-    on_main(lambda: [r.probe() for r in rewards if hasattr(r, "probe")])
-    done = int(resume.name.rpartition("-")[2]) if resume else 0
-    if is_main():
-        truncate_rollouts(run, done)
-        truncate_lines(run.path / "canaries.jsonl", done)
-    canary = _canaries(recipe, rewards, rows if heldout is None else heldout, args.seed, run, done)
-    if canary is not None:
-        canary(None)
-    policy = load_policy(recipe.model, args.seed, weights=recipe.weights_dtype)
-    with refusals(recipe):
-        trainer = R1VGRPOTrainer(
-            model=policy,
-            reward_funcs=rewards,
-            guard=recipe.train.guard,
-            shared_prefix=recipe.train.shared_prefix,
-            args=args,
-            train_dataset=to_prompts(rows),
-            processing_class=processor,
-            peft_config=peft_config(recipe.model),
+    def prepare(self, done: int) -> None:
+        recipe, run = self.recipe, self.run
+        _enough(self.rows, self.args)
+        self.rewards = build_rewards(
+            recipe.rewards,
+            seed=self.args.seed,
+            served_url=self.attempt.reward_url,
+            stopping=stop_requested,
+            pixels=(recipe.model.min_pixels, recipe.model.max_pixels),
         )
-    trainer.contract = contract.build(
-        "grpo",
-        recipe,
-        data_sha256=data_sha256(path, split),
-        git_commit=attempt.git_commit,
-        rewards=[_identity(r, c.weight) for r, c in zip(rewards, recipe.rewards, strict=True)],
-        sampling={k: getattr(args, k) for k in contract.SAMPLING} | {"stop_token_ids": trainer.eos_token_ids},
-    )
-    try_final_save(trainer)
-    if resume and is_main():
-        contract.warn_of_changes(resume, trainer.contract)
-    clock.lap("load")
+        self.judges: dict[str, Any] = {r.__name__: r for r in self.rewards if hasattr(r, "ask")}
+        self.opened: list[Any] = list(self.rewards)
+        if recipe.eval and recipe.eval.judge_holdout:
+            judge = build_feedback(
+                recipe.eval.judge_holdout,
+                seed=self.args.seed,
+                stopping=stop_requested,
+                pixels=(recipe.model.min_pixels, recipe.model.max_pixels),
+            )
+            self.judges[HOLDOUT] = judge
+            self.opened.append(judge)
+        on_main(lambda: [r.probe() for r in self.opened if hasattr(r, "probe")])
+        if is_main():
+            truncate_rollouts(run, done)
+            truncate_lines(run.path / "canaries.jsonl", done)
+        if recipe.judges:
+            console.log("asking the judges questions whose answers are known")
+        self.canaries = _canaries(recipe, self.rewards, self.rows, run, done)
+        for _, ask in self.canaries:
+            ask(None)
 
-    def before() -> None:
-        if heldout is not None:
-            _record(run, measure(trainer, heldout), "before")
-            clock.lap("held-out before")
+    def make_trainer(self, **common: Any) -> R1VGRPOTrainer:
+        return R1VGRPOTrainer(
+            reward_funcs=self.rewards,
+            guard=self.recipe.train.guard,
+            shared_prefix=self.recipe.train.shared_prefix,
+            train_dataset=to_prompts(self.rows, self.recipe.policy_prompt),
+            **common,
+        )
 
-    running = RunCallback(run)
-    guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
-    rollouts = RolloutCallback(trainer.recorder, run, show=recipe.train.show_rollouts, guard=guard)
-    every = recipe.feedback.canaries.every_steps if recipe.feedback and recipe.feedback.canaries else 1
-    checking = PeriodicCheck(canary, every) if canary is not None else None
-    if guard is not None:
-        trainer.carried["guard"] = guard
-    for callback in (BeforeTraining(before), running, rollouts, checking):
-        if callback is not None:
-            trainer.add_callback(callback)
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except R1VError as e:
-        if trainer.stopping:
-            if is_main():
-                trainer.recorder.write(run)
-            trainer.save_now()
-            _state(run, STOPPED, trainer, e.message)
-        raise
-    finally:
-        for reward in rewards:
+    def contract_fields(self) -> dict[str, Any]:
+        sampling = {k: getattr(self.args, k) for k in contract.SAMPLING}
+        return {
+            "rewards": [_identity(r, c.weight) for r, c in zip(self.rewards, self.recipe.rewards, strict=True)],
+            "sampling": sampling | {"stop_token_ids": self.trainer.eos_token_ids},
+        }
+
+    def callbacks(self) -> list[Any]:
+        recipe, recorder = self.recipe, self.trainer.recorder
+        guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
+        if guard is not None:
+            self.trainer.carried["guard"] = guard
+        show = recipe.train.show_rollouts
+        return [
+            BeforeTraining(lambda: self._measure("before")),
+            RolloutCallback(recorder, self.run, show=show, guard=guard, table=self._table),
+            *(PeriodicCheck(ask, every) for every, ask in self.canaries),
+        ]
+
+    def evaluation(self) -> list[Any]:
+        settings, exam = self.recipe.eval, self.exam
+        if settings is None:
+            return []
+        if exam is None:
+            assert self.heldout is not None
+            rows = self.heldout.select(range(min(settings.limit or len(self.heldout), len(self.heldout))))
+            exam = heldout_exam(rows, self.recipe.policy_prompt, self.judges)
+        self.evaluate = Evaluate(self.trainer, exam, settings, guard=self.recipe.train.guard is not None)
+        return [self.evaluate]
+
+    def when_stopped(self) -> None:
+        if is_main():
+            self.trainer.recorder.write(self.run)
+        self.trainer.save_now()
+
+    def close(self) -> None:
+        for reward in self.opened:
             if hasattr(reward, "close"):
                 reward.close()
-    clock.lap("train")
-    for watcher in (rollouts, checking):
-        if watcher is not None and watcher.stopped is not None:
-            _state(run, STOPPED, trainer, watcher.stopped.message)
-            raise watcher.stopped
-    if running.stopped is not None:
-        _state(run, INTERRUPTED, trainer, "interrupted")
-        raise running.stopped
 
-    if heldout is not None:
-        _record(run, measure(trainer, heldout), "after")
-        clock.lap("held-out after")
-    if recipe.weights_dtype != recipe.model.dtype:
-        round_weights(trainer.model, recipe.model.dtype)
-    save_final(trainer, run.final)
-    clock.lap("save")
-    if is_main():
-        figures = summarise_metrics(run)
-        dropped_rows = {"prompt too long": dropped} if dropped else {}
-        seconds = attempt.seconds_until_now("grpo") | clock.laps
-        update_summary(run, figures | {"rows": len(rows), "dropped": dropped_rows, "seconds": seconds})
-        _state(run, FINISHED, trainer, None)
+    def after_training(self) -> None:
+        self._measure("after")
+
+    def figures(self) -> dict[str, Any]:
+        found = summarise_metrics(self.run)
+        return found | {"evaluation": self.evaluate.summary()} if self.recipe.eval else found
+
+    def _measure(self, when: str) -> None:
+        if self.heldout is None or not any(self.heldout["solution"]):
+            return
+        console.log(f"answering {len(self.heldout)} held-out questions twice, greedy and sampled, {when} training")
+        shares = measure(self.trainer, self.heldout, self.recipe.policy_prompt)
+        if is_main():
+            accuracy, form = (
+                {how: {when: share} for how, share in shares[name].items()} for name in ("accuracy", "format")
+            )
+            update_summary(
+                self.run, {"heldout_accuracy": accuracy, "heldout_format": form, "heldout_rows": len(self.heldout)}
+            )
+            self.trackers.log({f"heldout_{name}_{how}": v for name in shares for how, v in shares[name].items()})
+        self.clock.lap(f"held-out {when}")
+
+    def _table(self, step: int, rollouts: list[Rollout]) -> None:
+        places = {row_id: i for i, row_id in enumerate(self.rows["id"])} if self.trackers.samples else {}
+        self.trackers.table(step, rollouts, lambda row_id: next(iter(self.rows[places[row_id]]["images"] or []), None))
+
+
+def main(recipe: GrpoRecipe, attempt: Attempt, exam: Exam | None = None) -> None:
+    """`GrpoTraining.main` on every rank; `exam` is asked while it trains, by default held-out rows."""
+    GrpoTraining(recipe, attempt, exam).main()
 
 
 def _canaries(
-    recipe: GrpoRecipe, rewards: list, rows, seed: int, run: RunDir, done: int
-) -> Callable[[int | None], None] | None:
-    """What asks the judge its canaries, on rank 0, and raises on every rank when it fails them; None: turned off.
+    recipe: GrpoRecipe, rewards: list, rows, run: RunDir, done: int
+) -> list[tuple[int, Callable[[int | None], None]]]:
+    """For each judge: every how many steps, and what asks it its canaries, on rank 0; raises on every rank if it fails.
 
-    Each report is a line of canaries.jsonl. `done`: steps that earlier attempts have done.
+    Each report is a line of canaries.jsonl. `rows` are those trained on. `done`: steps of earlier attempts.
     """
-    feedback = recipe.feedback
-    if feedback is None:
-        return None
-    settings = feedback.canaries
-    if settings is None:
-        console.log("canaries are turned off: nothing checks that the judge can tell right answers from wrong ones")
-        return None
-    judge = next(r for r in rewards if r.__name__ == feedback.name)
 
-    def ask(step: int | None) -> None:
-        report = canaries.check(judge, rows, settings, seed)
+    def ask(judge, settings, step: int | None) -> None:
+        report = canaries.check(judge, rows, settings, recipe.seed, recipe.policy_prompt)
         lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
-        append_jsonl(run.path / "canaries.jsonl", {"step": step or done, "ok": report.ok, "checks": lines})
+        line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
+        append_jsonl(run.path / "canaries.jsonl", line)
         if not report.ok:
             raise report.error(step)
 
-    return lambda step: on_main(lambda: ask(step))
+    found: list[tuple[int, Callable[[int | None], None]]] = []
+    for reward in recipe.judges:
+        if reward.canaries is None:
+            console.log(f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong")
+            continue
+        judge = next(r for r in rewards if r.__name__ == reward.key)
+        found.append((reward.canaries.every_steps, functools.partial(_on_main, ask, judge, reward.canaries)))
+    return found
+
+
+def _on_main(work: Callable[..., None], *args: Any) -> None:
+    on_main(lambda: work(*args))
 
 
 def _enough(rows, args: GRPOConfig) -> None:
@@ -208,7 +237,7 @@ def _enough(rows, args: GRPOConfig) -> None:
     prompts = (args.generation_batch_size or 0) // (args.num_generations or 1)
     if len(rows) < prompts:
         raise UsageError(
-            f"{len(rows)} rows are fewer than the {prompts} prompts of one generation batch",
+            f"{counted(len(rows), 'row is', 'rows are')} fewer than the {prompts} prompts of one generation batch",
             hint="more rows, or lower train.prompts_per_device, gradient_accumulation_steps or launch.processes",
         )
 
@@ -216,32 +245,6 @@ def _enough(rows, args: GRPOConfig) -> None:
 def _identity(reward: Any, weight: float) -> dict:
     known = reward.identity() if hasattr(reward, "identity") else {"name": reward.__name__}
     return {"weight": weight} | known
-
-
-def _record(run: RunDir, found: dict[str, dict[str, float]], when: str) -> None:
-    if is_main():
-        accuracy = {how: {when: value} for how, value in found["accuracy"].items()}
-        form = {how: {when: value} for how, value in found["format"].items()}
-        update_summary(run, {"heldout_accuracy": accuracy, "heldout_format": form})
-
-
-def _state(run: RunDir, state: str, trainer: R1VGRPOTrainer, reason: str | None) -> None:
-    if is_main():
-        run.set_status(state, step=trainer.state.global_step, reason=reason)
-
-
-class _Clock:
-    """Seconds of named stretches of the run."""
-
-    def __init__(self):
-        self.laps: dict[str, float] = {}
-        self._mark = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Name the time since the last call."""
-        now = time.perf_counter()
-        self.laps[name] = round(self.laps.get(name, 0) + now - self._mark, 2)
-        self._mark = now
 
 
 if __name__ == "__main__":

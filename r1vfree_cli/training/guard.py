@@ -23,7 +23,8 @@ class StepFigures:
 
     Shares are of 1: `zero_spread` of groups whose scored rewards are all equal (or fewer than two), `clipped` of
     completions cut at the length limit, `duplicates` of completions that another one of their group repeats.
-    `length_correlation` is Pearson's r of total reward and length in tokens.
+    `length_correlation` is Pearson's r of total reward and length in tokens. `sampler_difference`: mean absolute
+    difference of a sampled token's log-probability in vLLM and in the trainer.
     """
 
     step: int
@@ -33,6 +34,7 @@ class StepFigures:
     clipped: float | None
     duplicates: float | None
     length_correlation: float | None
+    sampler_difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,20 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
 
 
-def figures(step: int, rollouts: Sequence[Rollout], *, loss: float | None, grad_norm: float | None) -> StepFigures:
+def figures(
+    step: int,
+    rollouts: Sequence[Rollout],
+    *,
+    loss: float | None,
+    grad_norm: float | None,
+    sampler_difference: float | None = None,
+) -> StepFigures:
     """Figures of the rollouts that were made since the last logged step."""
     groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         groups[rollout.step, rollout.group].append(rollout)
     if not groups:
-        return StepFigures(step, loss, grad_norm, None, None, None, None)
+        return StepFigures(step, loss, grad_norm, None, None, None, None, sampler_difference)
     repeated = sum(len(g) - sum(n == 1 for n in Counter(r.completion for r in g).values()) for g in groups.values())
     scored = [(r.reward, float(r.tokens)) for r in rollouts if r.reward is not None]
     return StepFigures(
@@ -61,6 +70,7 @@ def figures(step: int, rollouts: Sequence[Rollout], *, loss: float | None, grad_
         clipped=sum(r.clipped for r in rollouts) / len(rollouts),
         duplicates=repeated / len(rollouts),
         length_correlation=correlation(scored),
+        sampler_difference=sampler_difference,
     )
 
 
@@ -114,6 +124,13 @@ class CollapseGuard:
                 f"reward and completion length correlate (r = {r:.2f} at step {step.step}): the policy may be paid for "
                 "length, not for answers"
             )
+        drift = step.sampler_difference
+        if drift is not None and drift >= s.sampler_difference_warning and self._first("sampler"):
+            warnings.append(
+                f"vLLM and the trainer disagree: log-probabilities of sampled tokens differ by {drift:.2f} on average at "
+                f"step {step.step} (train.guard.sampler_difference_warning {s.sampler_difference_warning:g}); rounding "
+                "makes about 0.02 in bfloat16, another prompt or stale weights make more"
+            )
         return Verdict(warnings=warnings)
 
     def state_dict(self) -> dict:
@@ -135,8 +152,8 @@ class CollapseGuard:
         return first
 
 
-def offenders(rollouts: Sequence[Rollout], figure: str | None, limit: int = 4) -> list[str]:
-    """Lines that show at most `limit` rollouts that a stop is about, or any where none can be named.
+def offenders(rollouts: Sequence[Rollout], figure: str | None) -> list[str]:
+    """Lines that show at most four rollouts that a stop is about, or any where none can be named.
 
     figure: that of the `Verdict`, `unscored` for a reward that failed, None for a loss that is not finite.
     """
@@ -152,15 +169,15 @@ def offenders(rollouts: Sequence[Rollout], figure: str | None, limit: int = 4) -
         chosen = next((g for g in groups.values() if _equal(g)), [])
     elif figure == "unscored":
         chosen = [r for r in rollouts if None in r.rewards.values()]
-    return [show(r) for r in (chosen or list(rollouts))[:limit]]
+    return [show(r) for r in (chosen or list(rollouts))[:4]]
 
 
-def show(rollout: Rollout, width: int = 160) -> str:
+def show(rollout: Rollout) -> str:
     """One rollout in one line: question, completion, rewards."""
 
     def short(text: str) -> str:
         text = " ".join(text.split())
-        return text if len(text) <= width else text[: width - 3] + "..."
+        return text if len(text) <= 160 else text[:157] + "..."
 
     rewards = ", ".join(f"{k} {'not scored' if v is None else f'{v:.3f}'}" for k, v in rollout.rewards.items())
     return f"step {rollout.step}, {rollout.id}: {short(rollout.prompt)} -> {short(rollout.completion)!r} ({rewards})"

@@ -9,27 +9,27 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import pickle
-import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from ..config.schema import Model
 from ..core.errors import DataError, R1VError, UsageError, first_line
+from ..core.files import cannot_write, lock, staged
+from ..core.machine import refused
 from ..core.process import die_with_parent
 from ..core.prompts import build_messages, target_text
-from ..models.adapter import load_adapter
-from ..models.load import check_template, load_policy
+from ..models import family
+from ..models.adapter import base_of_adapter, load_adapter
+from ..models.load import auto_class, has_processor, load_policy, open_processor
+from ..models.sampling import end_tokens
 from ..run import contract
 from ..run.checkpoint import adapter_base, adapter_settings, is_adapter, resolve, seal
 from .checkpoints import mend_generation_config, tensors_only
@@ -70,32 +70,30 @@ def merge(
         )
     _check_out(out, source, overwrite)
     trained = contract.read(source)
+    family.use((trained or {}).get("family"))
     processor = _processor(source, base)
     inputs = probe(processor)
-    if kind == "adapter":
-        model, base, stored = _adapter(source, base, trained)
-        before = logits(model, inputs)
-        model = model.merge_and_unload()
-        _compare(logits(model, inputs), before, EXACT, "merging the adapter changed the model")
-    else:
-        model, stored = _shards(source) if kind == "shards" else _model(str(source))
-        before = logits(model, inputs)
+    model, before, stored, base = _unmerged(source, kind, base, trained, inputs)
     dtype = dtype or stored
     mend_generation_config(model)
     _keep_end_tokens(model, processor)
-    with _writing(out, overwrite) as folder:
-        _write(model, processor, folder, dtype)
-        expected = logits(model, inputs)
-        del model
-        got = _reload(folder, processor, inputs)
-        _compare(got, expected, EXACT, "the written model is not the merged one")
-        difference, tolerance = _compare(got, before, ROUNDING[dtype], f"storing as {dtype} changed the model")
-        summary: dict[str, Any] = {"kind": kind, "source": str(source), "base": base, "dtype": dtype}
-        summary |= {"max_logit_difference": difference, "tolerance": tolerance}
-        if trained is not None:
-            contract.write(folder, trained | {"merge": summary})
-        seal(folder)
-        files = sorted(p.name for p in folder.iterdir())
+    try:
+        with lock(out, "model folder"), staged(out) as folder:
+            _check_out(out, source, overwrite)  # another merge may have been faster
+            _write(model, processor, folder, dtype)
+            expected = logits(model, inputs)
+            del model
+            got = _reload(folder, processor, inputs)
+            _compare(got, expected, EXACT, "the written model is not the merged one")
+            difference, tolerance = _compare(got, before, ROUNDING[dtype], f"storing as {dtype} changed the model")
+            summary: dict[str, Any] = {"kind": kind, "source": str(source), "base": base, "dtype": dtype}
+            summary |= {"max_logit_difference": difference, "tolerance": tolerance}
+            if trained is not None:
+                contract.write(folder, trained | {"merge": summary})
+            seal(folder)
+    except (OSError, SafetensorError) as e:
+        raise cannot_write(out, e) from None
+    files = sorted(p.name for p in out.iterdir())
     return {"out": str(out), **summary, "files": files, "contract": trained is not None}
 
 
@@ -130,7 +128,7 @@ def _shards(folder: Path) -> tuple[Any, str]:
     try:
         config = AutoConfig.from_pretrained(folder)
         stored = _stored_dtype(config)
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         with contextlib.suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         with tensors_only(), contextlib.redirect_stdout(sys.stderr):
@@ -161,28 +159,35 @@ def _adapter(folder: Path, base: str | None, trained: dict | None) -> tuple[Any,
     """(base with the adapter on it, name of the base, dtype of its files)."""
     name = adapter_base(folder, base)
     recorded = None if base else adapter_settings(folder).get("revision") or (trained or {}).get("revision")
-    try:
+    with base_of_adapter():
         model, stored = _model(name, recorded)
-    except DataError as e:
-        raise DataError(f"the adapter's base model: {e.message}", hint=e.hint or "give its place with --base") from None
     return load_adapter(model, folder, name), name, stored
 
 
 def _processor(folder: Path, base: str | None):
     """The checkpoint's processor; of an adapter without one, the base's."""
-    places = [str(folder), *([adapter_base(folder, base)] if is_adapter(folder) else [])]
-    error: Exception | None = None
-    for place in places:
-        try:
-            processor = AutoProcessor.from_pretrained(place)
-        except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-            error = error or e
-            continue
-        if hasattr(processor, "image_processor"):
-            check_template(processor, place)
-            return processor
-    reason = first_line(error) if error else "it has no image processor"
-    raise DataError(f"cannot load a processor from {' or '.join(places)}: {reason}")
+    if has_processor(folder) or not is_adapter(folder):
+        return open_processor(str(folder), what=str(folder))
+    place = adapter_base(folder, base)
+    with base_of_adapter():
+        return open_processor(place, what=place)
+
+
+def _unmerged(
+    source: Path, kind: str, base: str | None, trained: dict | None, inputs: dict[str, torch.Tensor]
+) -> tuple[Any, torch.Tensor, str, str | None]:
+    """(the model in one piece, logits of it before an adapter was merged, dtype of its files, an adapter's base)."""
+    if kind != "adapter":
+        model, stored = _shards(source) if kind == "shards" else _model(str(source))
+        return model, logits(model, inputs), stored, base
+    model, base, stored = _adapter(source, base, trained)
+    before = logits(model, inputs)
+    try:
+        model = model.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as e:  # PEFT's word for kinds of LoRA that have no weights
+        raise DataError(f"the adapter in {source} cannot be merged: {first_line(e)}") from None
+    _compare(logits(model, inputs), before, EXACT, "merging the adapter changed the model")
+    return model, before, stored, base
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -191,34 +196,9 @@ def _processor(folder: Path, base: str | None):
 def _keep_end_tokens(model, processor) -> None:
     """The written model must stop where the tokenizer's turn ends, and know its padding."""
     settings, tokenizer = model.generation_config, processor.tokenizer
-    ends = settings.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        settings.eos_token_id = [tokenizer.eos_token_id, *ends]
+    settings.eos_token_id = end_tokens(model, tokenizer)
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
-
-
-@contextmanager
-def _writing(out: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` when the body ends well, and is deleted when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        if overwrite and out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old"
-            os.replace(out, old)
-            os.replace(folder, out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(folder, out)  # fails when somebody else filled it meanwhile
-    except (OSError, SafetensorError) as e:
-        raise UsageError(f"cannot write {out}: {getattr(e, 'strerror', None) or e}") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(model, processor, folder: Path, dtype: str) -> None:
@@ -296,8 +276,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             document, code = merge(**options), 0
-    except R1VError as e:
-        document, code = {"error": e.to_dict()}, e.exit_code
+    except Exception as e:
+        error = e if isinstance(e, R1VError) else refused(e, options["out"])
+        if error is None:
+            raise
+        document, code = {"error": error.to_dict()}, error.exit_code
     print(json.dumps(document, indent=2, ensure_ascii=False), flush=True)
     return code
 

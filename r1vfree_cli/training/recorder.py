@@ -102,23 +102,16 @@ def write_rollouts(run_dir: RunDir, step: int, rollouts: Sequence[Rollout]) -> N
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = list(rollouts[0].rewards) if rollouts else []
-    columns: dict[str, Any] = {
-        "step": pa.array([r.step for r in rollouts], pa.int64()),
-        "group": pa.array([r.group for r in rollouts], pa.int64()),
-        "id": pa.array([r.id for r in rollouts], pa.string()),
-        "prompt": pa.array([r.prompt for r in rollouts], pa.string()),
-        "completion": pa.array([r.completion for r in rollouts], pa.string()),
-        "answer": pa.array([parse(r.completion).answer for r in rollouts], pa.string()),
-        "tokens": pa.array([r.tokens for r in rollouts], pa.int64()),
-        "clipped": pa.array([r.clipped for r in rollouts], pa.bool_()),
-    }
-    for name in names:
-        columns[f"rewards/{name}"] = pa.array([r.rewards[name] for r in rollouts], pa.float64())
-    columns["reward"] = pa.array([r.reward for r in rollouts], pa.float64())
-    columns["advantage"] = pa.array([r.advantage for r in rollouts], pa.float64())
+    kinds = {name: pa.string() for name in ("id", "prompt", "completion", "answer")}
+    kinds = {"step": pa.int64(), "group": pa.int64(), **kinds, "tokens": pa.int64(), "clipped": pa.bool_()}
+    kinds |= {f"rewards/{name}": pa.float64() for name in (rollouts[0].rewards if rollouts else ())}
+    kinds |= {"reward": pa.float64(), "advantage": pa.float64()}
+    rows = [
+        vars(r) | {"answer": parse(r.completion).answer} | {f"rewards/{name}": v for name, v in r.rewards.items()}
+        for r in rollouts
+    ]
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(kinds.items()))), buffer)
     write_bytes(rollout_file(run_dir, step), buffer.getvalue())
 
 
@@ -165,7 +158,7 @@ def summarise_metrics(run_dir: RunDir) -> dict:
     `reward` and the means of each reward as {first, last}: the mean over the first and the last tenth of the logged
     steps (at least one), since one step's mean is noise. `judge`: totals of what the judge counted.
     """
-    lines = [d for _, d in read_jsonl(run_dir.metrics)] if run_dir.metrics.is_file() else []
+    lines = [d for _, d in read_jsonl(run_dir.metrics) if "loss" in d] if run_dir.metrics.is_file() else []
     if not lines:
         return {"steps": 0}
     window = max(1, len(lines) // 10)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,18 @@ from trl import SFTConfig, SFTTrainer
 
 from ..config.embedded import with_seed
 from ..config.schema import SftRecipe
-from ..core import console
 from ..core.errors import DataError
-from ..core.files import read_jsonl, write_json
-from ..core.prompts import build_messages, target_text
-from ..data.load import data_sha256, load_rows
+from ..core.files import read_jsonl
+from ..core.prompts import DEFAULT, Prompt, build_messages, judge_messages, target_text
+from ..data.load import load_rows
+from ..judges.local import LocalJudge
 from ..models.lengths import prompt_lengths
-from ..models.load import load_policy, load_processor, peft_config, round_weights
-from ..run import contract
 from ..run.attempt import Attempt
-from ..run.run_dir import FINISHED, INTERRUPTED, RunDir
-from .callbacks import RunCallback
-from .checkpoints import AtomicCheckpoints, resume_point, save_final, try_final_save
-from .worker import is_main, on_main, refusals, worker
+from ..run.run_dir import RunDir
+from . import judging
+from .checkpoints import AtomicCheckpoints
+from .run import Training
+from .worker import refusals, worker
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
 IGNORED = -100  # the label that cross-entropy skips
@@ -64,7 +63,7 @@ def target_ids(processor, rows: list[dict]) -> list[list[int]]:
     return [[*ids, end] for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: int | None):
+def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: int | None, prompt: Prompt = DEFAULT):
     """Keep the rows that can be trained on whole.
 
     Args:
@@ -95,7 +94,7 @@ def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: i
         keep += [i for i, _ in good]
         targets += [len(ids) for ids in target_ids(processor, [row for _, row in good])] if good else []
     if max_prompt_tokens is not None or max_length is not None:
-        keep = _short_enough(rows, keep, targets, processor, max_prompt_tokens, max_length, dropped)
+        keep = _short_enough(rows, keep, targets, processor, max_prompt_tokens, max_length, dropped, prompt)
     if not keep:
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "there are none"
         raise DataError(
@@ -112,13 +111,13 @@ def _problem(row: dict, control: list[str]) -> str | None:
     return "control tokens in the text" if any(token in text for token in control) else None
 
 
-def _short_enough(rows, keep, targets, processor, max_prompt_tokens, max_length, dropped) -> list[int]:
-    prompts = prompt_lengths(rows.select(keep) if len(keep) < len(rows) else rows, processor) if keep else []
+def _short_enough(rows, keep, targets, processor, max_prompt_tokens, max_length, dropped, prompt) -> list[int]:
+    lengths = prompt_lengths(rows.select(keep) if len(keep) < len(rows) else rows, processor, prompt) if keep else []
     short = []
-    for i, prompt, target in zip(keep, prompts, targets, strict=True):
-        if max_prompt_tokens is not None and prompt > max_prompt_tokens:
+    for i, length, target in zip(keep, lengths, targets, strict=True):
+        if max_prompt_tokens is not None and length > max_prompt_tokens:
             reason = f"prompt longer than {max_prompt_tokens} tokens"
-        elif max_length is not None and prompt + target > max_length:
+        elif max_length is not None and length + target > max_length:
             reason = f"longer than {max_length} tokens"
         else:
             short.append(i)
@@ -135,10 +134,15 @@ class Collator:
     """
 
     processor: Any
+    prompt: Prompt = DEFAULT
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        images = [image for row in rows for image in row["images"] or []]
-        messages = [build_messages(row["problem"], len(row["images"] or [])) for row in rows]
+        messages = [build_messages(row["problem"], len(row["images"] or []), self.prompt) for row in rows]
+        return self.batch(messages, [row["images"] or [] for row in rows], target_ids(self.processor, rows))
+
+    def batch(self, messages: list, shown: list[list], targets: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Conversations, the images of each, and the ids to be learnt after each."""
+        images = [image for group in shown for image in group]
         prompts = self.processor(
             text=self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
             images=images or None,
@@ -147,7 +151,6 @@ class Collator:
         )
         ids: list[list[int]] = prompts.pop("input_ids")
         prompts.pop("attention_mask")
-        targets = target_ids(self.processor, rows)
         pad = self.processor.tokenizer.pad_token_id
         batch = {
             "input_ids": _padded([p + t for p, t in zip(ids, targets)], pad),  # [rows, longest row]
@@ -158,6 +161,19 @@ class Collator:
         if types is not None:  # 1 on image tokens: Qwen-VL's positions are made from it
             batch["mm_token_type_ids"] = _padded([list(p) + [0] * len(t) for p, t in zip(types, targets)], 0)
         return batch | dict(prompts)  # pixel_values: [patches, patch size], image_grid_thw: [images, 3]
+
+
+@dataclass
+class JudgeCollator(Collator):
+    """A sequence for each answer, right or wrong; what is learnt is Yes or No, where a judge is read."""
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        encode = self.processor.tokenizer.encode
+        said = {name: encode(word, add_special_tokens=False)[:1] for name, word in (("right", "Yes"), ("wrong", "No"))}
+        judged = [(row, row[name], said[name]) for row in rows for name in said if row[name] is not None]
+        shown = [row["images"] or [] for row, *_ in judged]
+        messages = [judge_messages(row["problem"], answer, len(i)) for (row, answer, _), i in zip(judged, shown)]
+        return self.batch(messages, shown, [verdict for *_, verdict in judged])
 
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -191,68 +207,60 @@ def sft_config(recipe: SftRecipe, run: RunDir) -> SFTConfig:
         )
 
 
-def main(recipe: SftRecipe, attempt: Attempt) -> None:
-    """Train, and leave `final/`, `summary.json` and the status. Runs on every rank."""
-    started = time.perf_counter()
-    run = attempt.run
-    args = sft_config(recipe, run)
-    resume = on_main(lambda: resume_point(attempt))  # other nodes have no run dir to see that it is a resume
-    processor = load_processor(recipe.model, args.seed)
-    path = with_seed(recipe.data.path, args.seed)
-    rows, dropped = select_rows(
-        load_rows(path, recipe.data.split, recipe.data.limit),
-        processor,
-        max_prompt_tokens=recipe.data.max_prompt_tokens,
-        max_length=(recipe.train.model_extra or {}).get("max_length", MAX_LENGTH),
-    )
-    for reason, count in dropped.items():
-        console.log(f"dropped {count} rows: {reason}")
-    callback = RunCallback(run)
-    policy = load_policy(recipe.model, args.seed, weights=recipe.weights_dtype)
-    with refusals(recipe):
-        trainer = R1VSFTTrainer(
-            model=policy,
-            args=args,
-            data_collator=Collator(processor),
-            train_dataset=rows,
-            processing_class=processor,
-            peft_config=peft_config(recipe.model),
-            callbacks=[callback],
+class SftTraining(Training):
+    """Adds the targets: rows without one are dropped, and the loss is on them alone."""
+
+    stage = "sft"
+
+    def config(self) -> SFTConfig:
+        return sft_config(self.recipe, self.run)
+
+    def select(self, rows) -> tuple[Any, dict[str, int]]:
+        recipe, seed = self.recipe, self.args.seed
+        choose = functools.partial(
+            select_rows,
+            processor=self.processor,
+            max_prompt_tokens=recipe.data.max_prompt_tokens,
+            max_length=(recipe.train.model_extra or {}).get("max_length", MAX_LENGTH),
+            prompt=recipe.policy_prompt,
         )
-    trainer.contract = contract.build(
-        "sft", recipe, data_sha256=data_sha256(path, recipe.data.split), git_commit=attempt.git_commit
-    )
-    try_final_save(trainer)
-    if resume and is_main():
-        contract.warn_of_changes(resume, trainer.contract)
-    prepared = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trained = time.perf_counter()
-    if callback.stopped is not None:
-        if is_main():
-            run.set_status(INTERRUPTED, reason="interrupted", step=trainer.state.global_step)
-        raise callback.stopped
-    if recipe.weights_dtype != recipe.model.dtype:
-        round_weights(trainer.model, recipe.model.dtype)
-    save_final(trainer, run.final)
-    if is_main():
-        times = {"prepare": prepared - started, "train": trained - prepared, "save": time.perf_counter() - trained}
-        write_json(run.summary, summary(run, trainer, len(rows), dropped, attempt.seconds_until_now("sft") | times))
-        run.set_status(FINISHED, step=trainer.state.global_step, reason=None)
+        rows, dropped = choose(rows)
+        if recipe.role == "judge":
+            other = recipe.wrong
+            wrong = choose(load_rows(with_seed(other.path, seed), other.split, other.limit))[0] if other else None
+            rows = judging.with_verdicts(rows, wrong, seed, recipe.policy_prompt)
+        return rows, dropped
+
+    def make_trainer(self, **common: Any) -> R1VSFTTrainer:
+        collate = JudgeCollator if self.recipe.role == "judge" else Collator
+        collator = collate(self.processor, self.recipe.policy_prompt)
+        return R1VSFTTrainer(data_collator=collator, train_dataset=self.rows, **common)
+
+    def figures(self) -> dict[str, Any]:
+        """Steps, and the first and the last loss and token accuracy."""
+        lines = [line for _, line in read_jsonl(self.run.metrics)] if self.run.metrics.is_file() else []
+        figures: dict[str, Any] = {"stage": "sft", "steps": self.trainer.state.global_step}
+        for key in ("loss", "mean_token_accuracy"):
+            if values := [line[key] for line in lines if line.get(key) is not None]:
+                figures[key] = {"first": values[0], "last": values[-1]}
+        return figures | (self._judge_figures() if self.recipe.role == "judge" else {})
+
+    def _judge_figures(self) -> dict[str, Any]:
+        """How well the finished judge tells right from wrong on held-out rows. An adapter has to be merged first."""
+        recipe, heldout = self.recipe, self.recipe.data.heldout
+        if heldout is None or recipe.model.lora:
+            return {}
+        rows = load_rows(with_seed(heldout.path, self.args.seed), heldout.split, heldout.limit)
+        rows, _ = select_rows(rows, self.processor, max_prompt_tokens=recipe.data.max_prompt_tokens, max_length=None)
+        pixels = recipe.model.min_pixels, recipe.model.max_pixels
+        device = "cpu" if recipe.launch.on_cpu else None
+        judge = LocalJudge(str(self.run.final), device=device, dtype=recipe.model.dtype, pixels=pixels)
+        return judging.measure(judge, rows, self.args.seed)
 
 
-def summary(run: RunDir, trainer, rows: int, dropped: dict[str, int], times: dict[str, float]) -> dict:
-    """What the final table prints. Times in seconds, of this attempt."""
-    lines = [line for _, line in read_jsonl(run.metrics)] if run.metrics.is_file() else []
-    ends = {key: [line[key] for line in lines if line.get(key) is not None] for key in ("loss", "mean_token_accuracy")}
-    return {
-        "stage": "sft",
-        "steps": trainer.state.global_step,
-        "rows": rows,
-        "dropped": dropped,
-        "seconds": {name: round(seconds, 2) for name, seconds in times.items()},
-        **{key: {"first": values[0], "last": values[-1]} for key, values in ends.items() if values},
-    }
+def main(recipe: SftRecipe, attempt: Attempt) -> None:
+    """`SftTraining.main` on every rank."""
+    SftTraining(recipe, attempt).main()
 
 
 if __name__ == "__main__":

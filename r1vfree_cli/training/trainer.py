@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from trl.trainer.utils import is_async_callable
 
 from ..config.schema import Guard
 from ..core.errors import GuardStop, R1VError, from_dict
-from ..models.sampling import keyed_draws, merge_generation_kwargs, never_sampled, pin_generation
+from ..models.sampling import (
+    LogitsWatch,
+    keyed_draws,
+    merge_generation_kwargs,
+    never_sampled,
+    pin_generation,
+    watch_logits,
+)
 from ..rewards.text import completion_text
 from ..run.checkpoint import lacking
 from ..shared_prefix.mixin import SharedPrefixMixin
+from . import vllm_sampler
 from .callbacks import any_rank
 from .checkpoints import AtomicCheckpoints
 from .guard import offenders
@@ -69,24 +78,43 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         # would wait for ever for one that has text alone.
         args.log_multimodal = args.log_multimodal and args.log_completions
         pin_generation(model, processor.tokenizer)
-        args.generation_kwargs = merge_generation_kwargs(
-            args.generation_kwargs, never_sampled(model.config, processor.tokenizer, use_vllm=args.use_vllm)
-        )
-        super().__init__(reward_funcs=self._watched, **kwargs)
+        tokens = never_sampled(model.config, processor.tokenizer, use_vllm=args.use_vllm)
+        if args.use_vllm:  # it knows the end tokens of the checkpoint's files only
+            tokens["stop_token_ids"] = list(model.generation_config.eos_token_id)
+        args.generation_kwargs = merge_generation_kwargs(args.generation_kwargs, tokens)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        with vllm_sampler.installed(args, processor, revision) if args.use_vllm else nullcontext():
+            super().__init__(reward_funcs=self._watched, **kwargs)
 
     # --- sampling ----------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if self.use_vllm:  # samples in a process of its own
+        if self.use_vllm:
+            ours: Any = self.vllm_generation
+            if any_rank(not ours.answers(), self.accelerator.device):
+                self.stopping = True
+                raise GuardStop(
+                    f"the vLLM server does not answer before step {self.state.global_step + 1}",
+                    hint=vllm_sampler.AGAIN,
+                )
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         micro = self._step % self.args.gradient_accumulation_steps
-        with keyed_draws(
-            (self.args.seed, 0, self.state.global_step, micro),
-            first=self.accelerator.process_index * len(prompt_ids),
-            rows=len(prompt_ids),
-            tokens=self.max_completion_length,
-        ):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        first = self.accelerator.process_index * len(prompt_ids)
+        key, rows = (self.args.seed, 0, self.state.global_step, micro), range(first, first + len(prompt_ids))
+        draws = keyed_draws(key, rows, self.max_completion_length)
+        with draws, watch_logits(self.accelerator.unwrap_model(self.model)) as logits:
+            out = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self.stop_unless_finite(logits)
+        return out
+
+    def stop_unless_finite(self, logits: LogitsWatch) -> None:
+        """Raise GuardStop on every rank when the model computed NaN on any."""
+        if any_rank(not logits.finite, self.accelerator.device):
+            self.stopping = True
+            raise GuardStop(
+                f"the model computes NaN: its logits are not finite before step {self.state.global_step + 1}",
+                hint="a lower train.learning_rate, or a checkpoint whose weights are whole",
+            )
 
     # --- rewards and rollouts ----------------------------------------------------------------------------------
 
@@ -112,6 +140,8 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             for rollout, advantage in zip(self.recorder.batch, advantages, strict=True):
                 rollout.advantage = advantage
             self._report_raw_rewards()
+            if "sampling_per_token_logps" in output and "old_per_token_logps" in output:
+                self._report_sampler(output)
         return output
 
     def _is_training(self) -> bool:
@@ -150,6 +180,13 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             metrics[f"rewards/{name}/mean"][-1] = scored.mean().item() if len(scored) else math.nan
             metrics[f"rewards/{name}/std"][-1] = scored.std().item() if len(scored) > 1 else math.nan
             metrics[f"rewards/{name}/unscored"].append(1 - len(scored) / len(self._raw))
+
+    def _report_sampler(self, output) -> None:
+        """Importance ratios of completions, trainer over vLLM, before TRL clips or masks them, of all ranks."""
+        difference = torch.nan_to_num(output["old_per_token_logps"] - output["sampling_per_token_logps"])  # (B, C)
+        ratios = vllm_sampler.importance(self.accelerator.gather((difference * output["completion_mask"]).sum(-1)))
+        for name, value in ratios.items():
+            self._metrics["train"][f"sampling/{name}"].append(value)
 
     # --- stops -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What every worker shares: its start and end, model and processor loading, the prompt dataset."""
+"""What every worker shares: its start and end, and the dataset of prompts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from ..config import recipes
 from ..config import schema as config
 from ..core import console
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
-from ..core.files import append_jsonl, disk_full, no_space, write_json
+from ..core.files import append_jsonl, write_json
+from ..core.machine import refused
 from ..core.process import die_with_parent, grace_s, hold_pid_file, orphaned
-from ..core.prompts import build_messages
+from ..core.prompts import DEFAULT, Prompt, build_messages
 from ..run.attempt import Attempt
 from ..run.run_dir import SAID
 
@@ -98,8 +99,7 @@ def worker(stage: str, main: Callable[[Any, Attempt], None]) -> None:
         traceback.print_exc()
         text = "".join(traceback.format_exception_only(type(e), e)).strip()
         error: R1VError = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
-        if no_space(e):
-            error = disk_full(attempt.run_dir)
+        error = refused(e, attempt.run_dir) or error
         write_json(logs / f"rank-{rank}.error.json", error.to_dict())
         code = error.exit_code
     sys.stdout.flush()
@@ -144,6 +144,13 @@ def _init_distributed(launch: config.Launch) -> None:
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
+def without_throughput_timer(plugin: Any) -> None:
+    """DeepSpeed's timer waits for the GPU before each forward pass from the third step on: it breaks the capture of a
+    decoding step, and r1v measures its steps itself. `plugin`: accelerate's DeepSpeedPlugin, or None."""
+    if plugin is not None:
+        plugin.deepspeed_config["timers"] = {"throughput": {"enabled": False}}
+
+
 @contextmanager
 def refusals(recipe: config.GrpoRecipe | config.SftRecipe) -> Iterator[None]:
     """Around TRL's configs and trainers: what they refuse is the recipe's fault, not a bug.
@@ -161,13 +168,10 @@ def refusals(recipe: config.GrpoRecipe | config.SftRecipe) -> Iterator[None]:
         raise UsageError(f"TRL refuses the recipe's settings: {' '.join(str(e).split())[:500]}") from e
 
 
-# --- model and processor ---------------------------------------------------------------------------------------
-
-
 # --- data ------------------------------------------------------------------------------------------------------
 
 
-def to_prompts(rows):
+def to_prompts(rows, prompt: Prompt = DEFAULT):
     """A `datasets.Dataset` of rows -> one that yields `prompt` (messages) beside the row's columns.
 
     Images stay in `images` and are decoded when a row is fetched; `prompt` has one placeholder an image.
@@ -175,7 +179,7 @@ def to_prompts(rows):
 
     def transform(batch):
         counts = [len(images or []) for images in batch["images"]]
-        batch["prompt"] = [build_messages(p, n) for p, n in zip(batch["problem"], counts)]
+        batch["prompt"] = [build_messages(p, n, prompt) for p, n in zip(batch["problem"], counts)]
         return batch
 
     return rows.with_transform(transform)

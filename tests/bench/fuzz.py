@@ -27,7 +27,7 @@ def main() -> int:
 
         tally = Tally()
         start = time.monotonic()
-        suite.run(tally, args.cases, Path(folder) / "pieces", seed=args.seed, only=args.only)
+        suite.run(tally, args.cases, Path(folder) / "pieces", seed=args.seed, only=args.only, every=True)
         print(tally.report())
         print(f"{time.monotonic() - start:.0f} s")
     return int(bool(tally.found))

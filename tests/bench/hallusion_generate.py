@@ -27,7 +27,7 @@ from tiny_models import draw, load_tiny, save_tiny
 
 from r1vfree_cli.core.prompts import build_messages
 from r1vfree_cli.eval.generate import Answer, Generator, Job
-from r1vfree_cli.models.load import set_pixel_limits
+from r1vfree_cli.models import family
 
 
 def jobs(figures: int) -> list[Job]:
@@ -72,7 +72,7 @@ def main() -> int:
             folder, min_pixels=limits[0], max_pixels=limits[1], max_new_tokens=args.new_tokens, device="cpu"
         )
         model, processor = load_tiny(folder)
-    set_pixel_limits(processor, *limits)
+    family.limit_pixels(family.of(model.config), processor, *limits)
     generator.settings.min_new_tokens = args.new_tokens
     model.generation_config = generator.settings
     asked = jobs(args.figures)

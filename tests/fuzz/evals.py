@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import zipfile
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -61,6 +62,11 @@ def _predicted(content: bytes, file: str = "p.json", questions: bytes | None = N
     return Case("a prediction file", argv, files, names=(file, "q.json"), out="out")
 
 
+def _elsewhere(content: bytes, file: str = "p.json") -> Case:
+    """Another tool's predictions; a score that is refused because many are empty keeps what it was about."""
+    return replace(_predicted(content, file), names=(file, "replies are empty"), keeps=("out",))
+
+
 def _files(document: list) -> st.SearchStrategy[tuple[str, bytes]]:
     lines = st.one_of(
         st.just(document).map(_lines), values.changed(document).filter(lambda d: isinstance(d, list)).map(_lines)
@@ -85,6 +91,22 @@ def _question_parquet() -> bytes:
         for q in ASKED
     ]
     return parquet(pa.Table.from_pylist(rows))
+
+
+# As other tools write them: VLMEvalKit's predictions, lmms-eval's sample logs.
+_ELSEWHERE = [
+    {"index": "_".join(q[k] for k in KEYS), "question": q["question"], "answer": "Yes", "prediction": "Yes"}
+    for q in ASKED
+]
+_LOGGED = [{"doc_id": 0, "filtered_resps": ["Yes"], "doc": q, "aAcc": p} for q, p in zip(ASKED, PREDICTED, strict=True)]
+
+
+def _workbook(rows: list[dict]) -> bytes:
+    cells = [
+        [f'<c t="inlineStr"><is><t>{v}</t></is></c>' for v in row] for row in [rows[0], *(r.values() for r in rows)]
+    ]
+    data = "".join(f"<row>{''.join(row)}</row>" for row in cells)
+    return zipped({"xl/worksheets/sheet1.xml": f'<w xmlns="x"><sheetData>{data}</sheetData></w>'.encode()})
 
 
 ESTIMATE = ["--endpoint", "http://127.0.0.1:9/v1", "--model", "m", "--estimate", "--json"]
@@ -158,6 +180,14 @@ cases = st.one_of(
     _files(JUDGED).map(lambda f: _judged(f[1], f[0], "--out", "out")),
     _files(PREDICTED).map(lambda f: _predicted(f[1], f[0])),
     st.tuples(_files(PREDICTED), values.document_files(ASKED)).map(lambda t: _predicted(t[0][1], t[0][0], t[1])),
+    values.changed(_ELSEWHERE).map(lambda d: _elsewhere(values.as_json(d))),
+    values.changed(_LOGGED).map(lambda d: _elsewhere(values.as_json(d))),
+    st.builds(
+        _elsewhere,
+        values.damaged(_workbook(_ELSEWHERE)),
+        st.sampled_from(("p.xlsx", "p.json")),
+    ),
+    values.damaged(_tsv().replace(b"image", b"prediction")).map(lambda b: _elsewhere(b, "p.tsv")),
     values.document_files(ASKED).map(lambda b: _asked("q.json", b)),
     values.damaged(_tsv()).map(lambda b: _asked("q.tsv", b)),
     values.damaged(_question_parquet()).map(lambda b: _asked("q/test.parquet", b)),
@@ -185,6 +215,13 @@ HAND = [
                       values.as_json([p | {"model_prediction": "<answer>" * 20_000} for p in PREDICTED]), values.as_json([p | {"question": "\ud800"} for p in PREDICTED]),
                       values.as_json(PREDICTED))
       for questions in (None, values.as_json(ASKED), b"[]", values.as_json(ASKED[:3]))),
+    *(_elsewhere(content, "p.xlsx") for content in (b"PK", b"PK\3\4", _workbook(_ELSEWHERE), _workbook(_ELSEWHERE)[:-30], zipped({"a": b""}), zipped({"xl/worksheets/s.xml": b"<a"}),
+                      zipped({"xl/worksheets/s.xml": b"\0" * 400_000_000}), zipped({"xl/worksheets/s.xml": b'<!DOCTYPE a [<!ENTITY b "' + b"b" * 9999 + b'"><!ENTITY c "' + b"&b;" * 9999
+                      + b'">]><w xmlns="x"><sheetData><row><c t="inlineStr"><is><t>&c;</t></is></c></row></sheetData></w>'}),
+                      zipped({"xl/worksheets/s.xml": b'<w xmlns="x"><sheetData><row><c t="s"><v>7</v></c></row></sheetData></w>', "xl/sharedStrings.xml": b"<s/>"}),
+                      zipped({"xl/worksheets/s.xml": b'<w xmlns="x"><sheetData><row><c r="ZZZZZZZZ1" t="s"><v>-1</v></c></row></sheetData></w>', "xl/sharedStrings.xml": b'<s xmlns="x"/>'}))),
+    *(_elsewhere(values.as_json(content)) for content in (_LOGGED, _ELSEWHERE, {"logs": _LOGGED}, {"index": {"0": 1}, "prediction": {"0": 2}}, {"index": [1], "prediction": []}, {"a": {"b": 1}, "c": {}},
+                      [{"index": None, "prediction": 1}], [{"aAcc": {"category": []}}], [{"doc": {"category": 1}, "filtered_resps": [[[]]]}], [{"index": "VD_" * 20_000, "prediction": "x"}])),
     *(_asked("q.json", values.as_json([ASKED[0] | {"filename": name}]))
       for name in ("../../VD/figure/0_0.png", "/etc/VD/figure/0_0.png", "VD/figure/../../../x.png", "./VD/figure/0_9.png", "VD/figure/\x00.png", "x" * 5000, "", 7)),
     _asked("q.json", values.as_json(ASKED), FIGURES | {"fig/VD/figure/0_0.png": Link("../../../../outside.png"), "outside.png": images()["a.png"]}),

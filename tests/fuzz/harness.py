@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Case:
     out: what the command makes; absent, or as `whole` wants it, after a failure.
     names: a failure's message holds one of these. call: run this instead of the command line's app.
     keeps: files under these prefixes may be changed or added even by a failure.
+    env, machine: variables, and a call that takes something from the machine: for `run_forked`.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Case:
     keeps: tuple[str, ...] = ()
     codes: tuple[int, ...] = (0, 2, 3)
     call: Callable[[], Any] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+    machine: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         files = {k: v if isinstance(v, Link) else v[:600] for k, v in self.files.items()}
@@ -147,6 +151,59 @@ def run_here(case: Case, folder: Path) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue(), time.monotonic() - start)
 
 
+def run_forked(case: Case, folder: Path) -> Outcome:
+    """Run it in a fork, which may lose its memory, its disk or its files."""
+    start = time.monotonic()
+    streams = [os.pipe(), os.pipe()]
+    if not (pid := os.fork()):
+        code = 70
+        try:
+            _become(case, folder, [write for _, write in streams])
+            cli.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+            os._exit(code)
+    for _, write in streams:
+        os.close(write)
+    with ThreadPoolExecutor(2) as pool:
+        texts = [pool.submit(_all_of, read) for read, _ in streams]
+        until = start + 3 * LIMIT_S
+        while not (done := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < until:
+            time.sleep(0.005)
+        if not done[0]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(done[1]) if done[0] else -1
+        return Outcome(code, texts[0].result(), texts[1].result(), time.monotonic() - start)
+
+
+def _all_of(stream: int) -> str:
+    with open(stream, errors="replace") as f:
+        return f.read()
+
+
+def _become(case: Case, folder: Path, streams: list[int]) -> None:
+    """In the fork: the case's command line, environment and machine."""
+    os.chdir(folder)
+    os.environ.update(case.env)
+    tempfile.tempdir = None
+    for number, stream in enumerate(streams, 1):
+        os.dup2(stream, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = ["r1v", *case.argv]
+    jobs.merge, jobs.prepare = _merge_here, _no_training  # type: ignore[assignment]
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # the parent's threads are not in the fork
+    if case.machine:
+        case.machine()
+
+
 def run_process(case: Case, folder: Path) -> Outcome:
     """The same through a real process."""
     start = time.monotonic()
@@ -221,7 +278,7 @@ def _judge(case: Case, o: Outcome, before: dict, after: dict, folder: Path) -> I
             yield f"stdout is no JSON document: {e}"
     for name in sorted(before.keys() | after.keys()):
         mine = case.out is not None and name.startswith(case.out)
-        if any(mark in name for mark in (".tmp", ".preparing", ".writing")) and name not in before:
+        if any(mark in name for mark in (".tmp", ".staging", ".writing")) and name not in before:
             yield f"a temporary file is left: {name}"
         elif before.get(name) != after.get(name) and not name.startswith(case.keeps or "\0"):
             if name in before:
@@ -259,8 +316,9 @@ class Tally:
         self.slowest: tuple[float, str] = (0.0, "")
         self.found: dict[str, tuple[str, Case]] = {}
 
-    def check(self, category: str, case: Case, run: Callable[[Case, Path], Outcome] = run_here) -> list[str]:
+    def check(self, category: str, case: Case, run: Callable[[Case, Path], Outcome] | None = None) -> list[str]:
         """Run one case; returns its problems, which are also kept (the first case of each kind)."""
+        run = run or (run_forked if case.env or case.machine else run_here)
 
         def watched(case: Case, folder: Path) -> Outcome:
             outcome = run(case, folder)

@@ -115,12 +115,6 @@ overrides = st.builds(
 )
 
 
-def _laughs(key: str, width: int = 9, depth: int = 12) -> bytes:
-    lines = [f"a0: &a0 [{', '.join(['x'] * width)}]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, depth)]
-    return ("x:\n  " + "\n  ".join(lines) + f"\n{key}: *a{depth - 1}\n").encode()
-
-
 def _with(text: str) -> bytes:
     return dumped({k: v for k, v in GRPO.items() if k != "train"}) + text.encode()
 
@@ -147,8 +141,6 @@ TEXTS = {
     "a document that holds itself": _with("train: {chat_template_kwargs: &a {b: *a}}\n"),
     "a list that holds itself": b"train: &a [*a]\n",
     "a mapping that is all itself": b"&a\nmodel: *a\ndata: *a\ntrain: *a\nrewards: *a\n",
-    "billion laughs": _laughs("model"),
-    "billion laughs where anything is allowed": _with("train:\n  num_generations: 2\n  chat_template_kwargs:\n") + _laughs("y").replace(b"\n", b"\n    ").replace(b"x:\n", b"    x:\n", 1),
     "deep flow": b"model: " + b"[" * 20000 + b"]" * 20000,
     "deep blocks": b"".join(b" " * i + b"a:\n" for i in range(400)),
     "merge keys": b"base: &b {name: x}\nmodel:\n  <<: *b\n",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,38 +112,45 @@ def _reply(kind: str, body: bytes) -> Case:
     """A verdict is a finite number; whatever is no verdict is a failure of that call, and nothing else."""
 
     def call() -> None:
-        from r1vfree_cli.config.schema import FeedbackReward
-        from r1vfree_cli.eval.endpoint import CallFailed, read_reply
-        from r1vfree_cli.eval.hallusion.judge import parse_label
+        from r1vfree_cli.config.rewards import FeedbackReward
+        from r1vfree_cli.core.errors import UsageError
         from r1vfree_cli.eval.reading import judged_text, read_yes_no
-        from r1vfree_cli.judges.chat import ChatJudge
+        from r1vfree_cli.judges.chat import ChatJudge, stated_label
         from r1vfree_cli.judges.classify import ClassifyJudge
+        from r1vfree_cli.judges.client import Endpoint
         from r1vfree_cli.judges.protocol import Failure, Question
 
+        async def exchange(*_):
+            return 200, {}, body
+
         if kind == "hallusion":
+            endpoint = Endpoint("http://127.0.0.1:9", "m", max_retries=0)
+            endpoint._exchange = exchange  # type: ignore[method-assign]
             try:
-                text = read_reply(body, "m").text
-            except CallFailed:
+                text = asyncio.run(endpoint.chat([], 8, 0)).text
+            except (Failure, UsageError):
                 return
             text.encode()
-            assert parse_label(text, {"correct": 1, "incorrect": 0}) in (1, 0, None)
+            assert stated_label(text, {"correct": 1, "incorrect": 0}) in (1, 0, None)
             assert read_yes_no(judged_text(text, "answer")) in ("yes", "no", None)
             return
-        settings = {"name": "feedback", "backend": kind, "base_url": "http://127.0.0.1:9", "model": "m"}
+        settings = {
+            "name": "feedback",
+            "backend": kind,
+            "base_url": "http://127.0.0.1:9",
+            "model": "m",
+            "max_retries": 0,
+        }
         judge = {"chat": ChatJudge, "classify": ClassifyJudge}[kind](
             FeedbackReward.model_validate(settings), "", None, lambda: False
         )
-
-        async def send(*_, **__) -> str:
-            return body.decode("utf-8", "replace")
-
-        judge._send = send  # type: ignore[method-assign]
+        judge.endpoint._exchange = exchange  # type: ignore[method-assign]
         try:
-            verdict = asyncio.run(judge._ask(Question((), "What colour?", "red")))
-        except Failure as failure:
+            verdict = asyncio.run(judge.ask(Question((), "What colour?", "red")))
+        except (Failure, UsageError) as failure:
             str(failure).encode("utf-8", "replace")
             return
-        assert math.isfinite(verdict.score) and (kind == "classify" or 0 <= verdict.score <= 1)
+        assert abs(verdict.score) <= 1e4 and (kind == "classify" or 0 <= verdict.score <= 1)
 
     return Case(f"a reply to {kind}: {body[:80]!r}", call=call, codes=(0,))
 
@@ -190,6 +197,9 @@ def make(pieces: Path) -> SimpleNamespace:
         for name in ("model.safetensors", "trainer_state.json", "optimizer.pt"):
             (folder / name).write_bytes(b"{}")
     save_tiny(whole / "ckpt")
+    both = pieces / "d"
+    shutil.copytree(run, both)
+    shutil.copytree(whole, both, dirs_exist_ok=True)
     (whole / "ckpt" / "r1v.json").write_text('{"schema": 1, "base_model": "x", "data": {"path": "y"}}')
     save_tiny(lora / "base")
     adapter = get_peft_model(load_tiny(lora / "base")[0], LoraConfig(r=2, target_modules=["q_proj"]))
@@ -205,6 +215,7 @@ def make(pieces: Path) -> SimpleNamespace:
     names = ("recipe.yaml", "status.json", "launch.json", "metrics.jsonl", "summary.json", "final/r1v.json", "rollouts/step-00000001.parquet")  # fmt: skip
     models = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors", "r1v.json")  # fmt: skip
     return SimpleNamespace(
+        run_and_model=both,
         run_dirs=[
             *_overwritten(run),
             *(_run_dir(run, n, c, a) for n in names for c in rubbish for a in (REPORT, [*GO_ON, "--resume"])),

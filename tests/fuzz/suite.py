@@ -6,14 +6,17 @@ from pathlib import Path
 
 from hypothesis.strategies import SearchStrategy
 
-from . import data, evals, recipes, runs
+from . import data, evals, machine, recipes, runs
 from .harness import Case, Tally
 
-Category = tuple[list[Case], SearchStrategy[Case], float]
+Category = tuple[list[Case], SearchStrategy[Case] | None, float]
 
 
-def categories(pieces: Path) -> dict[str, Category]:
-    """Name -> (hand-made cases, strategy, share of the made-up cases); `pieces`: a folder for what cases are copies of."""
+def categories(pieces: Path, every: bool = False) -> dict[str, Category]:
+    """Name -> (hand-made cases, strategy, share of the made-up cases); `pieces`: a folder for what cases are copies of.
+
+    `every`: all machines, not a choice of them.
+    """
     made = runs.make(pieces)
     return {
         "recipes": (recipes.HAND, recipes.cases, 0.2),
@@ -23,17 +26,20 @@ def categories(pieces: Path) -> dict[str, Category]:
         "judge replies": (runs.REPLIES, runs.replies, 0.1),
         "run dirs": (made.run_dirs, made.some_run_dirs, 0.08),
         "checkpoints": (made.checkpoints, made.some_checkpoints, 0.07),
+        "machines": (machine.cases(made.run_and_model, slow=every)[:: 1 if every else 7], None, 0),
     }
 
 
-def run(tally: Tally, cases: int, pieces: Path, *, seed: int | None = None, only: str | None = None) -> None:
+def run(
+    tally: Tally, cases: int, pieces: Path, *, seed: int | None = None, only: str | None = None, every: bool = False
+) -> None:
     """Run every hand-made case, and made-up ones until there are `cases` in all."""
-    found = {name: c for name, c in categories(pieces).items() if only in (None, name)}
+    found = {name: c for name, c in categories(pieces, every).items() if only in (None, name)}
     made_up = max(0, cases - sum(len(hand) for hand, _, _ in found.values()))
     shares = sum(share for _, _, share in found.values())
     for name, (hand, strategy, share) in found.items():
         for case in hand:
             tally.check(name, case)
-        examples = -(-made_up * share // shares)
+        examples = -(-made_up * share // shares) if share else 0
         if examples:
             tally.search(name, strategy, int(examples), seed=seed)

@@ -190,11 +190,11 @@ def make_eval(
                 file.write_bytes(drawing(i))
     (made / "predictions.json").write_text(json.dumps(predictions))
     (made / "questions.json").write_text(json.dumps(asked))
-    options = {"predictions": made / "predictions.json", "questions": str(made / "questions.json")}
+    options = {"predictions": made / "predictions.json", "questions": str(made / "questions.json"), "images": images}
     evaluate(EvalOptions(**options, out=path, protocol=protocol, judge="rule"))  # type: ignore[arg-type]
     state = json.loads((path / "eval.json").read_text())
     given = [f"--{key}={value}" for key, value in options.items()]
-    command = ["/usr/bin/r1v", "eval-hallusion", *given, "--images", str(images), "--judge", "rule"]
+    command = ["/usr/bin/r1v", "eval-hallusion", *given, "--judge", "rule"]
     state["commands"] = {"judge": command, "score": command}
     (path / "eval.json").write_text(json.dumps(state))
     return path

@@ -34,7 +34,7 @@ def main(path: str, out: str, preset: str) -> None:
         Shared,
         path,
         scratch,
-        rows(RANK_ROWS),
+        rows(RANK_ROWS[preset]),
         per_device_train_batch_size=6,  # the second of three groups of four is cut between the ranks
         learning_rate=0.05,
         ds3_gather_for_generation=False,

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from r1vfree_cli.config.schema import Model
 from r1vfree_cli.core.errors import DataError
 from r1vfree_cli.eval.generate import Generator
+from r1vfree_cli.judges.local import LocalJudge
 from r1vfree_cli.models import adapter as adapters
 from r1vfree_cli.models.load import load_policy
 from r1vfree_cli.run import contract
@@ -36,13 +37,18 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
     return base, root / "adapter"
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    return tiny_models.save_tiny(tmp_path_factory.mktemp("plain") / "model")
+
+
 def save_adapter(base: Path, folder: Path, **settings) -> None:
     model, _ = tiny_models.load_tiny(base)
     wrapped = get_peft_model(model, LoraConfig(r=3, lora_alpha=7, **settings))
     torch.manual_seed(1)
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+        if parameter.requires_grad and "lora_A" not in name:
+            parameter.data += torch.randn_like(parameter) * 0.05
     wrapped.save_pretrained(folder)
 
 
@@ -55,6 +61,7 @@ LAYOUTS = {
     "value head around it": [(r"^base_model\.model\.", "base_model.model.pretrained_model.")],
     "no prefix": [(r"^base_model\.model\.", "")],
     "adapter's name in the keys": [(r"\.(lora_[AB])\.weight$", r".\1.default.weight")],
+    "FSDP, checkpointed": [(r"layers\.(\d)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module.")],
     "compiled, in DDP": [(r"^base_model\.model\.", "base_model.model._orig_mod.module.")],
 }
 
@@ -103,11 +110,48 @@ def test_patterns_of_old_names_are_translated(pair, tmp_path):
     save_adapter(base, tmp_path / "new", target_modules=targets, **patterns)
     rules = LAYOUTS["before transformers 4.52"]
     old_targets = [t.replace("language_model.", "") for t in targets]
-    old_patterns = {k: {old_targets[1]: p[targets[1]]} for k, p in patterns.items()}
     expected = merge.logits(*_probed(base, tmp_path / "new"))
-    for i, wanted in enumerate((old_targets, r"^(model(?=\.).*\.(q_proj))$")):
+    written = (old_targets, old_targets[1]), (r"^(model(?=\.).*\.(q_proj))$", r"^model\.layers\.1\..*")
+    for i, (wanted, layer) in enumerate(written):
+        old_patterns = {k: {layer: p[targets[1]]} for k, p in patterns.items()}
         old = relayout(tmp_path / "new", tmp_path / f"old{i}", rules, target_modules=wanted, **old_patterns)
         assert torch.equal(merge.logits(*_probed(base, old)), expected)
+
+
+@pytest.mark.parametrize(
+    "alpha", [r"model\.layers\.1\.self_attn\.q_proj", "^model.layers.1.*", "layers.1.self_attn.q_proj"]
+)
+def test_an_alpha_of_its_own_counts_in_an_old_layout(alpha, plain, tmp_path):
+    """No shape tells that it was not found: the adapter would be there at another strength."""
+    targets = {"target_modules": ["q_proj"]}
+    save_adapter(plain, tmp_path / "new", **targets, alpha_pattern={"layers.1.self_attn.q_proj": 40})
+    old = relayout(tmp_path / "new", tmp_path / "old", LAYOUTS["before transformers 4.52"], alpha_pattern={alpha: 40})
+    model = adapters.load_adapter(tiny_models.load_tiny(plain)[0], old, str(plain))
+    layers = model.base_model.model.model.language_model.layers
+    assert [layer.self_attn.q_proj.scaling["default"] for layer in layers] == [7 / 3, 40 / 3]
+
+
+PARTS = {
+    "DoRA": {"use_dora": True},
+    "biases": {"bias": "all"},
+    "a module of its own": {"modules_to_save": ["merger"]},
+    "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "some tokens": {"trainable_token_indices": [1, 2]},
+    "rank-stabilised": {"use_rslora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_all_that_an_adapter_holds_counts_in_an_old_layout(part, plain, tmp_path):
+    save_adapter(plain, tmp_path / "new", **{"target_modules": ["q_proj", "qkv"], **PARTS[part]})
+    old = relayout(tmp_path / "new", tmp_path / "old", LAYOUTS["before transformers 4.52"])
+    model, processor = tiny_models.load_tiny(plain)
+    inputs = merge.probe(processor)
+    before = merge.logits(model, inputs)
+    expected = merge.logits(PeftModel.from_pretrained(model, tmp_path / "new").eval(), inputs)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    assert torch.equal(merge.logits(*_probed(plain, old)), expected)
 
 
 def _probed(base: Path, adapter: Path):
@@ -129,13 +173,14 @@ def test_merge_and_eval_of_an_old_layout_answer_as_the_adapter(pair, tmp_path):
     assert found and all(v.any() for v in found.values())
 
 
-def refused(base: Path, adapter: Path, *words: str) -> None:
+def refused(base: Path, adapter: Path, *words: str, everywhere: bool = True) -> None:
     """Everything that loads an adapter refuses it in the same words, with exit code 3."""
-    for load in (
+    loads = (
         lambda: adapters.load_adapter(tiny_models.load_tiny(base)[0], adapter, str(base)),
         lambda: merge.merge(adapter, adapter.with_name("out"), base=str(base)),
         lambda: Generator(str(adapter), base=str(base), device="cpu"),
-    ):
+    )
+    for load in loads if everywhere else loads[:1]:
         with pytest.raises(DataError) as e:
             load()
         text = "\n".join([e.value.message, *e.value.details, e.value.hint or ""])
@@ -155,7 +200,7 @@ def test_what_still_does_not_fit_is_refused_with_its_keys(pair, tmp_path):
     refused(base, part, f"missing: {lost}")
 
 
-def test_another_base_of_the_same_shape_is_refused(pair, tmp_path):
+def test_another_base_of_the_same_shape_is_refused(pair, tmp_path, monkeypatch):
     """Known by the base that the adapter names, while it is there; by the contract's signature for ever."""
     base, adapter = pair
     kind = json.loads((base / "config.json").read_text())["model_type"]
@@ -164,6 +209,7 @@ def test_another_base_of_the_same_shape_is_refused(pair, tmp_path):
     shutil.copytree(base, tmp_path / "copy")
     assert lora(tmp_path / "copy", adapter)  # the same files in another place
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     moved = tmp_path / "moved"
     shutil.copytree(adapter, moved)
     change(moved, base_model_name_or_path="/no/such/base")
@@ -172,13 +218,69 @@ def test_another_base_of_the_same_shape_is_refused(pair, tmp_path):
     contract.write(moved, {"schema": 1, "base_signature": signature})
     refused(other, moved, "another model")
     assert lora(tmp_path / "copy", moved)
-    with pytest.raises(DataError, match="no model folder /no/such/base") as e:
-        merge.merge(moved, tmp_path / "out")
-    assert "--base" in e.value.hint
+    for gone in ("/no/such/base", "models/gone"):  # the second could be a name on the hub
+        change(moved, base_model_name_or_path=gone)
+        for load in (lambda: merge.merge(moved, tmp_path / "out"), lambda: Generator(str(moved), device="cpu")):
+            with pytest.raises(DataError, match=f"the adapter's base model: .*{gone}") as e:
+                load()
+            assert e.value.hint.startswith("give its place with --base")
 
 
-def test_an_adapter_is_no_model_to_train(pair):
-    _, adapter = pair
-    with pytest.raises(DataError, match="is a LoRA adapter") as e:
-        load_policy(Model(name=str(adapter)))
-    assert f"r1v merge {adapter} --out" in e.value.hint
+def test_what_would_answer_as_the_base_is_refused_or_said(plain, tmp_path, capsys):
+    targets = {"target_modules": ["q_proj"]}
+    save_adapter(plain, tmp_path / "invoked", **targets)
+    change(tmp_path / "invoked", alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+    refused(plain, tmp_path / "invoked", "activated LoRA", everywhere=False)
+    save_adapter(plain, tmp_path / "rank", **targets)
+    change(tmp_path / "rank", r=8)
+    refused(
+        plain,
+        tmp_path / "rank",
+        "does not fit its base",
+        "layers.0.self_attn.q_proj.lora_A",
+        "[8, 48]",
+        everywhere=False,
+    )
+    weights = load_file(tmp_path / "invoked" / "adapter_model.safetensors")
+    save_adapter(plain, tmp_path / "twice", **targets)
+    both = weights | {key.replace("language_model.", ""): value * 3 for key, value in weights.items()}
+    save_file(both, tmp_path / "twice" / "adapter_model.safetensors")
+    refused(plain, tmp_path / "twice", "two keys of one weight", everywhere=False)
+    save_adapter(plain, tmp_path / "zero", **targets)
+    nan = {key: value * float("nan") if "lora_B" in key else value for key, value in weights.items()}
+    save_file(nan, tmp_path / "twice" / "adapter_model.safetensors")
+    refused(plain, tmp_path / "twice", "holds NaN or infinity", "lora_B", everywhere=False)
+    zero = {key: value * ("lora_A" in key) for key, value in weights.items()}
+    save_file(zero, tmp_path / "zero" / "adapter_model.safetensors")
+    capsys.readouterr()
+    lora(plain, tmp_path / "zero")
+    assert "is untrained: what it adds to its base is zero" in capsys.readouterr().err
+    for named, told in (("Qwen/Qwen2-VL-2B-Instruct", True), (None, True), (f"/gone/{plain.name}", False)):
+        change(tmp_path / "zero", base_model_name_or_path=named)
+        lora(plain, tmp_path / "zero")
+        assert (f"names {named} as its base: whether" in capsys.readouterr().err) == told
+
+
+def test_an_adapter_without_weights_of_its_own_is_not_merged(plain, tmp_path):
+    save_adapter(plain, tmp_path / "bias", target_modules=["o_proj"], lora_bias=True)
+    with pytest.raises(DataError, match=r"cannot be merged: .*lora_bias"):
+        merge.merge(tmp_path / "bias", tmp_path / "out")
+
+
+def test_an_adapter_is_no_model_to_train_or_to_judge(pair, tmp_path, monkeypatch):
+    """Also where a complete model lies beside it, or on the hub: transformers would load what fits of it."""
+    base, adapter = pair
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    cached = tmp_path / "hub" / "models--org--both"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(both, cached / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, merges in ((adapter, f"r1v merge {adapter} --out"), (both, f"merge {both}"), ("org/both", "merge both")):
+        for load in (load_policy, LocalJudge):
+            with pytest.raises(DataError, match="is a LoRA adapter") as e:
+                load(Model(name=str(name)) if load is load_policy else str(name))
+            assert merges in e.value.hint

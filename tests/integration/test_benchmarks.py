@@ -15,8 +15,8 @@ from r1vfree_cli.core.files import lock, read_json, write_json
 from r1vfree_cli.eval import options as options_module
 from r1vfree_cli.eval.benchmark import RIGHT, UNCLEAR, WRONG, find
 from r1vfree_cli.eval.options import EvalOptions
-from r1vfree_cli.eval.runner import evaluate, print_scores
-from r1vfree_cli.eval.show import below_constant
+from r1vfree_cli.eval.runner import evaluate
+from r1vfree_cli.eval.show import below_constant, print_scores
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ def test_a_benchmark_is_added_by_one_file_outside_the_package(tmp_path, serve):
     done = subprocess.run([*command, "--compare-to", "e"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and len(server.prompts) == calls  # resumed: nothing is asked again
     assert json.loads(done.stdout)["comparison"]["metrics"]["accuracy"]["difference"] == 0
-    with pytest.raises(UsageError, match="cannot load"):
+    with pytest.raises(UsageError, match="cannot be loaded"):
         find(f"{tmp_path / 'none.py'}:BENCHMARK")
 
 
@@ -232,7 +232,7 @@ def test_both_commands_have_the_same_options_and_the_resolved_ones_are_kept(tmp_
     one, two = json.loads(a.stdout), json.loads(b.stdout)
     assert one.pop("out") != two.pop("out") and one == two
     kept = read_json(tmp_path / "hallusion" / "eval.json")["options"]
-    assert kept["seed"] == 3 and kept["benchmark"] == "hallusion" and kept["judged"] == str(file)
+    assert kept["seed"] == 3 and kept["benchmark"] == "hallusion" and kept["judged"] == [str(file)]
 
 
 # --- what is stored, empty, unanswered, in use -----------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_a_refused_question_blocks_until_it_is_counted_as_not_right(pope, serve,
     assert doc["unanswered"]["n"] == 0 and len(server.prompts) == 2
 
 
-def test_a_refused_text_only_question_of_hallusionbench_is_not_right_although_unclear_would_be(tmp_path, serve):
+def test_a_refused_text_only_question_of_hallusionbench_is_not_right_although_unclear_would_be(tmp_path, serve, capsys):
     write_json(tmp_path / "q.json", [r for r in records() if r["visual_input"] == "0"])
     server = serve(lambda prompt, body: 413 if "Number 00" in prompt else "hm")
     doc = evaluate(
@@ -298,6 +298,8 @@ def test_a_refused_text_only_question_of_hallusionbench_is_not_right_although_un
     )  # fmt: skip
     n, refused = doc["n_questions"], doc["unanswered"]["n"]
     assert refused and doc["counts"]["aAcc"] == [n - refused, n] and doc["unclear_right"] == n - refused
+    print_scores(doc)
+    assert f"{n - refused} of {n - refused} right answers are unclear replies" in capsys.readouterr().out
 
 
 def test_an_eval_dir_has_one_writer_and_says_who(tmp_path):
@@ -321,3 +323,76 @@ def test_vlmevalkit_shows_the_mean_of_its_leaderboard(tmp_path):
     write_json(tmp_path / "p.json", [r | {"model_prediction": "Yes"} for r in records()])
     doc = evaluate(EvalOptions(predictions=tmp_path / "p.json", protocol="vlmevalkit", out=tmp_path / "e"))
     assert doc["mean"] == pytest.approx(sum(doc["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")) / 3)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"endpoint": "http://127.0.0.1:1", "model": "m", "vllm": True}, "--vllm starts a server for a checkpoint"),
+        ({"checkpoint": "org/model", "base": "org/base", "vllm": True}, "complete models only"),
+    ],
+)
+def test_vllm_is_for_complete_checkpoints(given, said):
+    with pytest.raises(UsageError, match=said):
+        options_module.check(EvalOptions(**given))
+
+
+def test_without_vllm_an_evaluation_says_how_to_have_it(pope, tmp_path, monkeypatch):
+    from tiny_models import save_tiny
+
+    monkeypatch.setenv("R1V_VLLM", str(tmp_path / "nothing"))
+    told = {"questions": str(pope / "coco"), "images": pope / "val2014", "out": tmp_path / "v", "vllm": True}
+    with pytest.raises(UsageError, match="R1V_VLLM is") as raised:
+        evaluate(EvalOptions(benchmark="pope", checkpoint=str(save_tiny(tmp_path / "m")), **told))
+    assert raised.value.exit_code == 2
+
+
+FAKE_VLLM = """#!{python}
+import http.server, json, os, sys, threading
+one = threading.Lock()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer({{}})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with one:
+            with open("{count}", "a") as file:
+                file.write(".")
+            if os.path.getsize("{count}") in {deaths}:
+                os._exit(1)
+        self.answer({{"choices": [{{"message": {{"content": "<answer>Yes</answer>"}}, "finish_reason": "stop"}}]}})
+    def answer(self, document):
+        body = json.dumps(document).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_vllm_server_that_dies_is_started_again_once(pope, tmp_path, monkeypatch, capsys):
+    """Questions wait for it; when it stays away the rest is asked by the same command."""
+    from tiny_models import save_tiny
+
+    command = tmp_path / "vllm"
+    command.write_text(FAKE_VLLM.format(python=sys.executable, count=tmp_path / "count", deaths=(3, 8, 12)))
+    command.chmod(0o755)
+    monkeypatch.setenv("R1V_VLLM", str(command))
+    told = {"questions": str(pope / "coco"), "images": pope / "val2014", "out": tmp_path / "v", "vllm": True}
+    o = EvalOptions(
+        benchmark="pope",
+        checkpoint=str(save_tiny(tmp_path / "m")),
+        stage="generate",
+        max_retries=0,
+        concurrency=2,
+        **told,
+    )
+    with pytest.raises(DataError, match="the vLLM server ended twice"):
+        evaluate(o)
+    assert 0 < len((tmp_path / "v" / "predictions.jsonl").read_text().splitlines()) < 12
+    evaluate(o)
+    rows = (tmp_path / "v" / "predictions.jsonl").read_text().splitlines()
+    assert len(rows) == len({json.loads(row)["id"] for row in rows}) == 24
+    assert capsys.readouterr().err.count("it is started again, once") == 2

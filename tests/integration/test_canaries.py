@@ -11,8 +11,9 @@ import judge_servers as js
 import pytest
 from PIL import Image
 
-from r1vfree_cli.config.schema import Canaries, FeedbackReward
+from r1vfree_cli.config.rewards import Canaries, FeedbackReward
 from r1vfree_cli.core.errors import GuardStop, UsageError
+from r1vfree_cli.core.prompts import DEFAULT, Prompt
 from r1vfree_cli.rewards.canaries import HEADER, TEMPLATES, check
 from r1vfree_cli.rewards.registry import build_feedback
 
@@ -58,16 +59,18 @@ JUDGES = {
 }
 
 
-def run(tmp_path, judge, data, cfg: Canaries | None = None, **settings):
+def run(tmp_path, judge, data, cfg: Canaries | None = None, prompt: Prompt = DEFAULT, **settings):
     def behave(handler, body):
         score = judge(*asked(body))
+        if score is None:
+            return js.status(500)(handler, body)
         js.reply(handler, js.classify_reply([1 - score, score]))
 
     with js.JudgeServer(behave) as server:
         document = {"name": "feedback", "base_url": server.url, "cache": str(tmp_path), "max_retries": 0}
         reward = build_feedback(FeedbackReward.model_validate(document | settings))
         try:
-            return check(reward, data, cfg or Canaries(), seed=1), server.requests
+            return check(reward, data, cfg or Canaries(), 1, prompt), server.requests
         finally:
             reward.close()
 
@@ -121,3 +124,22 @@ def test_a_judge_without_verdicts_is_a_usage_error(tmp_path):
         document = {"name": "feedback", "base_url": server.url, "cache": False, "max_retries": 0}
         with pytest.raises(UsageError, match="no verdict"):
             check(build_feedback(FeedbackReward.model_validate(document)), rows(), Canaries(), 1)
+
+
+def test_asked_but_not_answered_is_a_failure_and_no_question_is_not(tmp_path):
+    """A judge that is silent about one kind of question only must not pass for want of evidence."""
+    silent = lambda i, q, a: None if a == "Thought process:" else honest(i, q, a)  # noqa: E731
+    report, _ = run(tmp_path, silent, rows())
+    (check,) = [c for c in report.checks if c.ok is False]
+    assert (check.name, check.n, check.score) == ("template", 0, None) and check.of > 4 and not report.ok
+    assert any("FAILED" in line and f"n=0 of {check.of}" in line for line in report.error().details)
+    yes_no = [row for row in rows() if row["problem"].startswith("Is it")]  # to these, Yes is an answer
+    report, _ = run(tmp_path, honest, [*yes_no, *yes_no])
+    assert [c.asked for c in report.checks if c.ok is None][:1] == ["'Yes'"]
+
+
+def test_the_instruction_of_the_run_is_a_template(tmp_path):
+    own = Prompt(instruction="Name the plant.")
+    likes = lambda i, q, a: 1.0 if a.startswith("Name the plant.") else honest(i, q, a)  # noqa: E731
+    assert run(tmp_path, likes, rows())[0].ok
+    assert not run(tmp_path, likes, rows(), prompt=own)[0].ok

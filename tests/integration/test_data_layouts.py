@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -123,6 +124,46 @@ LAYOUTS = {
         "verl prompt", "48", None,
     ),
     "base64": ({"image": B64, "question": "What is the colour?", "answer": "red"}, "problem and solution columns", "red", None),
+    "ShareGPT, other roles": (
+        {"conversations": [{"from": "Human", "value": "<image>What is the colour?"}, {"from": "chatgpt", "value": "<thinking>I</thinking>Red."}],
+         "images": json.dumps(["coco/1.png"])},
+        "ShareGPT conversations", "Red.", "I",
+    ),
+    "OpenAI, places for the images": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the colour?"}]}],
+         "images": [{"image": "file://coco/1.png"}], "solution": "red"},
+        "ms-swift messages", "red", None,
+    ),
+    "TRL": (
+        {"prompt": [{"role": "user", "content": "What is the colour?"}], "completion": [{"role": "assistant", "content": "Red."}],
+         "images": [{"url": "coco/1.png"}]},
+        "TRL prompt", "Red.", None,
+    ),
+    "TRL, the better of two, as texts": (
+        {"prompt": json.dumps([{"role": "user", "content": "What is the colour?"}]), "images": ["coco/1.png"],
+         "chosen": "Red.", "rejected": "Blue."},
+        "TRL prompt", "Red.", None,
+    ),
+    "a prompt and a response": (
+        {"prompt": "What is the colour?", "response": "<thought>Fire.</thought>Red.", "image": {"bytes": "", "path": "coco/1.png"}},
+        "TRL prompt", "Red.", "Fire.",
+    ),
+    "a count as the reply": (
+        {"image": "coco/1.png", "conversations": [TURNS[0], {"from": "gpt", "value": 3}]}, "LLaVA conversations", "3", None,
+    ),
+    "Responses API": (
+        {"messages": [{"role": "user", "content": [{"type": "input_image", "image_url": "coco/1.png"}, {"type": "input_text", "text": "What is the colour?"}]},
+                      {"role": "assistant", "content": [{"type": "output_text", "text": "Red."}]}]},
+        "OpenAI messages", "Red.", None,
+    ),
+    "conversations as a text": ({"image": "coco/1.png", "conversations": json.dumps([*TURNS[:1], {"from": "bot", "value": "Red."}])},
+        "LLaVA conversations", "Red.", None,
+    ),
+    "a verl prompt with its answer beside": (
+        {"prompt": "<|vision_start|><|image_pad|><|vision_end|>What is the colour?", "image": "coco/1.png", "ground_truth": "red"},
+        "verl prompt", "red", None,
+    ),
+    "MMMU's marker": ({"image": "coco/1.png", "question": "<image 1> What is the colour?"}, "problem and solution columns", None, None),
     "images empty": (
         {"images": [], "image": "coco/1.png", "problem": "What is the colour?", "solution": None},
         "problem and solution columns", None, None,
@@ -157,7 +198,7 @@ def test_of_a_conversation_the_first_turn_is_taken_and_the_rest_is_counted(folde
     lines = [
         {"image": "coco/1.png", "conversations": TURNS},
         {"images": ["coco/1.png", "coco/2.png"],
-         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>What is the colour?"},
+         "messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "<image>What is the colour?"},
                       {"role": "assistant", "content": "Red."}, {"role": "user", "content": "<image>And this?"}]},
         {"images": ["coco/1.png"], "query": "And now?", "response": "No.", "history": [["<image>What is the colour?", "Red."]]},
         {"image": "coco/1.png", "conversations": "[not JSON"},
@@ -208,6 +249,62 @@ def test_csv_cells_are_text_and_need_no_metadata_name(kind, folder, tmp_path, ca
     summary = json.loads((tmp_path / "out" / "data.json").read_text())
     assert summary["columns"] == {"problem": "q", "images": "picture", "solution": "a"}
     assert summary["dropped"] == {"line has more cells than the header": 1}
+
+
+def test_an_image_that_belongs_to_another_turn_or_is_missing_is_never_the_first_ones(folder, tmp_path):
+    later = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}, *TURNS[:2]]
+    parts = [{"type": "image"}, {"type": "text", "text": "What is the colour?"}]
+    lines = [
+        {"images": ["coco/1.png", "coco/2.png"],
+         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Red."}, {"role": "user", "content": parts}]},
+        {"image": "coco/1.png", "conversations": later},
+        {"image": "coco/1.png", "problem": "<image>\n<image>\nWhich is larger?"},
+        {"images": ["coco/1.png"], "query": "<image>Where is <ref-object>?", "response": "<bbox>", "objects": {"ref": ["it"]}},
+        {"image": "coco/1.png", "conversations": [TURNS[0], {"from": "gpt", "value": {"bbox": [1, 2, 3, 4]}}]},
+        {"image": "coco/1.png", "problem": "What?", "solution": "<ANSWER>3</ANSWER>"},
+    ]  # fmt: skip
+    summary = prepare("files", tmp_path / "out", input=str(write_lines(folder / "x.jsonl", lines)))
+    assert one(tmp_path / "out") == ("What is the colour?", "Red.", None, [PNG])
+    assert summary["dropped"] == {
+        "later turn of a conversation": 1,
+        "no image": 1,
+        "fewer images than <image> markers": 1,
+        "placeholders for objects and boxes": 1,
+        "message part is neither text nor image": 1,
+        "tags inside the reference answer": 1,
+    }
+
+
+def test_choices_beside_a_question_are_asked_with_it(folder, tmp_path):
+    asked = "What is it?\nA. a cat\nB. a dog"
+    kept = [
+        ({"choices": ["a cat", "a dog"], "answer": "B"}, asked),
+        ({"options": '["a cat", "a dog"]', "answer": "A dog"}, asked),
+        ({"A": "a cat", "B": "a dog", "C": None, "answer": "(B)"}, asked),
+        ({"choices": {"text": ["a cat", "a dog"], "label": ["A", "B"]}}, asked),
+        ({"choices": ["(1) a cat", "(2) a dog"], "answer": "(2) a dog"}, "What is it?\nA. (1) a cat\nB. (2) a dog"),
+        ({"choices": ["A) a cat", "B) a dog"], "answer": "b"}, "What is it?\nA) a cat\nB) a dog"),
+        ({"options": "A. a cat B. a dog", "answer": "B"}, "What is it?\nA. a cat B. a dog"),
+        ({"problem": "What is it, a cat or a dog?", "choices": ["a cat", "a dog"]}, "What is it, a cat or a dog?"),
+        ({"choices": []}, "What is it?"),
+    ]
+    lost = [{"choices": ["a cat", "a dog"], "answer": 1}, {"choices": ["a cat", "a dog"], "answer": "C"}]
+    lost += [{"choices": [{"bytes": "x"}, {"bytes": "y"}]}]
+    lines = [{"image": "coco/1.png", "problem": "What is it?"} | change for change in [row for row, _ in kept] + lost]
+    summary = prepare("files", tmp_path / "out", input=str(write_lines(folder / "x.jsonl", lines)))
+    assert [row["problem"] for row in rows_of(tmp_path / "out")] == [text for _, text in kept]
+    assert summary["dropped"] == {"solution is none of the choices": 2, "choices are not a list of texts": 1}
+
+
+def test_columns_name_parts_of_a_conversation_too_and_infinite_cells_are_dropped(folder, tmp_path):
+    source = write_lines(folder / "x.jsonl", [{"img": "coco/1.png", "conversations": TURNS[:2]}])
+    prepare("files", tmp_path / "out", input=str(source), columns="image=img")
+    assert one(tmp_path / "out") == ("What is the colour?", "Red.", None, [PNG])
+    with pytest.raises(UsageError, match="two columns for problem"):
+        prepare("files", tmp_path / "other", input=str(source), columns="problem=a,question=b")
+    (folder / "x.csv").write_text("image,problem,solution\ncoco/1.png,A?,-inf\ncoco/1.png,B?,3\n")
+    summary = prepare("files", tmp_path / "csv", input=str(folder / "x.csv"))
+    assert (summary["rows"], summary["dropped"]) == (1, {"solution is not finite": 1})
 
 
 def test_named_columns_may_lie_inside_others_and_must_be_there(folder, tmp_path):
@@ -265,6 +362,16 @@ def test_other_encodings_are_refused_as_a_file(name, encoding, folder, tmp_path)
         ("train-00000.parquet", "train"),
         ("coreset-00001-of-00003.parquet", "coreset"),
         ("data-00001-of-00003.parquet", None),
+        ("TestSet.json", "test"),
+        ("refcoco_testA.json", "test"),
+        ("testset.jsonl", "test"),
+        ("tests/rows.jsonl", "test"),
+        ("my_testing_set/rows.jsonl", "test"),
+        ("held-out/rows.jsonl", "held-out"),
+        ("development.csv", "dev"),
+        ("测试集.jsonl", "test"),
+        ("trainset.jsonl", "train"),
+        ("attest/device.jsonl", None),
         ("latest.jsonl", None),
         ("contest/rows.jsonl", None),
         ("trainees.csv", None),
@@ -275,7 +382,7 @@ def test_a_split_is_a_word_of_the_name(name, split):
     assert split_of(name) == split
 
 
-def test_test_files_never_become_training_rows(tmp_path):
+def test_test_files_never_become_training_rows(tmp_path, capsys):
     record = {"image": B64, "problem": "What?"}
     for name in ("test-00000-of-00001-0f3a.jsonl", "geo_test.jsonl", "x-val.jsonl"):
         path = write_lines(tmp_path / "one" / name, [record])
@@ -296,6 +403,7 @@ def test_test_files_never_become_training_rows(tmp_path):
     assert prepare("files", tmp_path / "out", input=str(tmp_path / "one"), split="val")["splits"].keys() == {
         "validation"
     }
+    assert "left out, their split is not known: more.jsonl" in capsys.readouterr().err
     write_hub_parquet(tmp_path / "bare" / "geo_test.parquet", [R1V])
     with pytest.raises(UsageError, match="it has test"):
         load.ensure_rows(str(tmp_path / "bare"))
@@ -303,6 +411,29 @@ def test_test_files_never_become_training_rows(tmp_path):
         tmp_path / "s"
     )
     assert prepare("files", tmp_path / "saved", input=str(tmp_path / "s"))["splits"].keys() == {"test"}
+    both = datasets.Dataset.from_list([{"problem": "What?", "image": {"bytes": PNG}}])
+    datasets.DatasetDict(train=both).save_to_disk(tmp_path / "d" / "x")
+    assert len(load.load_rows(str(tmp_path / "d" / "x"))) == 1
+    shutil.rmtree(tmp_path / "d" / "x")
+    datasets.DatasetDict(test=both).save_to_disk(tmp_path / "d" / "x")  # the same bytes: what was cached is not theirs
+    with pytest.raises(UsageError, match="it has test"):
+        load.load_rows(str(tmp_path / "d" / "x"))
+
+
+def test_a_folder_key_or_column_that_says_test_keeps_rows_out_of_training(tmp_path):
+    record = {"image": B64, "problem": "What?"}
+    path = write_lines(tmp_path / "my_testing_set" / "rows.jsonl", [record])
+    with pytest.raises(UsageError, match="no split 'train'"):
+        prepare("files", tmp_path / "out", input=str(path), split="train")
+    path = write_lines(tmp_path / "a_test_project" / "rows.jsonl", [record])
+    assert prepare("files", tmp_path / "project", input=str(path))["splits"].keys() == {"train"}
+    (tmp_path / "rows.json").write_text(json.dumps({"test": [record]}))
+    with pytest.raises(DataError, match="holds records of test"):
+        prepare("files", tmp_path / "out", input=str(tmp_path / "rows.json"))
+    said = [{"split": "val"}, {"extra_info": {"split": "test"}}, {"split": "train"}, {"split": None}, {"split": "x"}]
+    path = write_lines(tmp_path / "rows.jsonl", [record | more for more in said])
+    summary = prepare("files", tmp_path / "column", input=str(path))
+    assert (summary["rows"], summary["dropped"]) == (3, {"record of another split": 2})
 
 
 # --- images ----------------------------------------------------------------------------------------------------
@@ -357,6 +488,11 @@ def test_parquet_files_as_data_path_are_read_as_prepare_data_would_write_them(tm
     copy.parent.mkdir()
     copy.write_bytes(file.read_bytes())
     assert load.ensure_rows(str(copy)) == folder  # by content
+    held = tmp_path / "my_testing_set" / "rows.parquet"
+    held.parent.mkdir()
+    held.write_bytes(file.read_bytes())
+    with pytest.raises(UsageError, match="no split 'train'"):  # though the same bytes are in the cache as train
+        load.ensure_rows(str(held))
     pq.write_table(pa.Table.from_pylist(rows[:1]), file)
     assert load.ensure_rows(str(file)) != folder and len(load.load_rows(str(file))) == 1
 

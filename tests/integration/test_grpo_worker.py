@@ -28,8 +28,9 @@ from r1vfree_cli.core.files import read_json, read_jsonl, write_text
 from r1vfree_cli.core.prompts import build_messages, template_hash
 from r1vfree_cli.launch import plan as plans
 from r1vfree_cli.launch import processes as launch
+from r1vfree_cli.models import family
 from r1vfree_cli.models.lengths import drop_long_prompts, prompt_lengths
-from r1vfree_cli.models.sampling import VISION_TOKENS, keyed_draws
+from r1vfree_cli.models.sampling import keyed_draws
 from r1vfree_cli.run import contract
 from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.checkpoint import checkpoints, lacking
@@ -182,7 +183,7 @@ def trainer(home, where: Path, rewards, *, guard=None, shared_prefix=False, mode
         "max_steps": 1,
         "max_completion_length": 6,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": False,
         "report_to": "none",
         "remove_unused_columns": False,
@@ -303,22 +304,22 @@ def test_visual_tokens_are_never_sampled(home, tmp_path, shared_prefix):
     original = made._calculate_rewards
     made._calculate_rewards = lambda *a: (seen.extend(t for ids in a[-1] for t in ids), original(*a))[1]
     made.train()
-    forbidden = set(made._tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
+    forbidden = set(made._tokenizer.convert_tokens_to_ids(list(family.of(made.model.config).placeholders)))
     assert len(seen) > 700 and len(set(seen)) > 200
     assert not forbidden & set(seen)
 
 
 def test_keyed_draws_have_the_distribution_and_do_not_depend_on_the_layout():
     probs = torch.tensor([[0.1, 0.0, 0.6, 0.3, 0.0]]).expand(2000, -1)
-    with keyed_draws((7, 0, 3), first=0, rows=2000, tokens=2):
+    with keyed_draws((7, 0, 3), range(2000), 2):
         tokens = [torch.multinomial(probs, num_samples=1)[:, 0] for _ in range(2)]
     for drawn in tokens:
         share = torch.bincount(drawn, minlength=5) / 2000
         assert torch.allclose(share, probs[0], atol=0.04) and share[1] == 0 and share[4] == 0
     assert not torch.equal(*tokens)
-    with keyed_draws((7, 0, 3), first=1000, rows=1000, tokens=2):
+    with keyed_draws((7, 0, 3), range(1000, 2000), 2):
         assert torch.equal(torch.multinomial(probs[:1000], num_samples=1)[:, 0], tokens[0][1000:])
-    with keyed_draws((7, 0, 4), first=0, rows=2000, tokens=2):
+    with keyed_draws((7, 0, 4), range(2000), 2):
         assert not torch.equal(torch.multinomial(probs, num_samples=1)[:, 0], tokens[0])
     assert torch.multinomial(probs[:3], 2).shape == (3, 2)  # itself again
 

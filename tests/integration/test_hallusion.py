@@ -27,7 +27,9 @@ from r1vfree_cli.eval import reading
 from r1vfree_cli.eval.hallusion import questions as questions_module
 from r1vfree_cli.eval.hallusion import score
 from r1vfree_cli.eval.hallusion.benchmark import BENCHMARK
-from r1vfree_cli.eval.runner import EvalOptions, check_gates, evaluate, print_scores
+from r1vfree_cli.eval.options import EvalOptions, check_gates
+from r1vfree_cli.eval.runner import evaluate
+from r1vfree_cli.eval.show import print_scores
 
 ROOT = Path(__file__).parents[2]
 
@@ -507,7 +509,7 @@ def test_chat_judge_asks_once_and_same_only_where_it_is_read(tmp_path, serve):
     assert len(shown) < n  # what is shown twice is asked once
     asked = [p for p in server.prompts if "two students" not in p]
     assert len(asked) == len(shown) and not any("hidden" in p for p in server.prompts)
-    items = {i.id: i for i in questions_module.load_judged(tmp_path / "e" / "judged.json")[0]}
+    items = {i.id: i for i in BENCHMARK.load_judged(tmp_path / "e" / "judged.json")[0]}
     codes = score.originals(items.values())
     assert any(score.reads_same(i, codes[i.pair_key]) for i in items.values())
     assert len(server.prompts) == len(asked) + 1  # all answers are equal texts here
@@ -607,13 +609,13 @@ def test_malformed_and_cut_replies_cost_their_own_question_only(bench, tmp_path,
     server = serve(reply)
     hit = sum(any(number in r["question"] for number in bad) for r in records())
     options = EvalOptions(predictions=prediction_file(tmp_path / "p.json"), out=tmp_path / "e", **chat(server))
-    error = fails(3, options, "unjudged", "bad reply", "cut at the length limit")
+    error = fails(3, options, "unjudged", "unparsable", "truncated")
     assert f": {hit} questions" in error.message
     asking = EvalOptions(
         endpoint=server.url, model="m", questions=str(bench / "HallusionBench.json"), images=bench,
         out=tmp_path / "g", max_retries=0,
     )  # fmt: skip
-    error = fails(3, asking, "bad reply")
+    error = fails(3, asking, "unparsable")
     kept = {r["id"] for _, r in _lines(tmp_path / "g" / "predictions.jsonl")}
     bad.clear()
     server.prompts.clear()

@@ -1,4 +1,4 @@
-"""`training.hooks` against what is installed: each entry is as it says, and nothing that r1v uses is left out."""
+"""`hooks` against what is installed: each entry is as it says, and nothing that r1v uses is left out."""
 
 import ast
 import inspect
@@ -6,13 +6,14 @@ import pkgutil
 import re
 from pathlib import Path
 
+import hooks
 import pytest
 
 import r1vfree_cli
-from r1vfree_cli.training import hooks
 from r1vfree_cli.training.resume import EpochSampler
 from r1vfree_cli.training.sft import R1VSFTTrainer
 from r1vfree_cli.training.trainer import R1VGRPOTrainer
+from r1vfree_cli.training.vllm_sampler import VLLMSampler
 
 LIBRARIES = ("trl", "transformers", "accelerate", "deepspeed")
 KNOWN = [*hooks.OVERRIDES, *hooks.PRIVATES]
@@ -42,7 +43,7 @@ def test_each_is_as_the_list_says(hook):
     assert parameters == wanted
 
 
-@pytest.mark.parametrize("cls", [R1VGRPOTrainer, R1VSFTTrainer, EpochSampler])
+@pytest.mark.parametrize("cls", [R1VGRPOTrainer, R1VSFTTrainer, EpochSampler, VLLMSampler])
 def test_every_override_is_in_the_list(cls):
     listed = {h.name.rpartition(".")[2] for h in hooks.OVERRIDES}
     for ours in cls.__mro__:
@@ -52,14 +53,15 @@ def test_every_override_is_in_the_list(cls):
 
 
 def test_every_override_in_the_list_is_one():
-    ours = {n for c in (R1VGRPOTrainer, R1VSFTTrainer, EpochSampler) for k in c.__mro__ for n in vars(k)
+    ours = {n for c in (R1VGRPOTrainer, R1VSFTTrainer, EpochSampler, VLLMSampler)
+            for k in c.__mro__ for n in vars(k)
             if k.__module__.startswith("r1vfree_cli")}  # fmt: skip
     assert {h.name.rpartition(".")[2] for h in hooks.OVERRIDES} <= ours
 
 
 def test_every_private_of_theirs_is_in_the_list():
     listed = {re.split(r"[.:]", h.name)[-1] for h in KNOWN}
-    trainers = source_of(R1VGRPOTrainer) + source_of(R1VSFTTrainer)
+    trainers = source_of(R1VGRPOTrainer) + source_of(R1VSFTTrainer) + source_of(VLLMSampler)
     of_trainers = set(re.findall(r"self\.(_\w+)\b[^\n=]*=[^=]", trainers)) | set(re.findall(r"def (_\w+)\(", trainers))
     used, own = set(), {"_exit"}  # os._exit
     for file in Path(r1vfree_cli.__file__).parent.rglob("*.py"):

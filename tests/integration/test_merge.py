@@ -299,6 +299,15 @@ def test_broken_checkpoint_is_one_clear_error(case, message, base, adapter, tmp_
     assert sorted(leftovers(tmp_path)) == before
 
 
+def test_weights_that_the_config_does_not_describe_are_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "in")
+    weights = load_file(base / "model.safetensors") | {"model.extra.weight": torch.ones(3)}
+    save_file(weights, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="has weights that its config") as caught:
+        merge.merge(tmp_path / "in", tmp_path / "out")
+    assert caught.value.details == ["unexpected: model.language_model.extra.weight"]
+
+
 def test_adapter_over_another_base_is_refused(adapter, tmp_path):
     other = tiny_models.save_tiny(tmp_path / "other", "qwen2_vl")
     with pytest.raises(DataError, match="does not fit its base"):

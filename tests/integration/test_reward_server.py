@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -21,11 +22,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import TAKES_FEATURES, _bpe, draw, draw_rows, save_tiny
+from tiny_models import _bpe, draw, draw_rows, save_tiny
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer.utils import is_async_callable
 
-from r1vfree_cli.config.schema import FeedbackReward, FormatReward
+from r1vfree_cli.config.rewards import FeedbackReward, FormatReward
 from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.core.prompts import conversation_messages, judge_messages
 from r1vfree_cli.judges.local import LocalJudge
@@ -35,6 +36,7 @@ from r1vfree_cli.run.checkpoint import fingerprint
 pytestmark = pytest.mark.xdist_group("reward_server")
 ANSWERS = ("red", "No, there is none of them <|im_end|> at all", "two")
 START_S = 180
+LIMITS = (3136, 401408)  # pixels of an image, as the server takes them by default
 
 
 def items(n: int = 4) -> list[tuple[list[Image.Image], str, str]]:
@@ -78,15 +80,23 @@ def value_head(tmp_path_factory) -> Path:
 # --- local judges ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_batched_equals_single_and_images_encoded_once_equal_images_encoded_each_time(tmp_path, family, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_batched_equals_single_and_shared_prefixes_equal_plain_passes(tmp_path, family, monkeypatch):
     judge = LocalJudge(str(save_tiny(tmp_path, family)), batch_size=5)
-    assert judge.kind == "yes_no" and judge._encodes_apart() == TAKES_FEATURES
+    assert judge.kind == "yes_no" and judge._shares
     together = judge.score(items())
     assert together == pytest.approx([judge.score([item])[0] for item in items()], abs=1e-5)
     assert len({round(s, 4) for s in together}) > 10 and all(0 < s < 1 for s in together)
-    monkeypatch.setattr(judge, "_encodes_apart", lambda: False)
+    # Other servers' clients write the text first: an image behind it can be no part of what is shared.
+    texts = [("Is it red?", "No"), ("Is it red?", "Not at all"), ("What?", "red"), ("What?", "red one"), ("What?", "")]
+    first = [
+        ([draw(7)], [{"role": "user", "content": [{"type": "text", "text": q}, {"type": "image"}, {"type": "text", "text": a}]}])
+        for q, a in texts
+    ]  # fmt: skip
+    asked = judge.score_messages(first, add_generation_prompt=True)
+    monkeypatch.setattr(judge, "_shares", False)
     assert together == pytest.approx(judge.score(items()), abs=1e-5)
+    assert asked == pytest.approx(judge.score_messages(first, add_generation_prompt=True), abs=1e-5)
 
 
 def test_p_yes_is_what_the_model_says_by_hand(vlm):
@@ -301,13 +311,13 @@ def test_a_judge_that_fails_in_this_process_is_none(vlm, tmp_path, monkeypatch):
     reward = local_feedback(vlm, tmp_path)
     reward.probe()
 
-    def out_of_memory(self, requests, *, add_generation_prompt):
+    def out_of_memory(self, *batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(LocalJudge, "score_messages", out_of_memory)
+    monkeypatch.setattr(LocalJudge, "_forward", out_of_memory)
     assert reward.ask(items(1), use_cache=False) == [None] * len(items(1))
     assert "out of memory" in reward.failures[0]
-    monkeypatch.setattr(LocalJudge, "score", lambda self, asked: [float("nan")] * len(asked))
+    monkeypatch.setattr(LocalJudge, "_forward", lambda self, texts, *_: torch.full((len(texts),), torch.nan))
     assert reward.ask(items(1), use_cache=False) == [None] * len(items(1))
 
 
@@ -322,10 +332,11 @@ def test_trl_sees_an_asynchronous_reward(tmp_path):
         FeedbackReward(name="feedback", base_url="http://127.0.0.1:1"),
     ]
     rewards = build_rewards(settings, cache_root=tmp_path)
-    assert [is_async_callable(r) for r in rewards] == [False, True]
+    assert all(is_async_callable(r) for r in rewards)
     assert [(r.__name__, r.weight, r.required) for r in rewards] == [("format", 0.2, False), ("feedback", 1.0, True)]
     completions = [[{"role": "assistant", "content": "<think>a</think><answer>b</answer>"}], "b"]
-    assert rewards[0](prompts=["", ""], completions=completions, problem=["q", "q"]) == [1.0, 0.0]
+    asked = {"prompts": ["", ""], "completions": completions, "problem": ["q", "q"]}
+    assert asyncio.run(rewards[0](**asked)) == [1.0, 0.0]
 
 
 # --- the server ------------------------------------------------------------------------------------------------
@@ -431,7 +442,7 @@ def text_message(text: str, *urls: str) -> dict:
 def test_scores_through_the_server_equal_local_ones(server, vlm, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-right")
     reward = classify(server, tmp_path)
-    expected = LocalJudge(str(vlm)).score(items())
+    expected = LocalJudge(str(vlm), pixels=LIMITS).score(items())
     # Several clients at once, so that the server batches rows of several of them.
     found: dict[int, list] = {}
     clients = [classify(server, tmp_path) for _ in range(3)]
@@ -460,6 +471,7 @@ def test_it_says_what_it_serves(server, vlm_with_nan):
     assert f"serving {vlm_with_nan} on cpu at {server.url}/classify\n" in server._log.read_text()
     said = json.loads(server.send("/info", key="sk-right")[1])["model"]
     assert said.pop("files") == fingerprint(vlm_with_nan) != fingerprint(vlm_with_nan.parent)
+    assert said.pop("pixels") == [3136, 401408] and said.pop("max_tokens") == 2048
     assert said == {"name": str(vlm_with_nan), "revision": None, "kind": "yes_no", "prompt": "judge"}
 
 
@@ -505,7 +517,7 @@ def test_bad_requests_are_refused_and_do_not_touch_their_neighbours(server, docu
     for thread in threads:
         thread.join()
     code, said = results["bad"]
-    assert code in (400, 422) or (code == 500 and b"score is nan" in said)
+    assert code == 400 or (code == 500 and b"score nan" in said)
     assert b"Traceback" not in said
     assert results["one"][0] == results["two"][0] == 200
 
@@ -560,10 +572,9 @@ def wait_for_end(pids: list[int], seconds: float = 60) -> list[int]:
 def test_value_head_behind_the_server_and_no_process_survives_a_kill(value_head, tmp_path):
     with Server(value_head, tmp_path / "log") as running:
         reward = classify(running, tmp_path)
-        expected = LocalJudge(str(value_head)).score(items())
+        expected = LocalJudge(str(value_head), pixels=LIMITS).score(items())
         assert reward.ask(items()) == pytest.approx(expected, abs=1e-5)
-        family = running.children()
-        assert len(family) >= 3
+        family = [running.process.pid, *running.children()]
         running.process.send_signal(signal.SIGKILL)
         assert wait_for_end(family) == []
 
@@ -584,7 +595,7 @@ def test_the_server_of_a_run_dies_with_r1v_that_is_killed(vlm, tmp_path):
     watcher = Server.__new__(Server)
     watcher.process, watcher.url = parent, f"http://127.0.0.1:{port}"
     family = watcher.children()
-    assert len(family) >= 3 and watcher.status("/health") == 200
+    assert len(family) >= 1 and watcher.status("/health") == 200
     parent.kill()
     parent.wait()
     assert wait_for_end(family) == []

@@ -11,7 +11,8 @@ import yaml
 from tiny_models import draw_rows, save_tiny, write_rows
 
 from r1vfree_cli.core.errors import UsageError
-from r1vfree_cli.eval.endpoint import CallFailed, Endpoint
+from r1vfree_cli.judges.client import Endpoint
+from r1vfree_cli.judges.protocol import Failure
 
 KEY = "sk-planted0123456789abcdefghij"
 
@@ -103,9 +104,9 @@ def test_a_key_that_the_evaluations_endpoint_echoes_is_not_told(code, padding, m
 
         async def ask(_):
             try:
-                await endpoint.ask([{"role": "user", "content": [{"type": "text", "text": "?"}]}], 8, 0)
-            except (UsageError, CallFailed) as e:
-                told.append(str(e))
+                await endpoint.chat([{"role": "user", "content": [{"type": "text", "text": "?"}]}], 8, 0)
+            except (UsageError, Failure) as e:
+                told.append(f"{e} {getattr(e, 'details', '')}")
 
         endpoint.run([0], ask, lambda *_: None)
         assert KEY in server.requests[0]["_headers"]["authorization"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -15,6 +18,7 @@ from r1vfree_cli.config import recipes
 from r1vfree_cli.core import prompts
 from r1vfree_cli.core.errors import DataError, Interrupted, UsageError
 from r1vfree_cli.core.files import read_jsonl
+from r1vfree_cli.data.load import load_rows
 from r1vfree_cli.launch import plan as plans
 from r1vfree_cli.launch import processes as launch
 from r1vfree_cli.models.adapter import base_signature
@@ -23,6 +27,7 @@ from r1vfree_cli.run import checkpoint, contract
 from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
+from r1vfree_cli.training import run as skeleton
 from r1vfree_cli.training.recorder import truncate_lines
 
 
@@ -30,7 +35,7 @@ from r1vfree_cli.training.recorder import truncate_lines
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("R1V_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(sft, "is_main", lambda: True)
+        patch.setattr(skeleton, "is_main", lambda: True)
         torch.set_num_threads(1)
         yield
 
@@ -140,7 +145,7 @@ def test_loss_equals_a_hand_computed_masked_cross_entropy(kind, tiny, data, tmp_
         model=model,
         args=sft.sft_config(recipe, RunDir(tmp_path)),
         data_collator=sft.Collator(processor),
-        train_dataset=sft.load_rows(str(data)),
+        train_dataset=load_rows(str(data)),
         processing_class=processor,
     )
     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(sft.Collator(processor)(rows)))
@@ -200,7 +205,7 @@ def test_rows_without_images_and_with_two(tiny):
 
 def select(tmp_path, rows, processor, **limits):
     limits = {"max_prompt_tokens": None, "max_length": None} | limits
-    return sft.select_rows(sft.load_rows(str(tiny_models.write_rows(tmp_path / "rows", rows))), processor, **limits)
+    return sft.select_rows(load_rows(str(tiny_models.write_rows(tmp_path / "rows", rows))), processor, **limits)
 
 
 def test_rows_without_solution_or_with_control_tokens_are_dropped_and_counted(tiny, tmp_path):
@@ -468,7 +473,9 @@ def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeyp
     shutil.copytree(tiny["qwen2_5_vl"], tmp_path / "model")
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     (tmp_path / "model" / "chat_template.jinja").write_text(loop)
-    with pytest.raises(DataError, match=f"chat template of {tmp_path}/model does not work: it took longer than 0.5"):
+    with pytest.raises(
+        DataError, match=f"chat template of model {tmp_path}/model does not work: it took longer than 0.5"
+    ):
         load_processor(make_recipe(tmp_path / "model", tmp_path).model)
 
 
@@ -488,13 +495,64 @@ def test_a_failed_final_save_keeps_the_weights_and_says_where(what, tiny, data, 
     def refuse(self, *args, **kwargs):
         raise ValueError("cannot be saved")
 
-    monkeypatch.setattr(sft, "try_final_save", lambda trainer: monkeypatch.setattr(f"{what}.save_pretrained", refuse))
+    monkeypatch.setattr(
+        skeleton, "try_final_save", lambda trainer: monkeypatch.setattr(f"{what}.save_pretrained", refuse)
+    )
     with pytest.raises(DataError, match=r"could not be saved to .*final: cannot be saved") as e:
         train(make_recipe(tiny["qwen2_5_vl"], data, max_steps=1, save_strategy="no"), tmp_path / "run")
     file = next(Path(word) for word in e.value.hint.split() if word.endswith(".safetensors"))
     from safetensors.torch import load_file
 
     assert len(load_file(file)) == len(weights(tiny["qwen2_5_vl"])) and not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize("what", ["no room", "read-only"])
+def test_weights_that_the_run_dir_cannot_take_are_kept_elsewhere(what, tmp_path, monkeypatch):
+    model, _ = tiny_models.tiny_model()
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+    code = errno.ENOSPC if what == "no room" else errno.EROFS
+
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    def write(model, file):
+        return refuse() if Path(file).is_relative_to(run) else save_model(model, file)
+
+    save_model = checkpoints.save_model
+    monkeypatch.setattr(checkpoints, "save_model", write)
+    accelerator = SimpleNamespace(unwrap_model=lambda m: m, wait_for_everyone=lambda: None)
+    args = SimpleNamespace(should_save=True, push_to_hub=False, output_dir=str(run / "checkpoints"))
+    trainer = SimpleNamespace(model=model, accelerator=accelerator, args=args, contract={}, save_model=refuse)
+    with pytest.raises(DataError, match=os.strerror(code)) as e:
+        checkpoints.save_final(trainer, run / "final")
+    file = next(Path(word) for word in e.value.hint.split() if word.endswith(".safetensors"))
+    assert file.is_relative_to(elsewhere) and file.stat().st_size > 4 * model.lm_head.weight.numel()
+
+
+def test_a_disk_without_room_for_the_model_is_known_before_the_first_step(tmp_path, monkeypatch):
+    model, processor = tiny_models.tiny_model()
+    args = SimpleNamespace(output_dir=str(tmp_path / "checkpoints"))
+    accelerator = SimpleNamespace(unwrap_model=lambda m: m)
+    trainer = SimpleNamespace(
+        model=model, processing_class=processor, args=args, accelerator=accelerator, contract={"schema": 1}
+    )
+    checkpoints.try_final_save(trainer)
+    assert not list(tmp_path.iterdir())
+    needed = 2 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UsageError, match="the trained model alone takes"):
+        checkpoints.try_final_save(trainer)
+
+
+def test_a_tokenizer_without_its_files_is_refused(tiny, tmp_path):
+    """transformers makes one with an empty vocabulary: every text would be no token."""
+    shutil.copytree(tiny["qwen2_5_vl"], tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="has no vocabulary") as e:
+        load_processor(make_recipe(tmp_path / "model", tmp_path).model)
+    assert "tokenizer.json" in e.value.hint
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_cost_a_whole_one(tiny, data, finished, tmp_path, monkeypatch):

@@ -32,8 +32,11 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
+from r1vfree_cli.core.errors import DataError
+from r1vfree_cli.models.sampling import keyed_draws
 from r1vfree_cli.shared_prefix import decode as shared_prefix_decode
-from r1vfree_cli.shared_prefix.attention import PREFIX, BranchCache, PackedLayout, Segment, install
+from r1vfree_cli.shared_prefix.attention import PREFIX, PackedLayout, Segment, install
+from r1vfree_cli.shared_prefix.cache import BranchCache
 from r1vfree_cli.shared_prefix.decode import _GraphedStep, _Step
 from r1vfree_cli.shared_prefix.mixin import SharedPrefixMixin, chunks
 from r1vfree_cli.shared_prefix.pack import Group, find_groups
@@ -49,8 +52,11 @@ MIXED_ROWS = (
     ("Yes or No?", [SMALL]),
 )
 needs_features = pytest.mark.skipif(not TAKES_FEATURES, reason="transformers takes no ready image features")
-# of two ranks the second has text alone
-RANK_ROWS = (*MIXED_ROWS[:2], ("What is it called?", []))
+# Of two ranks the second has text alone, which ZeRO-3 does not take, or other images.
+RANK_ROWS = {
+    "ddp": (*MIXED_ROWS[:2], ("What is it called?", [])),
+    "zero3": (MIXED_ROWS[0], ("Is there a circle?", [SMALL]), ("What is it called?", [WIDE, TALL])),
+}
 FEATURES = Features({"prompt": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())})
 
 
@@ -149,7 +155,7 @@ def build(cls, path: str, out: Path, data: Dataset | None = None, *, prepare=Non
     if prepare:
         prepare(model)
     defaults = {
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "report_to": [],
         "per_device_train_batch_size": 8,
@@ -275,7 +281,7 @@ def test_loss_and_gradients_are_those_of_trl(name, models, tmp_path):
     assert_same_run(plain, shared)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_other_model_classes(kind, models, tmp_path):
     plain, shared = train_both(
         models(kind), tmp_path, completions(16), rows(MIXED_ROWS), per_device_train_batch_size=16
@@ -283,10 +289,13 @@ def test_other_model_classes(kind, models, tmp_path):
     assert_same_run(plain, shared)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_lora(kind, models, tmp_path):
+    linear = ["in_proj_qkv", "out_proj"] if kind == "qwen3_5" else []
+
     def peft():
-        return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"], init_lora_weights=False)
+        modules = ["q_proj", "v_proj", "gate_proj", *linear]
+        return LoraConfig(r=4, target_modules=modules, init_lora_weights=False)
 
     pair = []
     for cls in (Plain, Shared):
@@ -440,7 +449,7 @@ def generate(trainer, times: int = 1):
     return found if times > 1 else found[0]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_greedy_tokens_are_those_of_trl(kind, models, tmp_path):
     greedy = {"do_sample": False, "top_k": None, "top_p": None, "temperature": None, "repetition_penalty": 1.2}
     found = []
@@ -465,8 +474,8 @@ def test_sampled_tokens_are_those_of_trl_for_the_same_random_numbers(models, tmp
     found = []
     for cls in (Plain, Shared):
         trainer = build(cls, models(), tmp_path / cls.__name__, rows(MIXED_ROWS), beta=0.0, top_p=0.9, top_k=40)
-        torch.manual_seed(4)
-        found.append(generate(trainer))
+        with keyed_draws((4,), range(16), 12):  # rows that have finished leave one loop and stay in the other
+            found.append(generate(trainer))
     assert found[0] == found[1] and len({tuple(ids) for ids in found[1]}) > 8
 
 
@@ -496,26 +505,37 @@ def test_first_tokens_come_as_often_as_they_should(models, tmp_path):
     assert chi < 31.3, "11 degrees of freedom: above this with probability 0.001"
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_every_decoding_step_sees_what_a_whole_pass_sees(kind, models, tmp_path):
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_every_decoding_step_sees_what_a_whole_pass_sees(kind, models, tmp_path, monkeypatch):
     """Logits of each step against one pass over prompt and completion: a cache that holds too much, or positions left
     from an earlier batch, would show here."""
     trainer = build(Shared, models(kind), tmp_path, rows(MIXED_ROWS), num_generations=3, per_device_train_batch_size=12)
-    seen: list[torch.Tensor] = []
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = list(range(20, 60))  # rows end early, and leave
+    seen: list[list[torch.Tensor]] = [[] for _ in range(12)]
+    left: list[int] = []
     model = trainer.model
     original = model.forward
+
+    class Followed(_Step):
+        def keep(self, rows):
+            left[:] = [left[i] for i in rows]
+            super().keep(rows)
 
     def record(*args, **kwargs):
         out = original(*args, **kwargs)
         if "logits" in out and "shared_prefix" in kwargs:
-            seen.append(out.logits)
+            # The prompts' last tokens, (1, 4, V), then a token of each row that is left, (b, 1, V).
+            logits = out.logits[:, -1] if left else out.logits[0].repeat_interleave(3, dim=0)
+            left[:] = left or range(12)
+            for i, row in zip(left, logits, strict=True):
+                seen[i].append(row)
         return out
 
     model.forward = record
+    monkeypatch.setattr(shared_prefix_decode, "_Step", Followed)
     found = generate(trainer)
     model.forward = original
-    first = seen[0][0].repeat_interleave(3, dim=0)  # the prompts' last tokens, (4, V)
-    steps = torch.stack([first, *(x[:, -1] for x in seen[1:])], dim=1)  # (12, T, V)
+    assert len({len(ids) for ids in found}) > 3
     for i, (text, sizes) in enumerate(MIXED_ROWS):
         images = [draw(10 * i + j, size) for j, size in enumerate(sizes)]
         content = [*({"type": "image", "image": x} for x in images), {"type": "text", "text": text}]
@@ -533,35 +553,65 @@ def test_every_decoding_step_sees_what_a_whole_pass_sees(kind, models, tmp_path)
             whole["mm_token_type_ids"] = torch.cat([kinds[0], torch.zeros(len(ids), dtype=kinds.dtype)])[None]
             with torch.no_grad():
                 expected = model(**whole).logits[0, width - 1 : width - 1 + len(ids)]
-            assert torch.allclose(steps[3 * i + j, : len(ids)], expected, atol=2e-4)
+            assert torch.allclose(torch.stack(seen[3 * i + j][: len(ids)]), expected, atol=2e-4)
+
+
+class Static(_GraphedStep):
+    """Whole buffers and a mask in place of slices that grow, and nothing recorded."""
+
+    captures = False
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.captures = False
 
 
 class Traced(_GraphedStep):
     """A step that is recorded once, as a CUDA graph records it: what is no tensor is frozen as it is in that moment, and
     reading a tensor's value is an error."""
 
-    def __call__(self, tokens, length):
-        self.cache.advance(length)
-        self.tokens.copy_(tokens[:, None])
-        self.at.copy_((self.positions + length).expand(3, -1)[..., None])
-        if self.graph is None:
-            self._run(self.tokens, self.at)
-            self.graph = make_fx(lambda tokens, at: self._run(tokens, at), tracing_mode="real")(self.tokens, self.at)
+    recordings = 0
+
+    def _capture(self):
+        states = {k: (s.conv.clone(), s.recurrent.clone()) for k, s in self.cache.states.items()}
+        self._run(self.tokens, self.at)
+        self.graph = make_fx(lambda tokens, at: self._run(tokens, at), tracing_mode="real")(self.tokens, self.at)
+        for k, (conv, recurrent) in states.items():
+            self.cache.states[k].conv.copy_(conv), self.cache.states[k].recurrent.copy_(recurrent)
+        Traced.recordings += 1
+
+    def _replay(self):
         return self.graph(self.tokens, self.at)
 
 
-def test_a_recorded_step_gives_the_same_tokens(models, tmp_path, monkeypatch):
-    """What a CUDA graph needs: whole buffers and a mask in place of slices that grow, and nothing that Python decides."""
-    found = []
-    for static, step in ((False, _Step), (True, _Step), (True, Traced)):
-        monkeypatch.setattr(
-            shared_prefix_decode, "BranchCache", lambda *a, static, _s=static: BranchCache(*a, static=_s)
-        )
+class Refused(_GraphedStep):
+    def _capture(self):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_5"])
+def test_one_recorded_step_serves_a_run(kind, models, tmp_path, monkeypatch, capsys):
+    """Three calls, with other prompts and other weights each, on one recording, whose rows do not leave: the tokens of
+    steps that are not recorded, whose rows do. And a step that cannot be recorded goes on as it is, said once."""
+    found = {}
+    data = [rows(MIXED_ROWS), rows(tuple(reversed(MIXED_ROWS))), rows(tuple(MIXED_ROWS[i] for i in (2, 0, 3, 1)))]
+    for step in (_Step, Static, Traced, Refused):
         monkeypatch.setattr(shared_prefix_decode, "_Step", step)
-        trainer = build(Shared, models(), tmp_path, rows(MIXED_ROWS), beta=0.0)
-        torch.manual_seed(4)
-        found.append(generate(trainer))
-    assert found[0] == found[1] == found[2] and len({tuple(ids) for ids in found[0]}) > 8
+        trainer = build(Shared, models(kind), tmp_path, data[0], beta=0.0)
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = list(range(20, 60))  # rows end early
+        for call, prompts in enumerate(data):
+            trainer.train_dataset = prompts
+            with torch.no_grad():
+                for p in trainer.model.parameters():
+                    p.mul_(1 + 0.02 * call)
+            with keyed_draws((4, call), range(16), 12):
+                found.setdefault(step, []).append(generate(trainer))
+    assert found[_Step] == found[Static] == found[Traced] == found[Refused]
+    lengths = [len(ids) for call in found[_Step] for ids in call]
+    assert max(lengths) == 12 and len(set(lengths)) > 6
+    assert Traced.recordings == 1
+    assert capsys.readouterr().err.count("cannot be captured") == 1
+    Traced.recordings = 0
 
 
 def test_generation_that_the_loop_cannot_do_is_left_to_transformers(models, tmp_path):
@@ -769,7 +819,7 @@ def test_a_pass_that_lost_its_layout_is_noticed():
         layout.assert_used(2)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_ordinary_padded_passes_keep_their_mask(kind, base, models):
     model = AutoModelForImageTextToText.from_pretrained(models(kind), attn_implementation=base)
@@ -841,7 +891,7 @@ def test_an_unknown_model_is_trained_as_trl_does_and_said_once(models, tmp_path,
             model=Qwen2ForCausalLM(config),
             reward_funcs=reward,
             args=GRPOConfig(
-                str(tmp_path / cls.__name__), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=8,
+                str(tmp_path / cls.__name__), use_cpu=not torch.cuda.is_available(), bf16=False, report_to=[], per_device_train_batch_size=8,
                 num_generations=4, max_completion_length=5, max_steps=1, save_strategy="no", logging_steps=1,
                 disable_tqdm=True,
             ),
@@ -918,7 +968,7 @@ def test_two_processes(preset, models, tmp_path):
     """Two processes that each hold half a step's groups, one group cut between them, against one process with TRL."""
     found = run_ranks(tmp_path, models(), preset)
     settings = {"per_device_train_batch_size": 12, "learning_rate": 0.05, "max_completion_length": 12}
-    plain = build(Plain, models(), tmp_path / "plain", rows(RANK_ROWS), **settings)
+    plain = build(Plain, models(), tmp_path / "plain", rows(RANK_ROWS[preset]), **settings)
     plain.table = completions(12)
     plain.train()
     logged = next(h for h in plain.state.log_history if "loss" in h)
@@ -930,6 +980,14 @@ def test_two_processes(preset, models, tmp_path):
     for name, weight in moved.items():
         assert torch.allclose(found["weights"][name], weight, atol=1e-6), name
     assert found["generated"] and all(found["generated"])
+
+
+def test_zero3_refuses_a_prompt_without_an_image(models, tmp_path, monkeypatch):
+    """Its vision tower is gathered from all ranks, and those that have an image would wait for ever."""
+    trainer = build(Shared, models(), tmp_path, rows(MIXED_ROWS), per_device_train_batch_size=16)
+    monkeypatch.setattr(Shared, "_zero3", True)
+    with pytest.raises(DataError, match="a prompt has no image, which ZeRO-3 cannot train on"):
+        generate(trainer)
 
 
 if __name__ == "__main__":

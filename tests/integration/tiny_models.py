@@ -14,6 +14,11 @@ import torch
 from transformers import (
     AutoProcessor,
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -23,6 +28,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -51,6 +58,13 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 
 # ChatML as the Qwen-VL processors write it; Qwen3-VL adds no system turn of its own.
 _TEMPLATE = """
@@ -101,7 +115,10 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def tiny_processor(kind: str = "qwen2_5_vl", *, min_pixels: int = 28 * 28, max_pixels: int = 84 * 84):
-    """The real processor of `kind` with a small vocabulary; images become 1 to 9 tokens (28 px each; Qwen3: 32)."""
+    """The real processor of `kind` with a small vocabulary; images become 1 to 9 tokens (28 px each; Qwen3: 32).
+
+    InternVL's become 4 a tile of 56 x 56.
+    """
     vocab, merges = _bpe()
     tokenizer = Qwen2Tokenizer(
         vocab=dict(vocab),
@@ -109,30 +126,45 @@ def tiny_processor(kind: str = "qwen2_5_vl", *, min_pixels: int = 28 * 28, max_p
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
+        **({"extra_special_tokens": INTERNVL_TOKENS} if kind == "internvl" else {}),
     )
+    if kind == "internvl":
+        template = _TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>")
+        return InternVLProcessor(
+            image_processor=GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True),
+            tokenizer=tokenizer,
+            video_processor=InternVLVideoProcessor(),
+            image_seq_length=4,
+            chat_template=template.replace("SYSTEM", "false"),
+        )
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    images = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} if kind == "qwen3_vl" else {}
-    cls = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[kind]
-    video = Qwen3VLVideoProcessor() if kind == "qwen3_vl" else Qwen2VLVideoProcessor()
+    newer = kind in ("qwen3_vl", "qwen3_5")
+    images = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3} if newer else {}
+    cls = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}.get(kind, Qwen3VLProcessor)
+    video = Qwen3VLVideoProcessor() if newer else Qwen2VLVideoProcessor()
     return cls(
         image_processor=Qwen2VLImageProcessor(size=size, **images),
         tokenizer=tokenizer,
         video_processor=video,
-        chat_template=_TEMPLATE.replace("SYSTEM", "false" if kind == "qwen3_vl" else "true"),
+        chat_template=_TEMPLATE.replace("SYSTEM", "false" if newer else "true"),
     )
 
 
-def tiny_config(kind: str, processor):
-    """The real config class of `kind`: text 2 layers x 48 (4 heads, 2 key-value heads), vision 3 layers x 40."""
+def tiny_config(kind: str, processor, width: int = 48):
+    """The real config class of `kind`: text 2 layers x `width` (4 heads, 2 key-value heads), vision 3 layers x 40."""
     ids = processor.tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": len(processor.tokenizer) + 3,  # as published: padded beyond the tokenizer
-        "hidden_size": 48,
+        "hidden_size": width,
         "intermediate_size": 56,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [width // 48, width // 24, width // 8 - width // 48 - width // 24],
+        },
         "bos_token_id": ids("<|endoftext|>"),
         "eos_token_id": ids("<|im_end|>"),
         "max_position_embeddings": 2048,
@@ -144,26 +176,37 @@ def tiny_config(kind: str, processor):
         "vision_end_token_id": ids("<|vision_end|>"),
         "tie_word_embeddings": kind == "qwen2_vl",  # the 2B is tied
     }
+    if kind == "internvl":
+        del text["rope_parameters"]["mrope_section"]
+        vision = {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 72}
+        vision |= {"image_size": [56, 56], "patch_size": [14, 14]}
+        tied = {"tie_word_embeddings": False, "image_token_id": ids("<IMG_CONTEXT>"), "image_seq_length": 4}
+        return InternVLConfig(text_config={"model_type": "qwen2"} | text, vision_config=vision, **tied)
     if kind == "qwen2_vl":
-        vision = {"depth": 3, "embed_dim": 40, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
+        vision = {"depth": 3, "embed_dim": 40, "hidden_size": width, "num_heads": 2, "mlp_ratio": 2}
         return Qwen2VLConfig(text_config=text, vision_config=vision, **special)
     if kind == "qwen2_5_vl":
         vision = {
             "depth": 3,
             "hidden_size": 40,
-            "out_hidden_size": 48,
+            "out_hidden_size": width,
             "num_heads": 2,
             "intermediate_size": 72,
             "window_size": 56,
             "fullatt_block_indexes": [1],
         }
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
-    text |= {"head_dim": 12}
-    text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [2, 2, 2]}
+    if kind == "qwen3_5":
+        return _hybrid_config(text, special)
+    text |= {"head_dim": width // 4}
+    text["rope_parameters"] |= {
+        "mrope_interleaved": True,
+        "mrope_section": [width // 8 - width // 24 * 2, width // 24, width // 24],
+    }
     vision = {
         "depth": 3,
         "hidden_size": 40,
-        "out_hidden_size": 48,
+        "out_hidden_size": width,
         "num_heads": 2,
         "intermediate_size": 72,
         "num_position_embeddings": 36,
@@ -172,18 +215,32 @@ def tiny_config(kind: str, processor):
     return Qwen3VLConfig(text_config=text, vision_config=vision, **special)
 
 
-def tiny_model(kind: str = "qwen2_5_vl", *, seed: int = 0, std: float = 0.1, processor=None):
+def _hybrid_config(text: dict, special: dict) -> Qwen3_5Config:
+    """A layer of linear attention and one of full attention; rotary positions on a quarter of each head."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1], "mrope_interleaved": True}
+    text |= {"head_dim": 24, "rope_parameters": rope | {"partial_rotary_factor": 0.25}}
+    text |= {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+    text |= {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12}
+    vision = {"depth": 2, "hidden_size": 40, "out_hidden_size": text["hidden_size"], "num_heads": 2}
+    vision |= {"intermediate_size": 72, "num_position_embeddings": 36}
+    return Qwen3_5Config(text_config=text, vision_config=vision, **special)
+
+
+def tiny_model(kind: str = "qwen2_5_vl", *, seed: int = 0, std: float = 0.1, processor=None, width: int = 48):
     """A float32 model of the real class of `kind` (about 100,000 weights), in evaluation mode, with its processor.
 
-    `std` is above the usual 0.02 so that differences in inputs show in the logits.
+    `std` is above the usual 0.02 so that differences in inputs show in the logits. vLLM on a CPU needs heads of 32
+    numbers: a `width` of 128.
     """
     processor = processor or tiny_processor(kind)
-    config = tiny_config(kind, processor)
+    config = tiny_config(kind, processor, width)
     config.text_config.initializer_range = config.vision_config.initializer_range = config.initializer_range = std
     cls = {
         "qwen2_vl": Qwen2VLForConditionalGeneration,
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
         "qwen3_vl": Qwen3VLForConditionalGeneration,
+        "qwen3_5": Qwen3_5ForConditionalGeneration,
+        "internvl": InternVLForConditionalGeneration,
     }[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -15,19 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from r1vfree_cli.data.rows import (
-    MIN_SIDE,
-    Drops,
-    RawRow,
-    RowProblem,
-    clean_id,
-    clean_problem,
-    clean_solution,
-    clean_thinking,
-    make_row,
-    normalise_image,
-    read_image,
-)
+from r1vfree_cli.config.schema import TOKEN_SIDE
+from r1vfree_cli.data.drops import Drops, RowProblem
+from r1vfree_cli.data.images import normalise_image, read_image
+from r1vfree_cli.data.rows import RawRow, clean_id, clean_problem, clean_solution, clean_thinking, make_row
 
 WIDE, HIGH = 61, 37  # unequal, so that a transpose shows
 
@@ -88,6 +79,32 @@ def test_16_bit_grey_keeps_its_shades_instead_of_clipping_to_white():
     out = np.asarray(decoded(normalise_image(encode(Image.fromarray(values)))))
     assert np.abs(out[..., 0] - values / 257.0).max() <= 1
     assert (out[..., 0] == out[..., 2]).all()
+
+
+def test_fewer_bits_in_16_bit_grey_are_scaled_by_the_range_that_the_file_declares(capsys):
+    """Microscopes and X-ray machines write 12 bits: by the full range they would be nearly black."""
+    values = np.linspace(0, 4095, WIDE * HIGH).reshape(HIGH, WIDE).astype(np.uint16)
+    expected = values.astype(int) * 255 // 4095
+    plain = encode(Image.fromarray(values))
+    said = plain[:33] + struct.pack(">I4sBI", 1, b"sBIT", 12, zlib.crc32(b"sBIT\x0c")) + plain[33:]
+    tiff = encode(Image.fromarray(values), "TIFF", tiffinfo={0x0119: 4095})
+    for data in (said, tiff):
+        shades = np.asarray(Image.open(io.BytesIO(normalise_image(data))).convert("L"))
+        assert np.abs(shades.astype(int) - expected).max() <= 1
+    assert "nearly black" not in capsys.readouterr().err
+    assert Image.open(io.BytesIO(normalise_image(plain))).convert("L").getextrema()[1] == 15
+    assert "nearly black" in capsys.readouterr().err
+    full = Image.fromarray(values * 16)  # as PNG wants 12 bits: spread over the full range
+    spread = encode(full)[:33] + said[33:46] + encode(full)[33:]
+    assert Image.open(io.BytesIO(normalise_image(spread))).convert("L").getextrema()[1] == 254
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_broken_exif_costs_no_image(kind):
+    data = encode(photo(), kind, exif=b"Exif\0\0no TIFF header at all")
+    with pytest.raises(SyntaxError):
+        Image.open(io.BytesIO(data)).getexif()
+    assert decoded(normalise_image(data)).size == (WIDE, HIGH)
 
 
 def test_16_bit_rgb_png_is_written_as_8_bit():
@@ -175,7 +192,7 @@ def test_rotation_is_kept_where_another_tag_cannot_be_written_again():
     assert decoded(normalise_image(data)).size == (HIGH, WIDE)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (MIN_SIDE - 1, 200), (200, MIN_SIDE - 1)])
+@pytest.mark.parametrize("size", [(1, 1), (TOKEN_SIDE - 1, 200), (200, TOKEN_SIDE - 1)])
 def test_small_images_are_refused(size):
     assert reason(encode(photo(size=size))) == "image side under 28 px"
 
@@ -294,7 +311,7 @@ def test_absolute_paths_and_links_may_lead_to_any_of_the_roots(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["http://x.test/a.png", "HTTPS://x.test/a", "file:///a.png", "data:image/png;base64,AA"]
+    "name", ["http://x.test/a.png", "HTTPS://x.test/a", "file://http://x/a", "data:image/png;base64,AA"]
 )
 def test_urls_are_never_fetched(root, name):
     assert path_reason(root, name) == "image is a URL"
@@ -422,12 +439,12 @@ def test_nan_is_none_everywhere(root):
 
 
 def test_drops_count_every_record_and_keep_the_first_places():
-    drops = Drops(keep_places=2)
-    for line in range(4):
+    drops = Drops()
+    for line in range(7):
         drops.add("missing image", f"q:{line}")
     drops.add("empty question", "q:9")
-    assert drops.total == 5 and drops.counts == {"missing image": 4, "empty question": 1}
-    assert drops.lines() == ["4 x missing image (q:0, q:1, ...)", "1 x empty question (q:9)"]
+    assert drops.total == 8 and drops.counts == {"missing image": 7, "empty question": 1}
+    assert drops.lines() == ["7 x missing image (q:0, q:1, q:2, q:3, q:4, ...)", "1 x empty question (q:9)"]
 
 
 def test_rows_and_prepare_import_neither_torch_nor_datasets():

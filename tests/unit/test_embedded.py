@@ -37,9 +37,9 @@ def test_policy_needs_its_random_start_first_and_each_piece_comes_once():
 
 def test_seed_and_steps_make_other_pieces():
     names = ["embedded:tiny-judge", "embedded:tiny-judge?steps=0", "embedded:tiny-policy", "embedded:tiny-init"]
-    paths = {embedded.embedded_path(name, seed) for name in names for seed in (0, 1)}
+    paths = {embedded.stages([name], seed)[-1].path for name in names for seed in (0, 1)}
     assert len(paths) == 8
-    assert embedded.embedded_path(names[0], 0) == embedded.embedded_path(names[0], 0)
+    assert embedded.stages([names[0]], 0)[-1].path == embedded.stages([names[0]], 0)[-1].path
 
 
 def test_seed_reaches_the_builders():
@@ -50,10 +50,10 @@ def test_seed_reaches_the_builders():
 
 
 def test_a_changed_source_is_another_piece(monkeypatch):
-    before = embedded.embedded_path("embedded:tiny-judge", 0)
+    before = embedded.stages(["embedded:tiny-judge"], 0)[0].path
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read(self) + (b"#" if self.name == "shapes.py" else b""))
-    assert embedded.embedded_path("embedded:tiny-judge", 0) != before
+    assert embedded.stages(["embedded:tiny-judge"], 0)[0].path != before
 
 
 def test_a_build_appears_whole_or_not_at_all():
@@ -83,7 +83,7 @@ def test_what_a_builder_says_about_its_progress_is_shown(monkeypatch):
     code = """
 import pathlib, sys, time
 for step in (2, 5, 9):
-    print(f"judge: {step}/9 loss 0.5", file=sys.stderr)
+    print(f"judge: {step}/9 0:12<1:02:03 loss 0.5", file=sys.stderr)
     time.sleep(0.6)
 pathlib.Path(sys.argv[1]).mkdir(parents=True)
 pathlib.Path(sys.argv[1], "config.json").write_text("{}")
@@ -91,12 +91,12 @@ pathlib.Path(sys.argv[1], "config.json").write_text("{}")
     shown = []
 
     class Bar:
-        def advance(self, n, note):
-            shown.append((n, note))
+        def advance(self, n, note, total):
+            shown.append((n, note, total))
 
     @contextmanager
-    def bar(title, total):
-        shown.append((title, total))
+    def bar(title):
+        shown.append(title)
         yield Bar()
 
     monkeypatch.setattr(console, "progress", bar)
@@ -104,7 +104,7 @@ pathlib.Path(sys.argv[1], "config.json").write_text("{}")
     recipe = recipes.load("grpo", "tiny", ["model.name=org/model"])
     jobs._pieces(recipe, {})
     assert stage.ready
-    assert shown == [("judge", 9), (2, "loss 0.5"), (3, "loss 0.5"), (4, "loss 0.5")]
+    assert shown == ["judge", (2, "loss 0.5", 9), (3, "loss 0.5", 9), (4, "loss 0.5", 9)]
 
 
 def test_resolve_leaves_other_names_and_explains_what_is_missing():
@@ -124,7 +124,7 @@ def test_unknown_names_and_options_are_usage_errors(name):
 
 def test_the_nearest_name_is_offered():
     with pytest.raises(UsageError) as caught:
-        embedded.embedded_path("embedded:tiny-juge", 0)
+        embedded.stages(["embedded:tiny-juge"], 0)
     assert "tiny-judge" in caught.value.hint
 
 

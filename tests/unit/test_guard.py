@@ -198,7 +198,8 @@ def test_summary_merges_what_was_measured_before_and_after(tmp_path):
 def test_summary_of_metrics_leaves_out_what_was_not_scored(tmp_path):
     run = RunDir(tmp_path)
     for i in range(1, 21):
-        line = {"step": i, "reward": float(i), "rewards/format/mean": 1.0, "judge/calls": 8, "judge/latency_p50": 0.5}
+        line = {"step": i, "loss": 0.1, "reward": float(i), "rewards/format/mean": 1.0}
+        line |= {"judge/calls": 8, "judge/latency_p50": 0.5}
         append_jsonl(run.metrics, line | {"rewards/feedback/mean": None if i == 20 else 0.5})
     found = summarise_metrics(run)
     assert found["reward"] == {"first": 1.5, "last": 19.5, "steps_averaged": 2}
@@ -211,3 +212,15 @@ def test_summary_of_metrics_leaves_out_what_was_not_scored(tmp_path):
 def test_guard_needs_no_torch():
     code = "import sys, r1vfree_cli.training.guard; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_sampler_that_drifts_is_told_at_once_and_once():
+    guard = CollapseGuard(Guard())
+
+    def step(n, difference):
+        return guard.observe(figures(n, [], loss=0.1, grad_norm=1.0, sampler_difference=difference))
+
+    assert step(1, 0.02).warnings == [] and step(2, None).warnings == []
+    (warning,) = step(3, 0.73).warnings
+    assert "0.73 on average at step 3" in warning
+    assert step(4, 0.73).warnings == [] and step(4, 0.73).stop is None

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1vfree_cli.core import files
 from r1vfree_cli.core.errors import UsageError
-from r1vfree_cli.eval import endpoint as client
 from r1vfree_cli.eval import judgements, reading, result
 from r1vfree_cli.eval.hallusion import judge
 from r1vfree_cli.eval.hallusion.benchmark import BENCHMARK
 from r1vfree_cli.eval.hallusion.questions import Question
 from r1vfree_cli.eval.hallusion.score import RIGHT, UNCLEAR, WRONG, Item
+from r1vfree_cli.judges.chat import stated_label, verdict_text
+from r1vfree_cli.judges.client import Endpoint
+from r1vfree_cli.judges.protocol import Failure
+from r1vfree_cli.judges.replies import Reply, read_reply, strict_json
 
 YES = [
     "Yes",
@@ -119,8 +124,13 @@ def test_reasoning_is_never_read(thought, answer):
 
 
 def test_long_replies_are_read_in_linear_time():
-    for text in ("yes " * 50_000, "<think>" * 20_000, "not " * 50_000, "<a" * 50_000, " " * 200_000 + "x"):
+    heads = ("yes ", "<think>", "not ", "<a", "<answer>", "<caption>", "</caption>", "<caption>no</caption>", "是", "是，x", "“", "\n", "it is no, ",
+             "some say yes ", "the answer is ", "\\boxed{", "{", "[think]", "a. yes b. no ", "n't ", "no doubt ", "final answer: ")  # fmt: skip
+    for text in (*(head * (60_000 // len(head)) for head in heads), " " * 200_000 + "x"):
+        start = time.perf_counter()
         reading.read_yes_no(text)
+        reading.read_vlmevalkit(text)
+        assert time.perf_counter() - start < 8, text[:20]
 
 
 def test_rule_codes():
@@ -176,16 +186,123 @@ def test_rule_judge_answers_same_by_equal_readings(tmp_path):
         ("I don't know", None),
         ("", None),
         ("uncorrectable", None),
+        ("partially correct", None),
+        ("Partially correct.", None),
+        ("It cannot be judged correct.", None),
+        ("hardly correct", None),
+        ("far from correct", None),
+        ("The answer is far from correct", None),
+        ("The answer is partially correct", None),
+        ("Correct, but only in part", None),
+        ("Correct... or is it?", None),
+        ("Incorrect: the prediction says yes but the correct answer is no.", 0),
+        ("Incorrect, wait, it matches.", None),
+        ("\\boxed{\\text{incorrect}}", 0),
+        ("<|begin_of_box|>correct<|end_of_box|>", 1),
+        ("Correct. Wait, it is incorrect.", None),
+        ("incorrect - the correct answer is no", 0),
+        ("Incorrect. The correct answer is 'no', so this does not match.", 0),
+        ("**Incorrect**\n\nThe student says yes; the correct answer is no.", 0),
+        ("Correct: it does not conflict with the reference.", 1),
+        ("Correct. It is not really in the chart.", None),
+        ("The student's answer is unclear.", 2),
+        ("The reference answer is correct", None),
+        ("The verdict is: **correct**.", 1),
+        ('```json\n{"label": "correct", "why": "it is"}\n```', 1),
+        ('{"label": "partially correct"}', None),
+        ('{"label": "incorrect", "label": "correct"}', None),
+        ('{"label": 1}', None),
+        ("Label: correct\nLabel: incorrect", None),
+        ("<thinking>Label: correct</thinking>Label: incorrect", 0),
+        *(
+            (f"<{tag}>Label: correct</{tag}>\nLabel: incorrect", 0)
+            for tag in ("think", "reasoning", "reflection", "thought", "analysis")
+        ),
+        ("◁think▷correct◁/think▷incorrect", 0),
+        *(
+            (text, None)
+            for text in (
+                "mostly correct",
+                "barely correct",
+                "nowhere near correct",
+                "anything but correct",
+                "by no means correct",
+                "correct-ish",
+                "semi-correct",
+                "half correct",
+                "technically correct",
+                "less than correct",
+                "Correct?",
+                "Label: correct?",
+                "correct in part",
+                "Correct (partially)",
+                "correct to some extent",
+                "This is correct only for the left bar",
+                "Correct, though incomplete.",
+                "It can't be judged as correct.",
+                "not incorrect",
+                "The answer isn't incorrect",
+                "neither correct nor incorrect",
+                "It would be correct if the reference said no.",
+                "Correct if the reference is wrong",
+                "The correct answer is no",
+                "Correct answer: yes",
+                "The reference is correct.",
+                "I doubt the answer is correct",
+                "No way the answer is correct",
+                "It is unlikely that the answer is correct",
+                "Nobody says the answer is correct",
+                "The answer is correct; however it misses one",
+                "It is unclear whether the answer is correct.",
+                "unclear, maybe correct",
+                "correct\nincorrect",
+                '{"verdict": "correct"}',
+            )
+        ),
+        *(
+            (text, 1)
+            for text in (
+                "This is correct.",
+                "It is correct",
+                "**Label:** correct",
+                "Label - correct",
+                "<label>correct</label>",
+                "\\boxed{correct}",
+                "1. correct",
+                "Thus, the answer is correct.",
+                "The answer is correct because it matches.",
+                "Correct — it matches the reference.",
+                "The student says no.\nThe correct answer is no.\nLabel: correct",
+            )
+        ),
+        *(
+            (text, 0)
+            for text in (
+                "This is incorrect.",
+                "The answer is incorrect; the correct answer is no",
+                "incorrect (the correct answer: no)",
+                "The student's answer is incorrect because the correct answer is no.",
+                "Therefore: incorrect",
+                "Incorrect. It should be yes.",
+                '{"reason": "the correct answer is no", "label": "incorrect"}',
+                "Let me compare.\nThe reference is correct.\nLabel: incorrect",
+            )
+        ),
     ],
 )
 def test_labels_are_parsed_strictly(text, label):
-    assert judge.parse_label(text, judge.VERDICTS) == label
+    reply = Reply(text, "m", "stop", 1, 1, None if text else "empty")
+    try:
+        found = stated_label(verdict_text(reply), judge.VERDICTS)
+    except Failure:
+        found = None
+    assert found == label
 
 
 def test_same_labels():
-    assert judge.parse_label("same", judge.SAMES) == 1
-    assert judge.parse_label("Different.", judge.SAMES) == 0
-    assert judge.parse_label("not the same", judge.SAMES) is None
+    assert stated_label("same", judge.SAMES) == 1
+    assert stated_label("Different.", judge.SAMES) == 0
+    assert stated_label("not the same", judge.SAMES) is None
 
 
 CHOICE = {"message": {"content": "correct"}, "finish_reason": "stop"}
@@ -214,24 +331,54 @@ CHOICE = {"message": {"content": "correct"}, "finish_reason": "stop"}
 )
 def test_a_body_that_is_no_chat_completion_is_a_failed_call(document):
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
-    with pytest.raises(client.CallFailed) as e:
-        client.read_reply(body, "m")
-    assert e.value.kind == "bad reply"
+    with pytest.raises(Failure) as e:
+        read_reply(strict_json(body), "m")
+    assert e.value.kind == "unparsable"
 
 
 def test_a_chat_completion_may_lack_what_is_only_counted():
-    def read(**more):
-        return client.read_reply(json.dumps({"choices": [CHOICE], **more}).encode(), "m")
+    def read(choice=CHOICE, **more):
+        return read_reply({"choices": [choice], **more}, "m")
 
     whole = {"model": "m-1", "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
-    assert read(**whole) == client.Reply("correct", "m-1", "stop", 3, 1)
-    for usage in (None, {}, [], {"prompt_tokens": None}, {"prompt_tokens": "3"}):
-        assert read(usage=usage, model=None) == client.Reply("correct", "m", "stop", 0, 0)
-    for message in ({}, {"content": None}):
-        body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
-        assert client.read_reply(body, "m") == client.Reply("", "m", "length", 0, 0)
-    half = client.read_reply(b'{"choices": [{"message": {"content": "yes \\ud83d"}}]}', "m")
+    assert read(**whole) == Reply("correct", "m-1", "stop", 3, 1)
+    for usage in (None, {}, [], {"prompt_tokens": None}, {"prompt_tokens": "3"}, {"prompt_tokens": -1}):
+        assert read(usage=usage, model=None) == Reply("correct", "m", "stop", 0, 0)
+    half = read_reply(strict_json(b'{"choices": [{"message": {"content": "yes \\ud83d"}}]}'), "m")
     assert half.text == "yes ?" and half.finish is None
+    parts = [{"type": "reasoning", "text": "no"}, {"type": "text", "text": "ye"}, {"type": "text", "text": "s"}]
+    assert read({"message": {"content": parts}}).text == "yes"
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "cause"),
+    [
+        ({}, "length", "length"),
+        ({"content": None}, "stop", "empty"),
+        ({"content": " "}, None, "empty"),
+        ({"content": None, "reasoning_content": "so ..."}, "stop", "reasoning"),
+        ({"content": None, "tool_calls": [{}]}, "tool_calls", "tool_calls"),
+        ({"content": "yes"}, "length", None),
+    ],
+)
+def test_an_empty_reply_says_why(message, finish, cause):
+    assert read_reply({"choices": [{"message": message, "finish_reason": finish}]}, "m").cause == cause
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [
+        ({"message": {"content": None}, "finish_reason": "content_filter"}, "content_filter"),
+        ({"message": {"content": "", "refusal": "I can not"}, "finish_reason": "stop"}, "refusal"),
+        ({"message": {"content": [{"type": "refusal", "refusal": "no"}]}, "finish_reason": "stop"}, "refusal"),
+        ({"message": {"content": ""}, "finish_reason": "error"}, "server_error"),
+        ({"message": {"content": ""}, "finish_reason": None, "error": {"code": 502}}, "server_error"),
+    ],
+)
+def test_a_refused_or_broken_reply_is_no_empty_answer(choice, kind):
+    with pytest.raises(Failure) as e:
+        read_reply({"choices": [choice]}, "m")
+    assert e.value.kind == kind
 
 
 def test_braces_in_a_question_mean_nothing():
@@ -253,24 +400,22 @@ def test_a_judge_prompt_must_show_all_three_texts(tmp_path):
 def test_a_half_written_last_line_is_cut(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"id": 1}\n{"id": ')
-    judgements.repair_tail(file)
+    files.repair_tail(file)
     assert file.read_bytes() == b'{"id": 1}\n'
     file.write_bytes(b'{"id"')
-    judgements.repair_tail(file)
+    files.repair_tail(file)
     assert file.read_bytes() == b""
 
 
 def test_a_judge_cache_keyed_by_position_is_a_trap_avoided():
     """The key is what the judge is shown: other text, other wording, other model, other key; never the position."""
-    from r1vfree_cli.eval.endpoint import Endpoint
-
-    one = judge.ChatJudge(Endpoint("http://a/v1", "m"))
+    one = judge.LabelJudge(Endpoint("http://a/v1", "m"))
     q = question(0)
     keys = {
         one.question(q, "Yes")[0],
         one.question(q, "No")[0],
-        judge.ChatJudge(Endpoint("http://a/v1", "n")).question(q, "Yes")[0],
-        judge.ChatJudge(Endpoint("http://a/v1", "m"), "{question}{reference}{prediction}").question(q, "Yes")[0],
+        judge.LabelJudge(Endpoint("http://a/v1", "n")).question(q, "Yes")[0],
+        judge.LabelJudge(Endpoint("http://a/v1", "m"), "{question}{reference}{prediction}").question(q, "Yes")[0],
     }
     assert len(keys) == 4
     assert one.question(question(1, 3), "Yes")[0] == one.question(q, "Yes")[0]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from r1vfree_cli.core.errors import DataError
 from r1vfree_cli.eval.hallusion import score
+from r1vfree_cli.eval.questions import unique
 
 REAL = Path(__file__).parents[3] / "shared" / "hallusionbench" / "HallusionBench.json"
 
@@ -54,7 +55,7 @@ def judged(rows: list[dict], seed: int, right: float = 0.6) -> list[dict]:
 
 
 def items_of(rows: list[dict]) -> list[score.Item]:
-    return list(score.unique((score.from_record(r, "test") for r in rows), "test").values())
+    return unique([score.from_record(r, "test") for r in rows], "test")
 
 
 def naive(rows: list[dict]) -> dict:

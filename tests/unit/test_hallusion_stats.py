@@ -27,8 +27,8 @@ def questions(sets: int = 12, strata: int = 3) -> list[Item]:
 
 
 def answered(items: list[Item], rng: random.Random, skill: float = 0.6) -> list[Item]:
-    shift = {item.set_key: rng.gauss(0, 0.25) for item in items}
-    return [replace(i, code=int(rng.random() < skill + shift[i.set_key]), same=0) for i in items]
+    shift = {item.cluster: rng.gauss(0, 0.25) for item in items}
+    return [replace(i, code=int(rng.random() < skill + shift[i.cluster]), same=0) for i in items]
 
 
 def test_the_table_adds_up_to_the_scores():
@@ -53,7 +53,7 @@ def test_intervals_agree_with_a_bootstrap_loop_over_questions():
     rng = random.Random(5)
     by_stratum: dict = {}
     for item in items:
-        by_stratum.setdefault(item.subcategory, {}).setdefault(item.set_key, []).append(item)
+        by_stratum.setdefault(item.subcategory, {}).setdefault(item.cluster, []).append(item)
     drawn: dict[str, list[float]] = {m: [] for m in METRICS}
     for _ in range(600):
         sample = []

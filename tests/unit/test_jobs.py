@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from r1vfree_cli.config import recipes
-from r1vfree_cli.core import files
+from r1vfree_cli.core import files, machine
 from r1vfree_cli.core.errors import GuardStop, Interrupted, UsageError
 from r1vfree_cli.launch import job as jobs
 from r1vfree_cli.run import contract, run_dir
@@ -87,9 +87,22 @@ def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch, error, state, re
     assert (run.status["state"], run.status["reason"]) == (state, reason)
 
 
+def test_an_interruption_says_what_is_kept_and_the_command_that_goes_on(tmp_path, monkeypatch):
+    command = ["r1v", "grpo", "--recipe", "my recipe.yaml", "--overwrite", "--set", "train.max_steps=9"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(jobs, "lacking", lambda path, verify: [])
+    run = RunDir(tmp_path / "run")
+    found = jobs._interrupted(run, 0.0)
+    assert found.message == "interrupted before the first checkpoint"
+    assert found.hint == "r1v grpo --recipe 'my recipe.yaml' --set train.max_steps=9 --resume continues"
+    (run.checkpoints / "checkpoint-188").mkdir(parents=True)
+    assert jobs._interrupted(run, 0.0).message == "interrupted: checkpoint at step 188 saved"
+    assert jobs._interrupted(run, 2e9).message == "interrupted after checkpoint 188"
+
+
 def test_a_disk_too_full_for_the_status_does_not_hide_why_the_run_ended(tmp_path, monkeypatch, capsys):
     run = RunDir(tmp_path / "run")
-    ends(monkeypatch, files.disk_full("checkpoint-4"))
+    ends(monkeypatch, machine.disk_full("checkpoint-4"))
 
     def full(self, state, **_):
         if state == run_dir.FAILED:

@@ -1,18 +1,26 @@
 """Plans are pure; execute passes on signals, errors and exit codes of real processes."""
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import urllib.request
 
+import psutil
 import pytest
+import yaml
 
 from r1vfree_cli.config import recipes
+from r1vfree_cli.core import process
 from r1vfree_cli.core.errors import DataError, Interrupted, R1VError, UsageError
 from r1vfree_cli.launch import plan as plans
+from r1vfree_cli.launch import preflight, vllm
 from r1vfree_cli.launch import processes as launch
 
 
@@ -24,7 +32,7 @@ def test_the_6_plus_2_recipe_trains_on_the_gpus_that_the_judge_does_not_use(tmp_
     recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
     plan = plans.plan("grpo", recipe, tmp_path)
     assert plan.env["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5"
-    assert value(plan, "--num_processes") == "6" and value(plan, "--config_file").endswith("zero3.yaml")
+    assert value(plan, "--num_processes") == "6" and value(plan, "--config_file").endswith("zero2.yaml")
     assert plan.argv[-3:] == ["-m", "r1vfree_cli.training.grpo", str(tmp_path)]
     server = plans.server_plan(recipe, 8123)
     assert server.env["CUDA_VISIBLE_DEVICES"] == "6,7"
@@ -96,7 +104,7 @@ def test_a_killed_rank_shows_how_it_ended_and_the_logs_tail(tmp_path):
     plan = script(tmp_path, "open(logs + '/rank-0.log', 'w').write('allocating 900 GiB')\nos.kill(os.getpid(), 9)")
     with pytest.raises(R1VError, match="SIGKILL") as e:
         launch.execute(plan, tmp_path / "logs")
-    assert "allocating 900 GiB" in e.value.details and e.value.exit_code == 1
+    assert "allocating 900 GiB" in e.value.details and e.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -228,8 +236,59 @@ def test_a_server_on_this_machine_is_not_looked_for_through_a_proxy(tmp_path, mo
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr(launch, "SERVER_START_S", 5)
     monkeypatch.setattr(launch, "server_plan", lambda _, port: plans.Plan([sys.executable, "-c", code, str(port)]))
-    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as url:
-        assert url.startswith("http://127.0.0.1:")
+    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as server:
+        assert server.url.startswith("http://127.0.0.1:")
+
+
+def answering(url) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+        return reply.status == 200
+    return False
+
+
+def test_a_server_that_is_killed_is_started_again_once(tmp_path, monkeypatch, capsys):
+    """At the same URL, and what it leaves behind in its group is ended; after the second death it stays down."""
+    code = """
+import http.server, subprocess, sys
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind='127.0.0.1')"""
+    (tmp_path / "health").write_text("ok")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "server_plan", lambda _, port: plans.Plan([sys.executable, "-c", code, str(port)]))
+    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as server:
+        server.watch()
+        first = server.process
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        server.watch()
+        left = int((tmp_path / "logs" / "reward-server.log").read_text().split()[0])
+        assert not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE
+        assert server.process.pid != first.pid
+        end = time.monotonic() + 30
+        while not answering(server.url) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert answering(server.url)
+        server.watch()
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+        for _ in range(3):
+            server.watch()
+        assert server.process.poll() is not None and not answering(server.url)
+    said = capsys.readouterr().err
+    assert said.count("killed by SIGKILL") == 2 and said.count("stays down") == 1
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_started(tmp_path, monkeypatch):
+    """The server that is there would answer for the judge."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv", [f"rewards.feedback.serve.port={port}"])
+        assert any(f"{port} is in use" in e for e in preflight.check(recipe).errors)
+        with pytest.raises(UsageError, match="in use"), launch.serving(recipe, tmp_path):
+            pass
+    assert not any("in use" in e for e in preflight.check(recipe).errors)
 
 
 def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypatch):
@@ -257,3 +316,184 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_log(tmp_path, monkeypat
 def test_trained_weights_have_32_bits_somewhere(sets, held):
     """AdamW's steps at a usual learning rate are smaller than what a bfloat16 weight can show."""
     assert recipes.load("grpo", "tiny", sets).weights_dtype == held
+
+
+@pytest.mark.parametrize(
+    "sets, found, said",
+    [
+        ([], "0.32.0+cpu", None),
+        (["train.vllm_mode=server"], "0.32.0", "NCCL"),
+        ([], "0.31.0", "needs vLLM 0.32"),
+        ([], "0.3.2", "needs vLLM 0.32"),
+        (["train.vllm_enable_sleep_mode=true"], "0.32.0", "no sleep mode on a CPU"),
+    ],
+)
+def test_a_vllm_that_cannot_be_right_is_refused_before_the_launch(sets, found, said, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: object())
+    monkeypatch.setattr(preflight, "_version", lambda name: found if name == "vllm" else None)
+    errors = preflight.check(recipes.load("grpo", "tiny", ["train.use_vllm=true", *sets])).errors
+    assert [said in e for e in errors] == ([] if said is None else [True])
+
+
+def vllm_judge(tmp_path, monkeypatch, *, script="#!/bin/sh\n", config=None, vocabulary=("Yes", "No")):
+    """The tiny recipe with a judge on a vLLM that is a shell script."""
+    command = tmp_path / "vllm"
+    command.write_text(script)
+    command.chmod(0o755)
+    monkeypatch.setenv("R1V_VLLM", str(command))
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    config = config or {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "tie_word_embeddings": True}
+    (judge / "config.json").write_text(json.dumps(config))
+    (judge / "tokenizer.json").write_text(json.dumps({"model": {"vocab": dict.fromkeys(vocabulary, 1)}}))
+    document = yaml.safe_load(recipes.find("grpo", "tiny").read_text())
+    serve = {"engine": "vllm", "model": str(judge)}
+    document["rewards"] = [{"name": "feedback", "backend": "classify", "serve": serve}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    return recipes.load("grpo", str(tmp_path / "recipe.yaml"), [])
+
+
+def test_the_command_of_a_judge_on_vllm(tmp_path, monkeypatch):
+    plan = plans.server_plan(vllm_judge(tmp_path, monkeypatch), 8123)
+    assert plan.argv[:3] == [str(tmp_path / "vllm"), "serve", str(tmp_path / "judge")]
+    assert value(plan, "--host") == "127.0.0.1" and value(plan, "--port") == "8123"
+    assert value(plan, "--runner") == "pooling" and value(plan, "--dtype") == "float32"
+    assert json.loads(value(plan, "--mm-processor-kwargs")) == {"size": {"shortest_edge": 3136, "longest_edge": 3136}}
+    assert json.loads(value(plan, "--hf-overrides")) == {
+        "architectures": ["Qwen2_5_VLForSequenceClassification"],
+        "classifier_from_token": ["No", "Yes"],
+        "method": "from_2_way_softmax",
+        "text_config": {"tie_word_embeddings": True},
+    }
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"config": {"architectures": ["Qwen2ForSequenceClassification"]}}, "asks a generative model"),
+        ({"vocabulary": ("Yes", "N", "o")}, "not one token each"),
+    ],
+)
+def test_a_judge_that_vllm_would_serve_wrongly_is_refused(given, said, tmp_path, monkeypatch):
+    recipe = vllm_judge(tmp_path, monkeypatch, **given)
+    with pytest.raises(UsageError, match=said):
+        plans.server_plan(recipe, 1)
+    assert any(said in e for e in preflight.check(recipe).errors)
+
+
+def test_a_vllm_that_dies_at_start_is_told_with_its_last_lines(tmp_path, monkeypatch):
+    """And with the exceptions further up: its last one is "see root cause above"."""
+    frames = "for i in $(seq 30); do echo '  File x'; done"
+    script = (
+        f"#!/bin/sh\necho '(Worker) torch.OutOfMemoryError: no room'\n{frames}\necho RuntimeError: see above\nexit 1\n"
+    )
+    recipe = vllm_judge(tmp_path, monkeypatch, script=script)
+    with pytest.raises(UsageError, match="ended before it was ready") as raised, launch.serving(recipe, tmp_path):
+        pass
+    assert raised.value.exit_code == 2
+    assert (raised.value.details[0], raised.value.details[-1]) == (
+        "torch.OutOfMemoryError: no room",
+        "RuntimeError: see above",
+    )
+
+
+def test_a_server_of_another_release_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    site = tmp_path / "lib" / "python3.11" / "site-packages"
+    (site / "vllm_flash_attn-0.32.0.dist-info").mkdir(parents=True)
+    (site / "vllm-0.31.1.dist-info").mkdir()
+    recipe = vllm_judge(tmp_path, monkeypatch)
+    (tmp_path / "vllm").rename(tmp_path / "bin" / "vllm")
+    monkeypatch.setenv("R1V_VLLM", str(tmp_path / "bin" / "vllm"))
+    assert any("is vLLM 0.31.1; r1v was run with 0.32" in e for e in preflight.check(recipe).errors)
+    (site / "vllm-0.31.1.dist-info").rename(site / "vllm-0.32.0+cpu.dist-info")
+    assert not any("vLLM" in e for e in preflight.check(recipe).errors)
+
+
+def test_no_vllm_is_told_with_both_ways_to_have_one(tmp_path, monkeypatch):
+    recipe = vllm_judge(tmp_path, monkeypatch)
+    monkeypatch.setenv("R1V_VLLM", str(tmp_path / "judge"))
+    assert any("R1V_VLLM" in e for e in preflight.check(recipe).errors)
+    monkeypatch.delenv("R1V_VLLM")
+    monkeypatch.setenv("PATH", str(tmp_path / "judge"))
+    errors = [e for e in preflight.check(recipe).errors if "vLLM is not installed" in e]
+    assert len(errors) == 1 and "[vllm]" in errors[0] and "R1V_VLLM" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("offline", "token", "whoami", "said"),
+    [
+        (True, "t", None, "HF_HUB_OFFLINE"),
+        (False, None, None, "no hub login"),
+        (False, "t", ConnectionError("no route"), "ConnectionError"),
+        (False, "t", None, None),
+    ],
+)
+def test_a_push_that_cannot_work_is_refused_before_the_launch(monkeypatch, offline, token, whoami, said):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    def asked():
+        if whoami is not None:
+            raise whoami
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(huggingface_hub, "whoami", asked)
+    recipe = recipes.load("grpo", "tiny", ["train.push_to_hub=true", "train.hub_model_id=me/x"])
+    errors = [e for e in preflight.check(recipe).errors if "push_to_hub" in e]
+    assert [said in e for e in errors] == ([True] if said else [])
+    if said and whoami is None:  # a dry run asks nobody, and tells what it can know
+        assert any(said in w for w in preflight.check(recipe, dry_run=True).warnings)
+
+
+@pytest.mark.parametrize(
+    ("visible", "training", "judge"),
+    [
+        (None, "0,1,2,3,4,5", "6,7"),
+        ("7,6,5,4,3,2,1,0", "7,6,5,4,3,2", "1,0"),
+        ("8,9,10,11,12,13,14,15", "8,9,10,11,12,13", "14,15"),
+        (",".join(f"GPU-{i}ab" for i in range(8)), ",".join(f"GPU-{i}ab" for i in range(6)), "GPU-6ab,GPU-7ab"),
+    ],
+)
+def test_the_gpus_that_the_user_chose_are_indexed_into(visible, training, judge, tmp_path, monkeypatch):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
+    assert plans.plan("grpo", recipe, tmp_path).env["CUDA_VISIBLE_DEVICES"] == training
+    assert plans.server_plan(recipe, 1).env["CUDA_VISIBLE_DEVICES"] == judge
+    assert vllm.environment([6, 7], on_cpu=False)["CUDA_VISIBLE_DEVICES"] == judge
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [
+        (None, 2),
+        ("", 0),
+        ("0", 1),
+        ("1,0", 2),
+        ("0,-1,1", 1),
+        ("GPU-a, GPU-b", 2),
+        ("MIG-a,MIG-b,MIG-c", 3),
+        ("0,1,2", 2),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(visible, count, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(process, "Path", lambda path: tmp_path)
+    assert process.gpu_count() == count
+
+
+def test_threads_are_of_the_cores_that_r1v_was_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
+    assert plans.plan("grpo", recipe, tmp_path).env["OMP_NUM_THREADS"] == "2"
+    assert plans.module_plan("m").env["OMP_NUM_THREADS"] == "12"

@@ -1,12 +1,16 @@
 """Recipes: shipped ones load, overrides, and every error of a recipe at once."""
 
 import math
+import re
+import typing
 
 import pytest
 import yaml
 
-from r1vfree_cli.config import recipes
+from r1vfree_cli.config import recipes, trl_keys
+from r1vfree_cli.config.schema import Launch
 from r1vfree_cli.core.errors import UsageError
+from r1vfree_cli.launch import preflight
 
 GOOD = {
     "model": {"name": "org/model"},
@@ -46,10 +50,10 @@ def test_every_shipped_recipe_loads_and_reads_back_equal(name, tmp_path):
 @pytest.mark.parametrize(
     "name, model, data, processes, preset, epochs",
     [
-        ("qwen2vl-2b-clevr", "Qwen/Qwen2-VL-2B-Instruct", "leonardPKU/clevr_cogen_a_train", 8, "zero3", 2),
+        ("qwen2vl-2b-clevr", "Qwen/Qwen2-VL-2B-Instruct", "leonardPKU/clevr_cogen_a_train", 8, "zero2", 2),
         ("qwen2vl-7b-clevr", "Qwen/Qwen2-VL-7B-Instruct", "leonardPKU/clevr_cogen_a_train", 8, "zero3", 2),
-        ("qwen2vl-2b-rlhfv", "Qwen/Qwen2-VL-2B-Instruct", "Exgc/R1V-Free_RLHFV", 6, "zero3", 10),
-        ("qwen25vl-3b-rlhfv", "Qwen/Qwen2.5-VL-3B-Instruct", "Exgc/R1V-Free_RLHFV", 6, "zero3", 10),
+        ("qwen2vl-2b-rlhfv", "Qwen/Qwen2-VL-2B-Instruct", "Exgc/R1V-Free_RLHFV", 6, "zero2", 10),
+        ("qwen25vl-3b-rlhfv", "Qwen/Qwen2.5-VL-3B-Instruct", "Exgc/R1V-Free_RLHFV", 6, "zero2", 10),
         ("qwen25vl-7b-rlhfv", "Qwen/Qwen2.5-VL-7B-Instruct", "Exgc/R1V-Free_RLHFV", 6, "zero3", 10),
     ],
 )
@@ -60,12 +64,13 @@ def test_the_readme_runs_are_what_they_say(name, model, data, processes, preset,
     assert (recipe.launch.processes, recipe.launch.preset) == (processes, preset)
     assert train["num_train_epochs"] == epochs and train["beta"] == 0.04 and train["loss_type"] == "grpo"
     assert train["learning_rate"] == 1e-6 and train["max_completion_length"] == 512 and train["temperature"] == 1.0
-    assert (recipe.model.min_pixels, recipe.model.max_pixels, recipe.data.max_prompt_tokens) == (3136, 401408, 512)
+    assert (recipe.model.min_pixels, recipe.model.max_pixels, recipe.data.max_prompt_tokens) == (3136, 401408, 1024)
+    assert train["save_total_limit"] == 2
     assert (recipe.train.num_generations, recipe.train.prompts_per_device) == (8, 1)
     names = [r.name for r in recipe.rewards]
     assert names == (["accuracy", "format"] if "clevr" in name else ["format", "feedback"])
-    if recipe.feedback:
-        assert recipe.feedback.serve.devices == [6, 7]
+    if recipe.judges:
+        assert recipe.served.devices == [6, 7]
 
 
 def test_trap_1e_6_is_a_number_in_files_and_overrides(tmp_path):
@@ -111,9 +116,34 @@ def test_all_errors_at_once_with_key_found_allowed_and_nearest(tmp_path):
         ({"launch": {"preset": "cpu", "processes": 2}}, "preset ddp with device cpu"),
         ({"launch": {"nodes": 2, "processes": 2, "main_address": "a", "node_rank": 2}}, "node_rank"),
         ({"train": {"generation_batch_size": 12}}, "multiple of"),
-        ({"train": {"gradient_accumulation_steps": 0}}, "at least 1"),
+        ({"train": {"gradient_accumulation_steps": 0}}, "must be greater than or equal to 1; found 0"),
+        ({"train": {"temperature": 0}}, "train.temperature: must be greater than 0; found 0"),
+        ({"train": {"top_p": 1.5}}, "train.top_p: must be less than or equal to 1; found 1.5"),
+        ({"train": {"seed": -1}}, "train.seed: must be greater than or equal to 0; found -1"),
+        ({"train": {"top_k": -1}}, "train.top_k: must be greater than or equal to 0; found -1"),
+        ({"train": {"min_p": 2}}, "train.min_p: must be less than or equal to 1; found 2"),
+        ({"train": {"repetition_penalty": 0}}, "train.repetition_penalty: must be greater than 0; found 0"),
+        ({"train": {"beta": -0.1}}, "train.beta: must be greater than or equal to 0; found -0.1"),
+        ({"train": {"save_steps": 0}}, "train.save_steps: must be greater than 0; found 0"),
+        ({"train": {"top_entropy_quantile": 20}}, "must be less than or equal to 1; found 20"),
+        ({"train": {"optim": "adamw9"}}, "train.optim: must be 'adamw_torch', "),
+        ({"train": {"lr_scheduler_type": "cosinus"}}, "train.lr_scheduler_type: must be 'linear', 'cosine', "),
+        ({"train": {"save_strategy": "step"}}, "must be 'no', 'steps', 'epoch' or 'best'; found 'step'"),
+        (
+            {"train": {"generation_kwargs": {"temperature": 0}}},
+            "train.generation_kwargs: temperature: write train.temperature",
+        ),
+        ({"train": {"log_level": "loud"}}, "train.log_level: must be 'detail', "),
+        ({"train": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, "follows an evaluation loss"),
+        ({"train": {"load_best_model_at_end": True}}, "keeps the best checkpoint"),
+        ({"train": {"loss_type": "grpoo"}}, "train.loss_type: must be 'grpo', "),
+        ({"train": {"importance_sampling_level": "word"}}, "must be 'token' or 'sequence'; found 'word'"),
+        (
+            {"data": {"path": "shapes", "max_prompt_tokens": 512}},
+            "model.max_pixels (401408) allows images of 512 tokens",
+        ),
         ({"model": {"name": "m", "min_pixels": 5000, "max_pixels": 4000}}, "min_pixels"),
-        ({"rewards": [{"name": "format"}, {"name": "format"}]}, "listed 2 times"),
+        ({"rewards": [{"name": "format"}, {"name": "format"}]}, "2 rewards are called 'format'"),
         ({"rewards": []}, "rewards"),
         ({"rewards": [{"name": "feedback", "backend": "chat"}]}, "needs base_url and model"),
         ({"rewards": [{"name": "feedback", "backend": "classify"}]}, "exactly one of base_url"),
@@ -165,3 +195,50 @@ def test_unknown_recipe_names_the_nearest():
     assert "qwen25vl-3b-rlhfv" in e.value.hint
     with pytest.raises(UsageError, match="for `r1v sft`"):
         recipes.find("grpo", "sft/qwen2vl-2b-clevr")
+
+
+def test_the_prompt_limit_holds_an_image_at_the_pixel_limit_and_a_question(tmp_path):
+    recipe = recipes.load("grpo", write(tmp_path, GOOD | {"data": {"path": "shapes", "max_prompt_tokens": 544}}))
+    assert recipe.data.max_prompt_tokens == 512 + 32
+
+
+def test_an_optimizer_without_its_package_is_refused_before_the_launch(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    for optim, wanted in (
+        ("adamw_8bit", True),
+        ("paged_adamw_32bit", True),
+        ("rmsprop_bnb", True),
+        ("adamw_torch", False),
+    ):
+        recipe = recipes.load("grpo", write(tmp_path, GOOD | {"train": {"optim": optim}, "launch": {"preset": "cpu"}}))
+        for dry_run in (False, True):  # this machine could run it: a dry run refuses it too
+            errors = "\n".join(preflight.check(recipe, dry_run=dry_run).errors)
+            assert (f"train.optim {optim} needs the package bitsandbytes" in errors) is wanted
+
+
+def test_every_optimizer_of_transformers_is_known_by_its_package():
+    """Those without one are torch's and transformers' own: a new name is sorted in here, and in preflight."""
+    own = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    names = typing.get_args(trl_keys.trl_keys("grpo")["optim"])
+    assert {n for n in names if not any(re.fullmatch(p, n) for p in preflight._OPTIMIZERS)} == own
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": {"report_to": "mlflow"}}, "train.report_to mlflow needs the package mlflow"),
+        ({"train": {"report_to": ["wandbb"]}}, "no tracker 'wandbb'; allowed: all, none"),
+        ({"model": {"name": "m/m", "attention": "flash_attention_2"}}, "needs a GPU and a 16-bit model.dtype"),
+        (
+            {"model": {"name": "m/m", "lora": {"quantize": "4bit"}}},
+            "model.lora.quantize needs the package bitsandbytes",
+        ),
+        ({"train": {"use_liger_kernel": True}}, "train.use_liger_kernel needs the package liger_kernel"),
+    ],
+)
+def test_what_needs_a_package_is_refused_before_the_launch(tmp_path, monkeypatch, change, said):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    recipe = recipes.load("grpo", write(tmp_path, GOOD | {"launch": {"preset": "cpu"}} | change))
+    assert any(said in error for error in preflight.check(recipe, dry_run=True).errors)
+    elsewhere = preflight.check(recipe.model_copy(update={"launch": Launch(processes=64)}), dry_run=True)
+    assert not any("needs the package" in error for error in elsewhere.errors)

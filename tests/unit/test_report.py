@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.report.load import clean, collect, labels, read_metrics
 from r1vfree_cli.report.render import fence, markdown
-from r1vfree_cli.report.training import question
+from r1vfree_cli.report.rollouts import question
 from r1vfree_cli.report.view import duration, flatten, p_value, plain, signed
 
 HOSTILE = [
@@ -195,7 +195,6 @@ def test_numbers_are_written_honestly():
 def test_a_prompt_with_chat_markup_is_shown_as_its_question():
     raw = "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>Why?<|im_end|>\n<|im_start|>assistant\n"
     assert question(raw) == "Why?"
-    assert question([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}]) == "Why?"
 
 
 def test_no_two_metrics_share_a_picture(tmp_path):
@@ -205,6 +204,17 @@ def test_no_two_metrics_share_a_picture(tmp_path):
     metrics = [{"step": i, "reward": 0.1 * i, "rewards/a b/mean": 0.5, "rewards/a-b/mean": 0.5} for i in range(3)]
     figures = training.curves([Run(tmp_path, "run", metrics=[m | {"rewards/🐈/mean": 1.0} for m in metrics])])
     assert len(figures) == 4 and len({f.name for f in figures}) == 4
+
+
+def test_an_evaluation_is_one_curve_with_its_interval(tmp_path):
+    from r1vfree_cli.report import training
+    from r1vfree_cli.report.load import Run
+
+    ends = {"eval/hallusion/aAcc/low": 30.0, "eval/hallusion/aAcc/high": 50.0}
+    metrics = [{"step": i, "eval/hallusion/aAcc": 40.0 + i} | ends for i in (0, 2)] + [{"step": 1, "reward": 0.1}]
+    figures = training.curves([Run(tmp_path, "run", metrics=metrics)])
+    assert [f.caption for f in figures] == ["Reward", "hallusion, greedy: aAcc"]
+    assert "40 at step 0, 42 at step 2" in figures[1].alt and "fill-opacity: 0.15" in figures[1].svg
 
 
 def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
@@ -217,3 +227,24 @@ def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
 
     assert "+38.0 points ± 5.5 (512 rows, 95 %), established" in said(0.42, 0.80, 512)
     assert "not established" in said(0.42, 0.44, 100) and "no interval" in said(0.42, 0.44, None)
+
+    def measured(last):
+        key, lines = "eval/pope/accuracy", ((0, 60.0), (1, None), (2, last))
+        metrics = [{"step": i} | ({key: v, f"{key}/low": v - 4, f"{key}/high": v + 4} if v else {}) for i, v in lines]
+        return verdict([Run(tmp_path, "run", metrics=metrics, summary={"reward": {"first": 0.1, "last": 0.4}})], [])
+
+    assert measured(70.0) == ["run: pope/accuracy, greedy, 60 (56 to 64) → 70 (66 to 74), established."]
+    assert "not established: the intervals overlap" in measured(66.0)[0]
+
+
+def test_costs_of_several_judges_are_added_up(tmp_path):
+    from types import SimpleNamespace
+
+    from r1vfree_cli.report.training import _cost
+
+    line = {"judge/a/calls": 2, "judge/b/calls": 3, "judge/b/failed/timeout": 1, "judge/a/latency_p50": 0.1}
+    found = _cost(SimpleNamespace(summary={}, metrics=[line, line]))
+    assert [[cell.text for cell in row] for row in found.rows] == [
+        ["judge calls", "10"],
+        ["judge calls failed: b/timeout", "2"],
+    ]

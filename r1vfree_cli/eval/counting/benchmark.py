@@ -12,32 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ...core.prompts import parse
-from .. import reading
-from ..benchmark import Benchmark, Question, QuestionSet, read_questions
+from ...core.thinking import without_thinking
+from ..benchmark import Benchmark
+from ..questions import Question, QuestionSet, read_questions
 
-_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
+_WORDS = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty",
+)
 _NUMBER = re.compile(rf"(?<![\w.,-])-?\d+(?:\.\d+)?(?!\.?\d|[\w%]|,\d)|\b(?:{'|'.join(_WORDS)})\b")
 
 
@@ -56,7 +39,7 @@ class Counting(Benchmark):
 def read_number(reply: str) -> float | None:
     """The one number that a reply names; None when there is none, or several different ones."""
     answer = parse(reply).answer
-    text = reading.without_thinking(reply) if answer is None else answer
+    text = without_thinking(reply) if answer is None else answer
     found = {float(_WORDS.index(w)) if w in _WORDS else float(w) for w in _NUMBER.findall(text.lower())}
     return found.pop() if len(found) == 1 else None
 

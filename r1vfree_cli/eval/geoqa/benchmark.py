@@ -13,7 +13,8 @@ from typing import Any
 
 from ...core.prompts import parse
 from ...rewards.verify import equivalent
-from ..benchmark import Benchmark, Question, QuestionSet, read_questions
+from ..benchmark import Benchmark
+from ..questions import Question, QuestionSet, read_questions
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _UNIT = re.compile(r"\s*(?:°|\^\s*\{?\\circ\}?|\\degree|degrees?|cm|mm|m|units?)\s*\.?$", re.IGNORECASE)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import reading
-from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts, QuestionSet
+from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts
 from ..judgements import Outcome
-from . import judge, questions, score
+from ..questions import QuestionSet
+from ..records import Files, read_records
+from . import formats, judge, questions, score
 from .questions import Question
 from .score import Item
 
@@ -22,16 +25,17 @@ class Hallusion(Benchmark):
     metrics = score.METRICS
     protocols = ("official", "vlmevalkit")
     chat = True
+    readers = ("r1v", "vlmevalkit")
     unanswered_code = WRONG  # unclear would be right for a VS question without a figure
 
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
-        return questions.load(source, images, needed=asked)
+        return questions.load(source, images, asked)
 
     def wanted(self, question: Question, protocol: str) -> bool:
         return protocol == "official" or question.needs_image
 
     def code(self, question: Question, reply: str) -> int:
-        return reading.rule_code(reply, question.item.gt)
+        return reading.rule_code(reply, question.item.gt, reading.READERS[self.reader])
 
     def judge(self, question: Question, reply: str) -> bool | None:
         code = self.code(question, reply)
@@ -39,7 +43,7 @@ class Hallusion(Benchmark):
 
     def relate(self, asked: list[Question], replies: dict[str, str | None], outcome: Outcome) -> None:
         """`same` is equal readings."""
-        readings = {q.id: reading.read_yes_no(replies[q.id] or "") for q in asked}
+        readings = {q.id: reading.READERS[self.reader](replies[q.id] or "") for q in asked}
         first = {q.item.pair_key: readings[q.id] for q in asked if q.item.original}
         for q in asked:
             here, there = readings[q.id], first.get(q.item.pair_key)
@@ -53,7 +57,7 @@ class Hallusion(Benchmark):
         return question.item.cluster
 
     def judged(self, question: Question, code: int | None, same: int | None = None) -> Item:
-        return score.with_code(question.item, code, same)
+        return replace(question.item, code=code, same=same)
 
     def unjudged(self, judged: list[Item]) -> list[str]:
         codes = score.originals(judged)
@@ -71,17 +75,22 @@ class Hallusion(Benchmark):
     def from_record(self, record: dict, where: str) -> Question:
         return questions.from_record(record, where)
 
-    def carried(self, path: Path) -> QuestionSet:
-        return questions.from_records(path)
+    def records(self, files: Files) -> list[tuple[str, dict]]:
+        return [(where, formats.official(record, where)) for where, record in read_records(files)]
 
-    def load_predictions(self, path: Path, known: list[Question], needed: list[Question]) -> dict[str, dict]:
-        return questions.load_predictions(path, known, needed)
+    def has_key(self, records: list[tuple[str, dict]]) -> bool:
+        return any(record.get("gt_answer") not in (None, "") for _, record in records)
+
+    def filled(self, record: dict, where: str, known: dict[str, Question]) -> dict:
+        question = known.get(score.record_id(record))
+        said = {k: v for k, v in record.items() if v is not None and (v != "" or k == "model_prediction")}
+        return (question.record() if question else {}) | said
 
     def check_chat(self, asked: list[Question]) -> None:
         judge.check_references(asked)
 
-    def load_judged(self, path: Path) -> tuple[list[Item], list[dict]]:
-        return questions.load_judged(path)
+    def judged_record(self, record: dict, where: str) -> Item:
+        return score.from_record(record, where)
 
     def describe(self, judged: Item) -> tuple[str, str, bool]:
         i = judged

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...core import console
-from ...core.errors import DataError, UsageError
-from ...core.files import append_jsonl, cache_dir, read_json, write_json
+from ...core.errors import UsageError, counted
+from ...core.files import append_jsonl, cache_dir, repair_tail
+from ...judges.cache import JudgementCache
+from ...judges.chat import JUDGE_TOKENS, label_schema, stated_label, verdict_text
+from ...judges.client import Endpoint
+from ...judges.protocol import Failure
+from ...judges.replies import Reply
 from .. import judgements, reading
 from ..benchmark import Benchmark, content_key
-from ..endpoint import CallFailed, Endpoint
 from ..judgements import Judgement, Outcome
 from . import score
 from .questions import Question
@@ -19,7 +25,6 @@ from .questions import Question
 VERDICTS = {"incorrect": score.WRONG, "correct": score.RIGHT, "unclear": score.UNCLEAR}
 SAMES = {"different": 0, "same": 1}
 _FIELDS = ("question", "reference", "prediction")
-_MAX_TOKENS = 2048  # room for a judge that thinks before its label
 
 # Our own wording of the published protocol: teacher, question, reference details, prediction, one of three labels.
 PROMPT = """You are a careful teacher marking a student's answer.
@@ -71,32 +76,16 @@ def load_prompt(path: Path | None) -> str:
     return text
 
 
-def parse_label(text: str, labels: dict[str, int]) -> int | None:
-    """The one label in a judge's reply; None when there is none, or several, or a negated one.
-
-    Thinking is left out, unfinished thinking too. When several labels occur, a last line that is only a label decides.
-    """
-    plain = reading.without_thinking(text).strip().lower()
-    pattern = rf"\b({'|'.join(labels)})\b"
-    if re.search(rf"(?:\bnot|n't|n’t)\s+(?:\w+\s+)?(?:{'|'.join(labels)})\b", plain):
-        return None
-    found = set(re.findall(pattern, plain))
-    if len(found) > 1:
-        last = plain.splitlines()[-1]
-        found = {re.sub(r"^(?:label|output|verdict|answer)\s*:", "", last).strip(" \t*_`\"'.")} & set(labels)
-    return labels[found.pop()] if len(found) == 1 else None
-
-
 # --- the chat judge --------------------------------------------------------------------------------------------
 
 
-class ChatJudge:
-    """A chat model behind an endpoint, with a cache on disk keyed by content: the model and all it is shown."""
+class LabelJudge:
+    """A chat model behind an endpoint, with the cache on disk keyed by content: the model and all it is shown."""
 
     def __init__(self, endpoint: Endpoint, prompt: str = PROMPT):
         self.endpoint = endpoint
         self.prompt = prompt
-        self.cache = cache_dir("hallusion-judge")
+        self.cache = JudgementCache(cache_dir("judge"))
 
     def question(self, question: Question, reply: str) -> tuple[str, str]:
         """(content key, prompt) of the verdict on one reply."""
@@ -108,32 +97,31 @@ class ChatJudge:
         values = {"first": reply, "second": original}
         return content_key(self.endpoint.model, SAME_PROMPT, values), fill(SAME_PROMPT, **values)
 
-    def cached(self, key: str) -> dict | None:
-        """The stored {label, raw, model} of a finished call. A damaged entry is asked again."""
-        try:
-            entry = read_json(self.cache / key[:2] / f"{key}.json")
-        except DataError:
-            return None
-        whole = isinstance(entry, dict) and {"label", "raw", "model"} <= entry.keys()
-        return entry if whole and entry["label"] in (0, 1, 2) else None
-
     async def ask(self, key: str, prompt: str, labels: dict[str, int], payer: Judgement) -> dict:
-        """One call, stored once it has a label; what it costs is added to `payer`.
+        """One call, {label, raw, model}, cached once it has a label; what it costs is added to `payer`.
 
         Raises:
-            CallFailed: also when the reply has no label or was cut: that is a failed call, never `unclear`.
+            UsageError, Failure: as `Endpoint.request`, also when the reply has no label or was cut: that is a failed
+                call, never `unclear`.
         """
-        reply = await self.endpoint.ask([{"role": "user", "content": prompt}], _MAX_TOKENS, 0.0)
-        payer.calls += 1
-        payer.prompt_tokens += reply.prompt_tokens
-        payer.completion_tokens += reply.completion_tokens
-        if reply.finish == "length":
-            raise CallFailed("cut at the length limit", reply.text[:200])  # a label named on the way is no verdict
-        label = parse_label(reply.text, labels)
-        if label is None:
-            raise CallFailed("no label", reply.text[:200])
-        entry = {"label": label, "raw": reply.text, "model": reply.model}
-        write_json(self.cache / key[:2] / f"{key}.json", entry)
+
+        def read(reply: Reply) -> dict:
+            payer.calls += 1
+            label = stated_label(verdict_text(reply), labels)
+            if label is None:
+                raise Failure("no label", reply.text)
+            payer.prompt_tokens += reply.prompt_tokens
+            payer.completion_tokens += reply.completion_tokens
+            return {"label": label, "raw": reply.text, "model": reply.model}
+
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            entry = await self.endpoint.chat(messages, JUDGE_TOKENS, 0.0, read, schema=label_schema(labels))
+        except Failure as failure:
+            payer.prompt_tokens += failure.input_tokens
+            payer.completion_tokens += failure.output_tokens
+            raise
+        self.cache.put({key: entry["label"]}, {"raw": entry["raw"], "model": entry["model"]})
         return entry
 
 
@@ -142,14 +130,14 @@ def check_references(questions: list[Question]) -> None:
     without = [q.id for q in questions if not q.reference]
     if without:
         raise UsageError(
-            f"{len(without)} questions have no gt_answer_details, which a chat judge needs",
+            f"{counted(len(without), 'question has', 'questions have')} no gt_answer_details, which a chat judge needs",
             details=without[:5],
             hint="use the official JSON with --questions, or --judge rule",
         )
 
 
 def by_chat(
-    benchmark: Benchmark, questions: list[Question], replies: dict[str, str | None], path: Path, judge: ChatJudge
+    benchmark: Benchmark, questions: list[Question], replies: dict[str, str | None], path: Path, judge: LabelJudge
 ) -> Outcome:
     """Judge by a chat model; asks only for what neither `path` nor the cache holds.
 
@@ -163,7 +151,7 @@ def by_chat(
         UsageError: the endpoint is down or refuses.
     """
     outcome = Outcome()
-    judgements.repair_tail(path)
+    repair_tail(path)
     before = judgements.read(path)
     asked = {q.id: judge.question(q, reply) for q in questions if (reply := replies[q.id]) is not None}
     for q in questions:
@@ -171,18 +159,19 @@ def by_chat(
             outcome.judgements[q.id] = judgements.no_reply(benchmark, q)
             continue
         old, key = before.get(q.id), asked[q.id][0]
-        outcome.judgements[q.id] = j = old if old and old.key == key else Judgement(q.id, key)
+        outcome.judgements[q.id] = j = old if old and old.key == key else Judgement(id=q.id, key=key)
         j.reading = reading.read_yes_no(replies[q.id] or "")
 
+    def store(id_: str, **said: Any) -> None:
+        for name, value in said.items():
+            setattr(outcome.judgements[id_], name, value)
+        append_jsonl(path, vars(outcome.judgements[id_]))
+
     def store_code(id_: str, entry: dict) -> None:
-        j = outcome.judgements[id_]
-        j.code, j.raw, j.judge = entry["label"], entry["raw"], entry["model"]
-        append_jsonl(path, vars(j))
+        store(id_, code=entry["label"], raw=entry["raw"], judge=entry["model"])
 
     def store_same(id_: str, entry: dict) -> None:
-        j = outcome.judgements[id_]
-        j.same, j.raw_same = entry["label"], entry["raw"]
-        append_jsonl(path, vars(j))
+        store(id_, same=entry["label"], raw_same=entry["raw"])
 
     open_codes = {id_: asked[id_] for id_, j in outcome.judgements.items() if j.code is None}
     _ask_all("judge", open_codes, judge, VERDICTS, store_code, outcome)
@@ -190,11 +179,13 @@ def by_chat(
     _ask_all("judge: same answer?", open_same, judge, SAMES, store_same, outcome)
     judgements.write(path, outcome, benchmark, questions)
     outcome.unjudged = judgements.as_judged(benchmark, questions, outcome.judgements).unjudged
+    examples = judge.endpoint.failures
+    outcome.failures = {kind: {"n": n, "example": examples.get(kind, "")} for kind, n in outcome.failed.items()}
     return outcome
 
 
 def _open_same(
-    outcome: Outcome, questions: list[Question], replies: dict[str, str | None], judge: ChatJudge
+    outcome: Outcome, questions: list[Question], replies: dict[str, str | None], judge: LabelJudge
 ) -> dict[str, tuple[str, str]]:
     """Id -> (key, prompt) of the questions whose label needs `same` and that have none for these replies."""
     first = {q.item.pair_key: q.id for q in questions if q.item.original}
@@ -202,12 +193,8 @@ def _open_same(
     for q in questions:
         j, original = outcome.judgements[q.id], outcome.judgements.get(first.get(q.item.pair_key, ""))
         here, there = replies[q.id], replies[original.id] if original else None
-        if (
-            original is None
-            or here is None
-            or there is None
-            or not score.reads_same(score.with_code(q.item, j.code), original.code)
-        ):
+        needed = original and score.reads_same(replace(q.item, code=j.code), original.code)
+        if not needed or here is None or there is None:
             j.same = j.same_key = None
             continue
         key, prompt = judge.same(here, there)
@@ -220,21 +207,22 @@ def _open_same(
 def _ask_all(
     title: str,
     jobs: dict[str, tuple[str, str]],
-    judge: ChatJudge,
+    judge: LabelJudge,
     labels: dict[str, int],
     store: Callable[[str, dict], None],
     outcome: Outcome,
 ) -> None:
     left: dict[str, list[str]] = {}  # key -> questions: what is shown twice is asked once
+    cached = judge.cache.get_labels([key for key, _ in jobs.values()], labels)
     for id_, (key, _) in jobs.items():
-        if entry := judge.cached(key):
+        if entry := cached.get(key):
             outcome.judgements[id_].cache_hits += 1
             store(id_, entry)
         else:
             left.setdefault(key, []).append(id_)
     if not left:
         return
-    console.log(f"{title}: {len(left)} calls to {judge.endpoint.model} at {judge.endpoint.where}")
+    console.log(f"{title}: {counted(len(left), 'call')} to {judge.endpoint.model} at {judge.endpoint.where}")
     with console.progress(title, len(left)) as bar:
 
         def done(key: str, entry: dict) -> None:
@@ -249,15 +237,16 @@ def _ask_all(
         outcome.failed += judge.endpoint.run(list(left), work, done)
 
 
-def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: ChatJudge) -> dict:
+def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: LabelJudge) -> dict:
     """Calls and tokens that `by_chat` would spend now; `same` calls are an upper bound, tokens 4 characters each."""
     before = judgements.read(path)
+    cached = judge.cache.get_labels([judge.question(q, replies.get(q.id, ""))[0] for q in questions], VERDICTS)
     calls: set[str] = set()
     tokens = sames = 0
     for q in questions:
         key, prompt = judge.question(q, replies.get(q.id, ""))
         known = before.get(q.id)
-        if not (known and known.key == key and known.code is not None) and judge.cached(key) is None:
+        if not (known and known.key == key and known.code is not None) and key not in cached:
             # What is shown twice is asked once; of replies that do not exist yet nobody knows which are equal.
             shown = key if q.id in replies else q.id
             tokens += 0 if shown in calls else len(prompt) // 4 + 8

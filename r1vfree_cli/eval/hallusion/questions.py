@@ -6,28 +6,22 @@ Official JSON with an image folder or zip; the hub dataset's parquet (splits ima
 from __future__ import annotations
 
 import base64
-import binascii
-import csv
 import hashlib
 import re
-import sys
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ...core.errors import DataError, UsageError
-from ..benchmark import QuestionSet, Reader, read_records
-from . import score
+from ...core.errors import DataError, UsageError, first_line
+from ..questions import QuestionSet, Reader, unique
+from ..records import read_records
+from . import formats, score
 from .score import Item
 
 HUB = "lmms-lab/HallusionBench"
 _FIGURE = re.compile(r"(?:^|.*/)((?:VD|VS)/[^/]+/[^/]+\.(?:png|jpe?g|webp))$", re.IGNORECASE)
 _FILES = (".json", ".jsonl", ".ndjson", ".tsv", ".parquet", ".zip")  # a mistyped path is no hub name
-_SHOWN = 5  # examples in an error
 
 
 @dataclass(frozen=True)
@@ -50,12 +44,18 @@ class Question:
     @property
     def figure(self) -> tuple | None:
         """What tells its figure from others; None for a text-only question."""
-        return (*self.item.set_key, self.item.figure_id) if self.needs_image else None
+        return (*self.item.cluster, self.item.figure_id) if self.needs_image else None
 
     @property
     def content(self) -> str:
         """All that decides what a reply is worth."""
         return f"{self.id}\0{self.text}\0{self.reference}\0{self.item.gt}\0{self.item.visual_input}"
+
+    @property
+    def asked(self) -> tuple:
+        """What a record of a reply to it must have too; VLMEvalKit may put its request for yes or no after the text."""
+        text = re.sub(r"(?i)\s*please answer (?:the question with )?yes or no\W*$", "", self.text)
+        return " ".join(text.split()), self.item.gt, self.needs_image
 
     def record(self) -> dict:
         """The question in the official result format, without what models and judges add."""
@@ -78,11 +78,12 @@ class Question:
 
 
 def from_record(record: dict, where: str) -> Question:
-    """A question of the official JSON or result format.
+    """A question of any layout that `formats.official` knows.
 
     Raises:
         DataError: a field is missing or impossible.
     """
+    record = formats.official(record, where)
     item = score.from_record(record, where, judged=False)
     text = record.get("question")
     if not isinstance(text, str) or not text.strip():
@@ -91,16 +92,11 @@ def from_record(record: dict, where: str) -> Question:
     return Question(item, text, str(reference) if reference else None, str(filename) if filename else None)
 
 
-def _checked(questions: list[Question], source: str) -> list[Question]:
-    score.unique((q.item for q in questions), source)
-    return questions
-
-
 # --- loading ---------------------------------------------------------------------------------------------------
 
 
 def load(
-    source: str | None, images: Path | None = None, *, needed: Callable[[Question], bool] = lambda q: True
+    source: str | None, images: Path | None = None, needed: Callable[[Question], bool] = lambda q: True
 ) -> QuestionSet:
     """Read a question set.
 
@@ -138,23 +134,22 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
     except Exception as e:  # the hub client raises its own, requests' and OS errors
         raise UsageError(
-            f"cannot download {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}",
+            f"cannot download {name}: {first_line(e)}",
             hint="give local questions with --questions HallusionBench.json --images FOLDER_OR_ZIP",
         ) from None
 
 
 def _official(path: Path, images: Path | None, needed: Callable[[Question], bool]) -> QuestionSet:
-    questions = _checked([from_record(record, where) for where, record in read_records(path)], str(path))
+    questions = unique([from_record(record, where) for where, record in read_records(path)], str(path))
     readers: dict[str, Reader] = {}
     if images is None and any(q.needs_image and needed(q) for q in questions):
         beside = path.parent / "hallusion_bench"
         images = beside if beside.is_dir() else path.parent
     if images is not None:
         figures = figure_readers(images)
-        for q in questions:
-            key = _figure_key(q.filename)
-            if q.needs_image and key in figures:
-                readers[q.id] = figures[key]
+        readers = {
+            q.id: figures[key] for q in questions if q.needs_image and (key := _figure_key(q.filename)) in figures
+        }
     return QuestionSet(questions, readers, str(path))
 
 
@@ -170,42 +165,28 @@ def figure_readers(images: Path) -> dict[str, Reader]:
     Raises:
         UsageError: there is no such folder or zip, or it is no zip.
     """
-    found: dict[str, Reader] = {}
     if images.is_dir():
         root = images.resolve()
-        for file in sorted(root.rglob("*")):
-            key = _figure_key(file.relative_to(root).as_posix()) or _figure_key(
-                f"{root.name}/{file.relative_to(root).as_posix()}"
-            )
-            # A link to outside the folder is not followed: a shared question file must not choose what is read.
-            if key and file.is_file() and file.resolve().is_relative_to(root):
-                found.setdefault(key, file.read_bytes)
-        return found
-    try:
-        archive = zipfile.ZipFile(images)
-    except (OSError, zipfile.BadZipFile) as e:
-        raise UsageError(f"--images {images}: neither a folder nor a zip ({e})") from None
-    for name in sorted(archive.namelist()):
+        # A link to outside the folder is not followed: a shared question file must not choose what is read.
+        inside = (f for f in root.rglob("*") if f.is_file() and f.resolve().is_relative_to(root))
+        members: dict[str, Reader] = {f.relative_to(root.parent).as_posix(): f.read_bytes for f in inside}
+    elif images.is_file():
+        from ...data.archives import zip_members
+
+        members = zip_members(images)
+    else:
+        raise UsageError(f"--images {images}: neither a folder nor a zip")
+    found: dict[str, Reader] = {}
+    for name, read in sorted(members.items()):
         if key := _figure_key(name):
-            found.setdefault(key, partial(_from_zip, archive, name, images))
+            found.setdefault(key, read)
     return found
-
-
-def _from_zip(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    from ...data.rows import MAX_FILE_BYTES
-
-    try:
-        if archive.getinfo(name).file_size > MAX_FILE_BYTES:  # a bomb is not unpacked
-            raise DataError(f"{path}: {name} is too large for a figure")
-        return archive.read(name)
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as e:
-        raise DataError(f"{path}: cannot read {name}: {e}") from None
 
 
 def _parquet(folder: Path) -> QuestionSet:
     """The hub dataset's layout: parquet files with an `image` struct (bytes, path) in the split image."""
-    import pyarrow
-    import pyarrow.parquet
+    from ...data.drops import RowProblem
+    from ...data.tables import parquet_table
 
     questions: list[Question] = []
     readers: dict[str, Reader] = {}
@@ -214,127 +195,36 @@ def _parquet(folder: Path) -> QuestionSet:
     if not files:
         raise DataError(f"{folder} holds no parquet files", hint="give the official JSON with --questions")
     for file in files:
-        try:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
-                for record in batch.to_pylist():
-                    image = record.pop("image", None)
-                    question = from_record(record, f"{file}, question {len(questions) + 1}")
-                    questions.append(question)
-                    data = image.get("bytes") if isinstance(image, dict) else None
-                    if question.needs_image and data:
-                        data = held.setdefault(hashlib.sha256(data).hexdigest(), data)
-                        readers[question.id] = partial(bytes, data)
-        except (OSError, pyarrow.ArrowException) as e:
-            raise DataError(f"cannot read {file}: {e}") from None
-    return QuestionSet(_checked(questions, str(folder)), readers, str(folder))
+        for position, record in parquet_table(file, file.name, ()).read(None):
+            if isinstance(record, RowProblem):
+                raise DataError(f"{file}, question {position + 1}: {record.reason}")
+            image = record.pop("image", None) or {}
+            question = from_record(record, f"{file}, question {position + 1}")
+            questions.append(question)
+            if question.needs_image and (data := image.get("bytes")):
+                data = held.setdefault(hashlib.sha256(data).hexdigest(), data)
+                readers[question.id] = partial(bytes, data)
+    return QuestionSet(unique(questions, str(folder)), readers, str(folder))
 
 
 def _tsv(path: Path) -> QuestionSet:
-    """VLMEvalKit's TSV: `index` = category_subcategory_visual_set_figure_question, `image` in base64.
-
-    A short `image` names the row whose image it shares. The TSV has image questions only and no reference details.
-    """
-    csv.field_size_limit(sys.maxsize)
-    try:
-        with open(path, newline="", encoding="utf-8") as f:
-            rows = list(csv.DictReader(f, delimiter="\t"))
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"cannot read {path}: {e}") from None
-    images = {row.get("index"): row.get("image") or "" for row in rows}
+    """VLMEvalKit's TSV, `image` in base64; a short one names the row whose image it shares. Image questions only."""
+    rows = list(read_records(path))
+    images = {row.get("index"): row.get("image") or "" for _, row in rows}
     questions: list[Question] = []
     readers: dict[str, Reader] = {}
-    for number, row in enumerate(rows, 2):
-        where = f"{path}, line {number}"
-        question = from_record(_tsv_record(row, where), where)
+    for where, row in rows:
+        question = from_record(row, where)
         questions.append(question)
         image = row.get("image") or ""
         image = images.get(image, image) if len(image) <= 64 else image
         if image and question.needs_image:
             readers[question.id] = partial(_decode, image, where)
-    return QuestionSet(_checked(questions, str(path)), readers, str(path))
-
-
-def _tsv_record(row: dict[str, Any], where: str) -> dict:
-    parts = (row.get("index") or "").split("_")
-    if len(parts) < 6:
-        raise DataError(f"{where}: index is {row.get('index')!r}, wanted like VD_figure_1_0_0_0")
-    category, subcategory, visual, set_id, figure_id, question_id = parts[-6:]
-    answer = str(row.get("answer") or row.get("gt_answer") or "").strip().lower()
-    return {
-        "category": row.get("category") or category,
-        "subcategory": subcategory,
-        "visual_input": row.get("visual_input") or visual,
-        "set_id": set_id,
-        "figure_id": figure_id,
-        "question_id": question_id,
-        "question": row.get("question"),
-        "gt_answer": {"yes": "1", "no": "0"}.get(answer, answer),
-        "gt_answer_details": row.get("gt_answer_details"),
-        "filename": row.get("filename") or row.get("image_path"),
-    }
+    return QuestionSet(unique(questions, str(path)), readers, str(path))
 
 
 def _decode(text: str, where: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=False)
-    except (binascii.Error, ValueError) as e:
+        return base64.b64decode(text)
+    except ValueError as e:
         raise DataError(f"{where}: the image is not base64: {e}") from None
-
-
-# --- predictions and judged files ------------------------------------------------------------------------------
-
-
-def load_judged(path: Path) -> tuple[list[Item], list[dict]]:
-    """A file in the official result format -> items and their records, in file order.
-
-    Raises:
-        DataError: not that format, or a question twice.
-    """
-    records = list(read_records(path))
-    items = score.unique((score.from_record(record, where) for where, record in records), str(path))
-    return list(items.values()), [record for _, record in records]
-
-
-def load_predictions(path: Path, known: list[Question], needed: list[Question]) -> dict[str, dict]:
-    """Question id -> prediction record, for the needed questions, of a file made elsewhere (official result format).
-
-    Args:
-        known: the whole question set; predictions for known questions that are not needed are left out.
-
-    Raises:
-        DataError: a question twice, unknown, missing or with another answer key; or no `model_prediction`.
-    """
-    by_id = {q.id: q for q in known}
-    found: dict[str, dict] = {}
-    unknown, twice, other = [], [], []
-    for where, record in read_records(path):
-        item = score.from_record(record, where, judged=False)
-        if not isinstance(record.get("model_prediction"), str):
-            raise DataError(f"{where}: no model_prediction")
-        here = by_id.get(item.id)
-        if here is None:
-            unknown.append(item.id)
-        elif item.id in found:
-            twice.append(item.id)
-        elif item.gt != here.item.gt or record.get("question", here.text) != here.text:
-            other.append(item.id)
-        found[item.id] = record
-    for problem, ids in (
-        ("are not in the question set", unknown),
-        ("come twice", twice),
-        ("have another text or answer key than the question set", other),
-        ("have no prediction", [q.id for q in needed if q.id not in found]),
-    ):
-        if ids:
-            raise DataError(
-                f"{path}: {len(ids)} questions {problem}",
-                details=ids[:_SHOWN],
-                hint="were the predictions made for another question set?",
-            )
-    return {q.id: found[q.id] for q in needed}
-
-
-def from_records(path: Path) -> QuestionSet:
-    """The question set that a file in the official result format carries itself, without figures."""
-    asked = [from_record(record, where) for where, record in read_records(path)]
-    return QuestionSet(_checked(asked, str(path)), {}, str(path))

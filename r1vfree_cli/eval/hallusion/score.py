@@ -9,13 +9,15 @@ from typing import Any
 
 from ...core.errors import DataError
 from ..benchmark import RIGHT, UNCLEAR, WRONG, percent
+from ..records import found_in
 
-METRICS = ("aAcc", "qAcc", "fAcc", "easy_aAcc", "hard_aAcc")
 OFFICIAL_COUNTS = {"aAcc": 1129, "qAcc": 455, "fAcc": 346, "easy_aAcc": 455, "hard_aAcc": 430}
 IMAGE_QUESTIONS = 951
 
 # Names in the official result format.
 CODE, SAME = "gpt4v_output_gpt_check", "same"
+_WORDS = {"yes": 1, "no": 0, "true": 1, "false": 0, "y": 1, "n": 0}  # the answer key of some tools
+ID = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,7 @@ class Item:
 
     @property
     def id(self) -> str:
-        return "_".join((self.category, self.subcategory, self.set_id, self.figure_id, self.question_id))
-
-    @property
-    def set_key(self) -> tuple[str, str, str]:
-        return (self.category, self.subcategory, self.set_id)
+        return "_".join(getattr(self, name) for name in ID)
 
     @property
     def key(self) -> tuple:
@@ -52,12 +50,12 @@ class Item:
 
     @property
     def cluster(self) -> tuple[str, str, str]:
-        """The unit of the statistics; its stratum is (category, subcategory)."""
-        return self.set_key
+        """The set: the unit of the statistics; its stratum is (category, subcategory)."""
+        return (self.category, self.subcategory, self.set_id)
 
     @property
     def pair_key(self) -> tuple[str, str, str, str]:
-        return (*self.set_key, self.question_id)
+        return (*self.cluster, self.question_id)
 
     @property
     def original(self) -> bool:
@@ -81,18 +79,14 @@ def whole(value: Any) -> int | None:
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, bool):
-        return int(value)
     if isinstance(value, str):
         value = float(value) if value.strip().replace(".", "", 1).isdigit() else value
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+    if isinstance(value, int | float) and math.isfinite(value) and value == int(value):
         return int(value)
     raise ValueError(f"{value!r} is no whole number")
 
 
-def from_record(record: Any, where: str, *, judged: bool = True) -> Item:
+def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
     """One question of the official JSON or result format; fields may be strings or integers.
 
     Args:
@@ -101,107 +95,76 @@ def from_record(record: Any, where: str, *, judged: bool = True) -> Item:
     Raises:
         DataError: a field is missing or has an impossible value; `where` says which record it is.
     """
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object, found {type(record).__name__}")
 
-    def text(key: str) -> str:
-        value = record.get(key)
-        if value is None or str(value).strip() == "":
-            raise DataError(f"{where}: no {key}", details=[f"found: {', '.join(map(str, record)) or 'nothing'}"])
+    def number(name: str, allowed: tuple[int, ...]) -> int | None:
+        value = record.get(name)
         try:
-            return str(whole(value))
-        except ValueError:
-            return str(value).strip()
-
-    def number(key: str, allowed: tuple[int, ...], required: bool) -> int | None:
-        try:
-            value = whole(record.get(key))
+            words = _WORDS if name == "gt_answer" and isinstance(value, str) else {}
+            found = whole(words.get(str(value).strip(" .\n").lower(), value))
         except (ValueError, OverflowError):
-            value = -1
-        if value is None and not required:
-            return None
-        if value not in allowed:
-            raise DataError(f"{where}: {key} is {record.get(key)!r}, allowed: {', '.join(map(str, allowed))}")
-        return value
+            found = -1
+        if found is not None and found not in allowed:
+            raise DataError(f"{where}: {name} is {value!r}, allowed: {', '.join(map(str, allowed))}")
+        return found
 
-    category = text("category")
-    if category not in ("VD", "VS"):
-        raise DataError(f"{where}: category is {category!r}, allowed: VD, VS")
-    return Item(
-        category=category,
-        subcategory=text("subcategory"),
-        set_id=text("set_id"),
-        figure_id=text("figure_id"),
-        question_id=text("question_id"),
-        visual_input=number("visual_input", (0, 1, 2), True) or 0,
-        gt=number("gt_answer", (0, 1), True) or 0,
-        code=number(CODE, (WRONG, RIGHT, UNCLEAR), False) if judged else None,
-        same=number(SAME, (0, 1), False) if judged else None,
-    )
+    names = dict(zip(ID, _names(record)))
+    numbers = {"visual_input": number("visual_input", (0, 1, 2)), "gt": number("gt_answer", (0, 1))}
+    for name, value in {**names, "visual_input": numbers["visual_input"], "gt_answer": numbers["gt"]}.items():
+        if value is None or value == "":
+            hint = "--questions HallusionBench.json has the answer key" if name == "gt_answer" else None
+            raise DataError(f"{where}: no {name}", details=[found_in(record)], hint=hint)
+    if names["category"] not in ("VD", "VS"):
+        raise DataError(f"{where}: category is {names['category']!r}, allowed: VD, VS")
+    if judged:
+        numbers |= {"code": number(CODE, (WRONG, RIGHT, UNCLEAR)), "same": number(SAME, (0, 1))}
+    return Item(**names, **numbers)  # type: ignore[arg-type]
 
 
-def unique(items: Iterable[Item], where: str) -> dict[str, Item]:
-    """Items by id, in order.
+def record_id(record: dict) -> str:
+    """The id of the question that a record is about."""
+    return "_".join(_names(record))
 
-    Raises:
-        DataError: none at all, or a question twice.
-    """
-    found: dict[str, Item] = {}
-    twice = []
-    for item in items:
-        if item.id in found:
-            twice.append(item.id)
-        found[item.id] = item
-    if twice:
-        raise DataError(f"{where}: {len(twice)} duplicate questions", details=twice[:5])
-    if not found:
-        raise DataError(f"{where}: no questions in it")
+
+def _names(record: dict) -> list[str]:
+    """The parts of the id as text, whole numbers without a fraction; "" for what is not there."""
+    found = []
+    for name in ID:
+        value = record.get(name)
+        try:
+            number = whole(value)
+        except (ValueError, OverflowError):
+            number = str(value).strip()  # type: ignore[assignment]
+        found.append("" if number is None else str(number))
     return found
-
-
-def with_code(item: Item, code: int | None, same: int | None = None) -> Item:
-    """The item with a verdict."""
-    return replace(item, code=code, same=same)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------
 
-
-def group_key(metric: str, item: Item) -> tuple | None:
-    """What `metric` counts: the group this question belongs to, None when it belongs to none.
-
-    A group is right when all its questions are. Groups never cross a set.
-    """
-    if metric == "aAcc":
-        return (*item.set_key, item.figure_id, item.question_id)
-    if metric == "qAcc":
-        return item.pair_key
-    if metric == "fAcc":
-        return None if item.category == "VS" and item.original else (*item.set_key, item.figure_id)
-    if metric == "easy_aAcc":
-        return None if item.visual_input == 2 else item.pair_key
-    if metric == "hard_aAcc":
-        return item.pair_key if item.visual_input == 2 else None
-    raise KeyError(metric)
+# What each metric counts: the group that a question belongs to, None when it belongs to none. A group is right when
+# all its questions are; no group crosses a set.
+_GROUP: dict[str, Callable[[Item], tuple | None]] = {
+    "aAcc": lambda i: (*i.pair_key, i.figure_id),
+    "qAcc": lambda i: i.pair_key,
+    "fAcc": lambda i: None if i.category == "VS" and i.original else (*i.cluster, i.figure_id),
+    "easy_aAcc": lambda i: None if i.visual_input == 2 else i.pair_key,
+    "hard_aAcc": lambda i: i.pair_key if i.visual_input == 2 else None,
+}
+METRICS = tuple(_GROUP)
 
 
 def groups(metric: str, items: Iterable[Item]) -> dict[tuple, list[bool]]:
     """Group -> ok of each of its questions."""
     found: dict[tuple, list[bool]] = {}
     for item in items:
-        key = group_key(metric, item)
-        if key is not None:
+        if (key := _GROUP[metric](item)) is not None:
             found.setdefault(key, []).append(item.ok)
     return found
 
 
 def counts(items: list[Item]) -> dict[str, list[int]]:
     """Metric -> [right, total]."""
-    result = {}
-    for metric in METRICS:
-        found = groups(metric, items)
-        result[metric] = [sum(all(oks) for oks in found.values()), len(found)]
-    return result
+    found = {metric: groups(metric, items).values() for metric in METRICS}
+    return {metric: [sum(map(all, oks)), len(oks)] for metric, oks in found.items()}
 
 
 # --- diagnostics -----------------------------------------------------------------------------------------------
@@ -226,17 +189,13 @@ def label(item: Item, original: int | None) -> str | None:
         return "illusion" if item.category == "VD" else "language"
     if original is None:
         return None
-    if reads_same(item, original):
-        if item.same is None:
-            return None
-        if item.category == "VD":
-            return "mixed" if item.same else "illusion"
-        if original == WRONG:
-            return "language" if item.same else "mixed"
-        return "language" if item.same else "illusion"
-    if item.category == "VS" and original == WRONG:
-        return "mixed"
-    return "illusion"
+    if not reads_same(item, original):
+        return "mixed" if item.category == "VS" and original == WRONG else "illusion"
+    if item.same is None:
+        return None
+    if item.category == "VD":
+        return "mixed" if item.same else "illusion"
+    return "language" if item.same else "mixed" if original == WRONG else "illusion"
 
 
 def originals(items: Iterable[Item]) -> dict[tuple, int | None]:
@@ -264,14 +223,11 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
         "mixed": None if unlabelled else labels.count("mixed"),
         "unlabelled": unlabelled,
         "consistency": {
-            "correct": sum(all(oks) for oks in figures),
+            "correct": sum(map(all, figures)),
             "inconsistent": sum(any(oks) and not all(oks) for oks in figures),
             "wrong": sum(not any(oks) for oks in figures),
         },
     }
-
-
-# --- the whole -------------------------------------------------------------------------------------------------
 
 
 def score(items: list[Item], protocol: str = "official") -> dict:
@@ -287,8 +243,7 @@ def score(items: list[Item], protocol: str = "official") -> dict:
     """
     codes = originals(items)
 
-    def part(chosen: Callable[[Item], bool]) -> dict:
-        some = [item for item in items if chosen(item)]
+    def part(some: list[Item]) -> dict:
         found = counts(some)
         return {"metrics": percent(found), "counts": found, "diagnostics": diagnostics(some, codes)}
 
@@ -297,18 +252,17 @@ def score(items: list[Item], protocol: str = "official") -> dict:
         return {"metrics": percent(found), "counts": found}
 
     strata = sorted({(item.category, item.subcategory) for item in items})
-    whole = part(lambda _: True)
-    three = [whole["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")]
+    every = part(items)
+    three = [every["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")]
     mean = {} if protocol == "official" else {"mean": sum(three) / 3 if None not in three else None}
     return {
         "protocol": protocol,
         "n_questions": len(items),
-        **whole,
+        **every,
         **mean,
-        "by_category": {c: part(lambda item, c=c: item.category == c) for c in ("VD", "VS")},  # type: ignore[misc]
+        "by_category": {c: part([i for i in items if i.category == c]) for c in ("VD", "VS")},
         "by_subcategory": {
-            f"{c}_{s}": part(lambda item, c=c, s=s: (item.category, item.subcategory) == (c, s))  # type: ignore[misc]
-            for c, s in strata
+            f"{c}_{s}": part([i for i in items if (i.category, i.subcategory) == (c, s)]) for c, s in strata
         },
         "baselines": {"always_yes": baseline(1), "always_no": baseline(0)},
         "unjudged": sum(item.code is None for item in items),

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import reading
-from ..benchmark import RIGHT, WRONG, Benchmark, Counts, Judged, Question, QuestionSet, read_questions
+from ..benchmark import RIGHT, WRONG, Benchmark, Counts, Judged
+from ..questions import Question, QuestionSet, read_questions
 
 PARTS = ("random", "popular", "adversarial")
 
@@ -24,12 +25,13 @@ class Pope(Benchmark):
     name = "pope"
     title = "POPE"
     metrics = ("accuracy", "precision", "recall", "f1", "yes_rate")
+    readers = ("r1v", "vlmevalkit")
 
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
         return read_questions("POPE", source, images, _question, asked)
 
     def judge(self, question: Question, reply: str) -> bool | None:
-        said = reading.read_yes_no(reply)
+        said = reading.READERS[self.reader](reply)
         return None if said is None else said == question.answer
 
     def score(self, judged: Sequence[Judged]) -> Counts:

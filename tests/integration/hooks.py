@@ -30,6 +30,8 @@ _TRAINER = "transformers.trainer:Trainer."
 _ATOMIC = "Trainer can write a checkpoint beside its place and rename it"
 _EXACT = "Trainer's checkpoint holds what TRL keeps between steps"
 _SHARED = "TRL packs the completions of a group behind one prompt"
+_VLLM = "trl.generation.vllm_generation:VLLMGeneration."
+_ONE_PROMPT = "TRL hands vLLM prompt and image once"
 _READS = "damaged files raise anything; a user reads which checkpoint it is"
 
 OVERRIDES = (
@@ -73,6 +75,21 @@ OVERRIDES = (
         "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss ...",
         "runs prompt and image G times",
         _SHARED,
+    ),
+    # training/vllm_sampler.py
+    Hook(_VLLM + "_init_vllm", "self", "leaves number format, pixel limits and revision to vLLM", _ONE_PROMPT),
+    Hook(_VLLM + "sync_weights", "self", "keeps what the old vision tower made of images", "it resets that cache"),
+    Hook(
+        _VLLM + "generate",
+        "self prompts images num_generations profiler",
+        "colocate mode hands over expanded image tokens, which vLLM expands again",
+        _ONE_PROMPT,
+    ),
+    Hook(
+        _VLLM + "_place_features",
+        "self features prompt_ids",
+        "takes images that touch for one, and does not compare how many tokens they have",
+        _ONE_PROMPT,
     ),
     # training/resume.py
     Hook(_GRPO + "_get_train_sampler", "self dataset", "a resume in epoch 2 walks through epoch 1 again", _EXACT),
@@ -154,11 +171,24 @@ PRIVATES = (
         "it is public",
     ),
     Hook(
+        "trl.generation.vllm_client:parse_logprobs",
+        "choices_logprobs",
+        "reads `token_id:N`; vLLM 0.32 writes the number",
+        "TRL supports vLLM 0.32",
+    ),
+    Hook(
         "transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
         None,
         "a local judge would be sharded like the policy",
         "from_pretrained takes a switch",
     ),
+    Hook(
+        "transformers.integrations:WandbCallback._wandb",
+        None,
+        "its run is closed after the model is saved",
+        "it ends runs",
+    ),
+    Hook("transformers.integrations:TrackioCallback._trackio", None, "its run gets the recipe", "it takes a config"),
     Hook("deepspeed.ops:__compatible_ops__", None, "its CPU collectives take a compiler", "DeepSpeed falls back"),
     Hook("deepspeed.runtime.fp16.loss_scaler:LossScaler", "self scale", "in ZeRO files: allowed to be read", "never"),
     Hook("deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler", "self ...", "as LossScaler", "never"),

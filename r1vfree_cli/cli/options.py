@@ -1,0 +1,38 @@
+"""Options that several commands share, and options from a table."""
+
+from collections.abc import Callable, Iterable
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name or the path of a YAML file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: a.b=value, the value is YAML. Repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+RunDirPath = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes. Default: runs/RECIPE.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there first.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check, print the exact launch; start nothing.")]
+
+
+def with_options(parameters: Iterable[Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: these parameters written out for Typer, in place of the command's `**options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        found = [*own, *parameters]
+        command.__signature__ = Signature(found)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in found}
+        return command
+
+    return decorate
+
+
+def option(name: str, kind: Any, text: str | None, more: dict | None = None) -> Parameter:
+    """A keyword that is None unless its flag is given."""
+    flag = "--" + name.removesuffix("_s").replace("_", "-")
+    annotation = Annotated[kind | None, typer.Option(flag, help=text, **(more or {}))]  # type: ignore[valid-type]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

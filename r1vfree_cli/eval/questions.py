@@ -1,0 +1,155 @@
+"""The questions of a benchmark, where their figures are read from, and files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import DataError, UsageError
+from .records import found_in, read_records
+
+Reader = Callable[[], bytes]
+_SHOWN = 5  # examples in an error
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question. `answer` is the right answer as text; `part` is a part of the benchmark that is scored alone too.
+
+    A benchmark may use a class of its own with `id, text, filename, figure, content, asked` and `record()`.
+    """
+
+    id: str
+    text: str
+    answer: str
+    filename: str | None = None
+    part: str | None = None
+
+    @property
+    def figure(self) -> Hashable | None:
+        """What tells its figure from others; None for a question without one."""
+        return self.filename
+
+    @property
+    def content(self) -> str:
+        """All that decides what a reply is worth."""
+        return f"{self.id}\0{self.text}\0{self.answer}\0{self.filename}"
+
+    @property
+    def asked(self) -> tuple:
+        """What a record of a reply to it must have too."""
+        return " ".join(self.text.split()), self.answer, self.filename
+
+    def record(self) -> dict:
+        """How it is stored beside its reply."""
+        found = {"question_id": self.id, "question": self.text, "answer": self.answer, "filename": self.filename}
+        return found | ({"part": self.part} if self.part else {})
+
+
+@dataclass
+class QuestionSet:
+    """Questions in file order, and where the image of each that has one is read from."""
+
+    questions: list[Any]
+    readers: dict[str, Reader] = field(default_factory=dict)
+    source: str = ""
+    _figures: dict[Hashable, bytes] = field(default_factory=dict, repr=False)  # checked once, whoever asks
+
+    def image(self, question: Any) -> bytes | None:
+        """The figure as PNG or JPEG, RGB; None for a text-only question.
+
+        Raises:
+            DataError: the figure is missing or no usable image.
+        """
+        from ..data.drops import RowProblem
+        from ..data.images import normalise_image  # PIL: scoring needs none
+
+        key = question.figure
+        if key is None:
+            return None
+        if key not in self._figures:
+            try:
+                self._figures[key] = normalise_image(self.readers[question.id]())
+            except (RowProblem, OSError) as e:
+                raise DataError(f"figure of {question.id} ({question.filename}): {e}") from None
+        return self._figures[key]
+
+    @property
+    def sha256(self) -> str:
+        """Content key of the question set, in any order."""
+        return hashlib.sha256("\n".join(sorted(q.content for q in self.questions)).encode()).hexdigest()
+
+    def only(self, chosen: Callable[[Any], bool], limit: int | None = None) -> QuestionSet:
+        """The same set with some questions, at most `limit`."""
+        some = [q for q in self.questions if chosen(q)][:limit]
+        return QuestionSet(some, self.readers, self.source, self._figures)
+
+    def need_figures(self, chosen: Callable[[Any], bool], hint: str) -> None:
+        """Raises DataError, naming them, when figures of chosen questions are missing."""
+        wanted = [q for q in self.questions if q.figure is not None and chosen(q)]
+        missing = [f"{q.id}: {q.filename}" for q in wanted if q.id not in self.readers]
+        if missing:
+            raise DataError(
+                f"the figures of {len(missing)} of {len(wanted)} image questions are missing",
+                details=[*missing[:_SHOWN], *(["..."] if len(missing) > _SHOWN else [])],
+                hint=hint,
+            )
+
+
+def unique(questions: list[Any], where: str) -> list[Any]:
+    """Raises DataError: no questions at all, or one twice."""
+    twice = [id_ for id_, n in Counter(q.id for q in questions).items() if n > 1]
+    if twice:
+        raise DataError(f"{where}: {len(twice)} duplicate questions", details=twice[:_SHOWN])
+    if not questions:
+        raise DataError(f"{where}: no questions in it")
+    return questions
+
+
+def read_questions(
+    name: str,
+    source: str | None,
+    images: Path | None,
+    make: Callable[[dict, str, Path], Question],
+    asked: Callable[[Question], bool] = lambda q: True,
+) -> QuestionSet:
+    """The question set of a file of records, or of all .json and .jsonl files of a folder.
+
+    Args:
+        images: the folder that `filename` is relative to; without it the folder of the question file.
+        make: (record, where, its file) -> question; KeyError and TypeError mean that fields are missing.
+
+    Raises:
+        UsageError: nothing there. DataError: damaged content, or figures are missing.
+    """
+    if source is None:
+        raise UsageError(f"{name} needs its questions", hint="--questions FILE.jsonl --images FOLDER")
+    path = Path(source)
+    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UsageError(f"no questions at {source}", hint="--questions takes a JSON Lines file or a folder of them")
+    questions: list[Question] = []
+    for file in files:
+        for where, record in read_records(file):
+            try:
+                questions.append(make(record, where, file))
+            except (KeyError, TypeError, ValueError) as e:
+                raise DataError(f"{where}: no question of {name}: {e}", details=[found_in(record)]) from None
+    root = (images or files[0].parent).resolve()
+    readers = {q.id: f.read_bytes for q in unique(questions, source) if (f := _inside(root, q.filename))}
+    made = QuestionSet(questions, readers, source)
+    made.need_figures(asked, f"give the folder that {questions[0].filename} lies in with --images")
+    return made
+
+
+def _inside(root: Path, name: str | None) -> Path | None:
+    """The figure, by its path below `root` or by its bare name there; a question file does not choose what else is read."""
+    for part in (name or "", Path(name or "").name):
+        file = (root / part.lstrip("/")).resolve()
+        if part and file.is_relative_to(root) and file.is_file():
+            return file
+    return None

@@ -1,0 +1,121 @@
+"""What bounds the reward server: the time that a client may take to say something, and the memory of all that they said."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .wire import Refused
+
+HEAD_BYTES = 32 << 10
+MAX_BODY_BYTES = 64 << 20
+MAX_HELD_BYTES = 1 << 30  # bodies and decoded images of all requests
+MAX_CONNECTIONS = 2048
+HEAD_S = 10.0  # for a request's head, from its first byte or from connecting
+BODY_S = 60.0
+PROBE_S = (30, 10, 3)  # TCP keep-alive: when, how often, how many times; a peer that is gone is seen after a minute
+
+
+class Room:
+    """The memory of all requests together, counted in bytes. Threads share it."""
+
+    def __init__(self) -> None:
+        self._held, self._lock = 0, threading.Lock()
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[Held]:
+        """What one request holds, until the block ends."""
+        held = Held(self)
+        try:
+            yield held
+        finally:
+            self.change(-held.bytes)
+
+    def change(self, count: int) -> None:
+        with self._lock:
+            if count > 0 and self._held + count > MAX_HELD_BYTES:
+                raise Refused(429, "the requests that wait hold all the memory there is for them")
+            self._held += count
+
+
+class Held:
+    """What one request holds of a `Room`."""
+
+    def __init__(self, room: Room):
+        self.bytes, self._room = 0, room
+
+    def add(self, count: int) -> None:
+        """Hold more.
+
+        Raises:
+            Refused: 429, there is no room now.
+        """
+        self._room.change(count)
+        self.bytes += count
+
+
+async def read_body(request: Request, held: Held) -> bytearray:
+    """The body of a request.
+
+    Raises:
+        Refused: it is too large, too slow, or there is no room for it now.
+        ClientDisconnect: its client left.
+    """
+    length = request.headers.get("content-length", "0")
+    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+        raise Refused(413, f"a body of {length} bytes; at most {MAX_BODY_BYTES} are taken")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                held.add(len(part))
+                body += part
+                if len(body) > MAX_BODY_BYTES:
+                    raise Refused(413, f"a body above {MAX_BODY_BYTES} bytes")
+    except TimeoutError:
+        raise Refused(408, f"no complete body within {BODY_S:g} s") from None
+    return body
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's protocol, patient for `HEAD_S`: it has a limit on idle connections, but none on heads that never end."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        link = transport.get_extra_info("socket")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), PROBE_S, strict=True):
+            if hasattr(socket, name):
+                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        """Count down from the first byte of a head until it is complete."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(HEAD_S, self.timeout_keep_alive_handler)
+
+    def _stop(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None

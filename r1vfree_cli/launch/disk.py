@@ -1,0 +1,83 @@
+"""The disk that a run's checkpoints take, before the first is written. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from ..config.schema import GrpoRecipe, SftRecipe
+from ..core.files import disk_free
+
+GB = 1e9
+
+
+def parameters(folder: Path) -> int:
+    """Numbers in the *.safetensors of a folder, by their headers; 0 where there are none that can be read."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with open(file, "rb") as f:
+                header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+            total += sum(math.prod(value["shape"]) for key, value in header.items() if key != "__metadata__")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
+            return 0
+    return total
+
+
+def adapter_parameters(total: int, rank: int) -> int:
+    """About as many as a LoRA of this rank on all linear layers trains."""
+    return int(total * 0.01 * rank / 16)
+
+
+def checkpoint_bytes(recipe: GrpoRecipe | SftRecipe, total: int) -> int:
+    """One checkpoint of a model of `total` parameters, of all ranks together.
+
+    Weights as they are held; the optimizer's two moments in 32 bits; with DeepSpeed its 32-bit weights too, and
+    below stage 3 a second copy of the 16-bit ones.
+    """
+    held = 4 if recipe.weights_dtype == "float32" else 2
+    preset, train = recipe.launch.preset, recipe.train.model_extra or {}
+    if recipe.model.lora:
+        total, held = adapter_parameters(total, recipe.model.lora.r), 4
+    if train.get("save_only_model"):
+        return held * total
+    copies = 2 if preset in ("zero1", "zero2") else 1
+    return (copies * held + (12 if preset.startswith("zero") else 8)) * total
+
+
+def checkpoints_at_once(recipe: GrpoRecipe | SftRecipe) -> int | None:
+    """Most checkpoints that there are at a time: an old one goes when the new one is complete. None: not known."""
+    train = recipe.train.model_extra or {}
+    strategy, steps, every = (train.get(k) for k in ("save_strategy", "max_steps", "save_steps"))
+    if strategy == "no":
+        return 0
+    counts = []
+    if limit := train.get("save_total_limit"):
+        counts.append(limit + 1)
+    if strategy == "epoch":
+        counts.append(math.ceil(train.get("num_train_epochs", 3)))
+    elif isinstance(steps, int) and steps > 0:
+        every = 500 if every is None else every
+        counts.append(math.ceil(steps / (every if every >= 1 else math.ceil(every * steps))))
+    return min(counts, default=None)
+
+
+def shortage(recipe: GrpoRecipe | SftRecipe, total: int, where: Path) -> tuple[str | None, str | None]:
+    """(error, warning) where the checkpoints of a model of `total` parameters do not fit under `where`.
+
+    Those of an earlier attempt count as free: they are among those that stay, or are deleted.
+    """
+    one, count = checkpoint_bytes(recipe, total), checkpoints_at_once(recipe)
+    final = 4 * total if recipe.weights_dtype == "float32" and recipe.model.dtype == "float32" else 2 * total
+    if recipe.model.lora:
+        final = 4 * adapter_parameters(total, recipe.model.lora.r)
+    free = disk_free(where) + sum(f.stat().st_size for f in where.glob("checkpoints/**/*") if f.is_file())
+    size = f"a checkpoint is about {one / GB:.3g} GB"
+    if count is None:
+        return None, f"train.save_total_limit is not set: every checkpoint is kept; {size}, {free / GB:.3g} are free"
+    need = count * one + final
+    found = f"{size}, {count} of them and the final model {need / GB:.3g}; {where} has {free / GB:.3g} free"
+    if need > free:
+        return f"disk: {found}; train.save_total_limit, save_only_model or --run-dir on another disk", None
+    return None, None

@@ -1,0 +1,254 @@
+"""`r1v prepare-data distill`: a teacher's reasoning and answers to questions about images, as rows for `r1v sft`.
+
+Replies are kept in the cache as they come, by image, question, teacher and limit: a run that was stopped, or is made
+again with other rows, asks only what it does not know. Failures are not kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..config.schema import FEWEST_PIXELS
+from ..core import console
+from ..core.errors import DataError, UsageError
+from ..core.files import append_jsonl, cache_dir, lock, read_jsonl, repair_tail
+from ..core.prompts import build_messages, parse, template_hash
+from ..judges.client import Endpoint
+from ..judges.protocol import Failure, image_url
+from ..judges.replies import Reply
+from .text import reference_answer
+from .verify import equivalent
+
+LARGE_BYTES = 4_000_000  # an image file above it is sent as JPEG
+CHARS_A_TOKEN = 4  # for the estimate
+CEILING = "cost ceiling"
+
+
+@dataclass
+class Teacher:
+    """The model that is asked, at temperature 0, and what it may cost.
+
+    price: of a million tokens in and out. max_cost: no question is asked once so much is spent, in the price's unit.
+    """
+
+    endpoint: Endpoint
+    max_tokens: int
+    price: tuple[float, float] | None = None
+    max_cost: float | None = None
+    used: list[int] = field(default_factory=lambda: [0, 0])  # tokens in and out, by this run
+
+    def cost(self, tokens: Sequence[float]) -> float | None:
+        return None if self.price is None else sum(n * p for n, p in zip(tokens, self.price, strict=True)) / 1e6
+
+    async def ask(self, row: dict) -> Reply:
+        spent = self.cost(self.used)
+        if self.max_cost is not None and spent is not None and spent >= self.max_cost:
+            raise Failure(CEILING, f"{spent:.4g} of --max-cost {self.max_cost:g} is spent")
+        try:
+            reply = await self.endpoint.chat(_messages(row), self.max_tokens, 0)
+        except Failure as failed:
+            self._count(failed.input_tokens, failed.output_tokens)
+            raise
+        self._count(reply.prompt_tokens, reply.completion_tokens)
+        if self.max_cost is not None and not reply.prompt_tokens:
+            raise UsageError(f"{self.endpoint.where} does not say how many tokens it used: --max-cost cannot hold")
+        return reply
+
+    def _count(self, *tokens: int) -> None:
+        self.used = [a + b for a, b in zip(self.used, tokens, strict=True)]
+
+
+def distill(
+    out: Path,
+    *,
+    input: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    estimate: bool = False,
+    overwrite: bool = False,
+    **asked: Any,
+) -> dict:
+    """Ask the teacher what it is not known to answer, and write what can be learnt from as a folder of rows.
+
+    A reply is kept when it has reasoning and an answer in r1v's tags and, where the row has a solution, is right.
+    `asked`: who is asked, and how; as of `_teacher`.
+
+    Returns:
+        `{"rows", "requests", "cached", "dropped": {reason: n}, "prompt_tokens", "completion_tokens", "cost", "data"}`;
+        with `estimate`, what it would take at most, and nothing is asked or written.
+
+    Raises:
+        UsageError: no rows named, no access to the endpoint, an output folder that is in use.
+        DataError: no reply can be learnt from.
+    """
+    from ..data.prepare import check_out, prepare
+
+    if not (input and asked.get("endpoint") and asked.get("model")):
+        raise UsageError(
+            "distill needs --input, --endpoint and --model",
+            hint="--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME",
+        )
+    teacher = _teacher(**asked)
+    if not estimate:
+        check_out(out, [Path(input)], overwrite)
+    split = split or "train"
+    rows = _rows(input, split, limit)
+    keys = [_key(row) for row in rows]
+    file = _replies_file(teacher)
+    with lock(file, "teacher's replies"):
+        known = {line["key"]: line for _, line in read_jsonl(file)} if file.is_file() else {}
+        wanted = {key: i for i, key in enumerate(keys) if key not in known}
+        if estimate:
+            return _estimate(teacher, rows, list(wanted.values()), len(rows))
+        failed: Counter[str] = Counter()
+        if wanted:
+            failed = _ask(teacher, rows, wanted, known, file)
+    records, dropped = _sorted_out(rows, keys, known)
+    for kind, message in teacher.endpoint.failures.items():
+        console.warn(f"{failed[kind]} x not answered ({kind}): {message}; the same command asks again")
+    summary: dict[str, Any] = {"rows": len(records), "requests": len(wanted), "cached": len(rows) - len(wanted)}
+    summary |= {"dropped": dict(dropped), "prompt_tokens": teacher.used[0], "completion_tokens": teacher.used[1]}
+    summary |= {"cost": teacher.cost(teacher.used)}
+    if not records:
+        raise _nothing_learnt(dropped, [known[key]["text"] for key in keys if key in known])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "distilled.jsonl"
+        with open(path, "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+        summary["data"] = prepare("files", out, input=str(path), images=None, split=split, overwrite=overwrite)
+    return summary
+
+
+def _teacher(
+    endpoint: str,
+    model: str,
+    api_key_env: str = "R1V_ENDPOINT_KEY",
+    concurrency: int = 16,
+    max_tokens: int = 2048,
+    price: str | None = None,
+    max_cost: float | None = None,
+) -> Teacher:
+    """`price` is IN,OUT of a million tokens."""
+    if max_cost is not None and price is None:
+        raise UsageError("--max-cost needs --price", hint="--price 0.15,0.6: of a million tokens in and out")
+    asked = Endpoint(endpoint, model, concurrency=concurrency, timeout_s=300, api_key_env=api_key_env, what="teacher")
+    return Teacher(asked, max_tokens, _price(price), max_cost)
+
+
+def _nothing_learnt(dropped: Counter[str], told: list[str]) -> DataError:
+    details = [f"{n} x {reason}" for reason, n in dropped.items()] + [f"a reply: {text[:300]!r}" for text in told[:1]]
+    return DataError("no reply of the teacher can be learnt from", details=details)
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    try:
+        found = tuple(float(part) for part in text.split(",")) if text else None
+        if found is None or (len(found) == 2 and all(0 <= price < 1e6 for price in found)):
+            return found
+    except ValueError:
+        pass
+    raise UsageError(f"--price {text!r}: want IN,OUT", hint="--price 0.15,0.6: of a million tokens in and out")
+
+
+def _rows(input: str, split: str, limit: int | None):
+    """The rows, their images as the bytes of files."""
+    import datasets
+
+    from ..data.load import load_rows
+
+    rows = load_rows(input, split, limit)
+    return rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+
+
+def _key(row: dict) -> str:
+    images = [hashlib.sha256(image["bytes"]).hexdigest() for image in row["images"]]
+    return hashlib.sha256(json.dumps([images, row["problem"]]).encode()).hexdigest()
+
+
+def _replies_file(teacher: Teacher) -> Path:
+    asked = [teacher.endpoint.where, teacher.endpoint.model, teacher.max_tokens, template_hash()]
+    return cache_dir("distill", hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] + ".jsonl")
+
+
+def _messages(row: dict) -> list[dict]:
+    """The policy's own prompt, with the images as data URLs."""
+    from PIL import Image
+
+    parts: list[dict] = []
+    for image in row["images"]:
+        data = image["bytes"]
+        if len(data) > LARGE_BYTES:
+            url = image_url(Image.open(io.BytesIO(data)), LARGE_BYTES)
+        else:
+            kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+            url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    asked = [part for part in build_messages(row["problem"], len(parts))[-1]["content"] if part["type"] == "text"]
+    return [{"role": "user", "content": parts + asked}]
+
+
+def _ask(teacher: Teacher, rows, wanted: dict[str, int], known: dict[str, dict], file: Path) -> Counter[str]:
+    """Ask, and keep each reply at once; what failed, by kind."""
+    repair_tail(file)
+    with console.progress("ask the teacher", len(wanted)) as bar:
+
+        async def work(job: tuple[str, int]) -> Reply:
+            return await teacher.ask(rows[job[1]])
+
+        def done(job: tuple[str, int], reply: Reply) -> None:
+            known[job[0]] = {"key": job[0], "text": reply.text, "finish": reply.finish, "model": reply.model}
+            append_jsonl(file, known[job[0]])
+            bar.advance(1, "" if teacher.price is None else f"cost {teacher.cost(teacher.used):.3g}")
+
+        return teacher.endpoint.run(list(wanted.items()), work, done)
+
+
+def _sorted_out(rows, keys: list[str], known: dict[str, dict]) -> tuple[list[dict], Counter[str]]:
+    """Records to learn from, and how many replies are none, by reason."""
+    dropped: Counter[str] = Counter()
+    found: list[tuple[dict, str, str, str | None]] = []  # row, thinking, answer, solution
+    for row, key in zip(rows, keys, strict=True):
+        if key not in known:
+            dropped["not answered"] += 1
+            continue
+        said = parse(known[key]["text"])
+        if said.answer is None or not said.thinking:
+            dropped["cut off" if known[key]["finish"] == "length" else "reasoning or answer not in tags"] += 1
+        else:
+            found.append((row, said.thinking, said.answer, reference_answer(row["solution"])))
+    right = equivalent([(reference, answer) for _, _, answer, reference in found if reference is not None])
+    verdicts = iter(right)
+    records = []
+    for row, thinking, answer, reference in found:
+        if reference is not None and not next(verdicts):
+            dropped["wrong answer"] += 1
+            continue
+        images = [base64.b64encode(image["bytes"]).decode() for image in row["images"]]
+        record = {"id": row["id"], "images": images, "problem": row["problem"]}
+        records.append(record | {"thinking": thinking, "solution": answer if reference is None else reference})
+    return records, dropped
+
+
+def _estimate(teacher: Teacher, rows, wanted: list[int], total: int) -> dict:
+    """Requests and tokens, without asking: texts by their length, images by their size, replies at their limit."""
+    from PIL import Image
+
+    tokens = 0.0
+    for i in wanted:
+        row = rows[i]
+        tokens += len(build_messages(row["problem"])[-1]["content"][-1]["text"]) / CHARS_A_TOKEN
+        for image in row["images"]:
+            width, height = Image.open(io.BytesIO(image["bytes"])).size
+            tokens += width * height / FEWEST_PIXELS
+    most = len(wanted) * teacher.max_tokens
+    found = {"requests": len(wanted), "cached": total - len(wanted), "prompt_tokens": round(tokens)}
+    return found | {"completion_tokens_at_most": most, "cost_at_most": teacher.cost((tokens, most))}
