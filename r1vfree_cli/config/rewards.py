@@ -19,7 +19,7 @@ class Serve(Strict):
     engine: Literal["r1v", "vllm"] = "r1v"
     model: str = Field(min_length=1)
     revision: str | None = None
-    devices: list[int] = Field(default_factory=list)
+    devices: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     port: int | None = Field(None, ge=1, le=65535)
 
 

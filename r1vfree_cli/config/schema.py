@@ -7,7 +7,7 @@ transformers' source (`trl_keys`), so a misspelt key is found without importing 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -153,7 +153,7 @@ class Launch(Strict):
 
     preset: Literal["cpu", "ddp", "zero1", "zero2", "zero3", "zero3-offload"] = "ddp"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: list[int] | None = None
+    devices: list[Annotated[int, Field(ge=0)]] | None = None
     processes: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)
     node_rank: int = Field(0, ge=0)

@@ -121,6 +121,9 @@ def show_dry_run(plan: dict[str, Any], json: bool) -> None:
     Raises:
         UsageError: a check failed.
     """
+    failed = plan["errors"]
+    if json and failed:  # stdout is for what succeeded; the error is JSON on stderr
+        raise UsageError(f"{counted(len(failed), 'check')} failed; nothing was started", details=failed)
     if json:
         console.emit_json(plan)
     else:

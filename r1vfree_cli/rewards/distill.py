@@ -54,7 +54,7 @@ class Teacher:
         if self.max_cost is not None and spent is not None and spent >= self.max_cost:
             raise Failure(CEILING, f"{spent:.4g} of --max-cost {self.max_cost:g} is spent")
         try:
-            reply = await self.endpoint.chat(_messages(row), self.max_tokens, 0)
+            reply: Reply = await self.endpoint.chat(_messages(row), self.max_tokens, 0)
         except Failure as failed:
             self._count(failed.input_tokens, failed.output_tokens)
             raise

@@ -196,8 +196,8 @@ BAD = {
 }
 BAD_CLASSIFY = {
     "truncated JSON": (js.raw(b'{"data": [{"index": 0, "probs": [0.1, 0.9'), "unparsable"),
-    "NaN": (js.classified([0.1, math.nan]), "out_of_range"),
-    "infinity": (js.classified([0.1, math.inf]), "out_of_range"),
+    "NaN": (js.classified([0.1, math.nan]), "unparsable"),
+    "infinity": (js.classified([0.1, math.inf]), "unparsable"),
     "above one": (js.classified([0.0, 1.5]), "out_of_range"),
     "negative": (js.classified([1.0, -0.5]), "out_of_range"),
     "text for a number": (js.classified([0.1, "0.9"]), "unparsable"),

