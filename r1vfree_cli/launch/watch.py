@@ -119,23 +119,21 @@ def show_dry_run(plan: dict[str, Any], json: bool) -> None:
     """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr; or as one JSON.
 
     Raises:
-        UsageError: a check failed.
+        UsageError: a check failed. With `json` stdout is then empty, as with every error.
     """
     failed = plan["errors"]
-    if json and failed:  # stdout is for what succeeded; the error is JSON on stderr
-        raise UsageError(f"{counted(len(failed), 'check')} failed; nothing was started", details=failed)
-    if json:
-        console.emit_json(plan)
-    else:
+    if not json:
         console.emit(recipes.dump(plan["recipe"]))
         if plan["server"]:
             console.emit(_shell(plan["server"]) + "\n")
         console.emit(_shell(plan))
-    for kind in ("errors", "warnings", "unchecked") if not json else ():
-        for line in plan[kind]:
-            console.log(f"{kind.rstrip('s') if kind != 'unchecked' else 'not checked'}: {line}")
-    if plan["errors"]:
-        raise UsageError(f"{counted(len(plan['errors']), 'check')} failed; nothing was started")
+        for kind, title in (("warnings", "warning"), ("unchecked", "not checked")):
+            for line in plan[kind]:
+                console.log(f"{title}: {line}")
+    elif not failed:
+        console.emit_json(plan)
+    if failed:
+        raise UsageError(f"{counted(len(failed), 'check')} failed; nothing was started", details=failed)
 
 
 def last_lines(stage: str, where: str, adapter: bool, best: dict | None = None) -> str:

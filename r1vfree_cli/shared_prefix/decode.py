@@ -219,18 +219,20 @@ class _GraphedStep(_Step):
         # Kernels choose their work space in runs before the capture. They write what the captured run writes; states
         # of linear attention, which a run moves on, are put back.
         before = {layer: StepStates(s.conv.clone(), s.recurrent.clone()) for layer, s in self.cache.states.items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._run(self.tokens, self.at)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.logits = self._run(self.tokens, self.at)
-        self.graph = graph
-        for layer, states in before.items():
-            self.cache.states[layer].copied(states)
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    self._run(self.tokens, self.at)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self._run(self.tokens, self.at)
+            self.graph = graph
+        finally:  # a capture that fails too: the step then runs as it is, from the same states
+            for layer, states in before.items():
+                self.cache.states[layer].copied(states)
 
     def _replay(self) -> torch.Tensor:
         self.graph.replay()
