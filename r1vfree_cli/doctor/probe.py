@@ -208,22 +208,18 @@ def main() -> None:
     if args.recipe:
         recipe = recipes.validate(args.stage, recipes.load_document(args.recipe), str(args.recipe))
         longest = recipe.data.max_prompt_tokens or 512
+        asked = recipe if isinstance(recipe, GrpoRecipe) and not args.without_judge else None
 
         def lengths() -> list[dict]:
             nonlocal longest
             check, longest = length_check(recipe)
             return [check]
 
-        def judged() -> list[dict]:
-            if args.without_judge or not isinstance(recipe, GrpoRecipe):
-                return []
-            return judge_check(recipe, args.reward_url)
-
         parts = {
             "attention": lambda: [_check("attention", "ok", attention(recipe.model))],
             "prompt tokens": lengths,
             "memory": lambda: [memory_check(recipe, longest)],
-            "judge": judged,
+            "judge": lambda: judge_check(asked, args.reward_url) if asked else [],
         }
         for name, part in parts.items():
             try:

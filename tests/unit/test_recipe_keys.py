@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -32,6 +32,10 @@ SECTIONS = {
 
 
 def kind(annotation: Any) -> str:
+    if hasattr(annotation, "__metadata__"):  # Annotated: bounds are not shown
+        return kind(annotation.__origin__)
+    if get_origin(annotation) is list:
+        return f"list[{kind(get_args(annotation)[0])}]"
     if isinstance(annotation, type):
         return "section" if issubclass(annotation, BaseModel) else annotation.__name__.replace("NoneType", "null")
     parts = get_args(annotation)
