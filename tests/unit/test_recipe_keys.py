@@ -41,7 +41,7 @@ def kind(annotation: Any) -> str:
     parts = get_args(annotation)
     if str(annotation).startswith("typing.Literal"):
         return " or ".join(f"`{p}`" for p in parts)
-    if annotation is Any or not parts or str(annotation).startswith(("list", "dict")):
+    if annotation is Any or not parts or str(annotation).startswith("dict"):
         return str(annotation).replace("typing.", "").replace(" | None", " or null").replace(" | ", " or ")
     return " or ".join(dict.fromkeys(kind(p) for p in parts))
 
