@@ -178,7 +178,7 @@ def test_hallusionbench_hub_copy_keeps_text_only_questions(tmp_path, capsys):
     assert [r["solution"] for r in rows.values()] == ["yes", "no"]
     # Training takes no rows without an image, and says so.
     assert load.load_rows(str(tmp_path / "out"), "test")["id"] == ["VS/chart/1/0/1/0"]
-    assert "dropped 1 rows without an image" in capsys.readouterr().err
+    assert "dropped 1 row without an image" in capsys.readouterr().err
 
 
 def test_the_real_hallusionbench_questions_have_1129_different_ids(tmp_path):

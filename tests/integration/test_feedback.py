@@ -216,7 +216,7 @@ BAD_CHAT = {
     "refusal as text": (js.chatted("I'm sorry, I can't help with that."), "unparsable"),
     "bare number": (js.chatted("0.9"), "unparsable"),
     "truncated verdict": (js.chatted('{"score": 0.'), "unparsable"),
-    "NaN verdict": (js.chatted('{"score": NaN}'), "out_of_range"),
+    "NaN verdict": (js.chatted('{"score": NaN}'), "unparsable"),
     "out of range": (js.chatted('{"score": 7}'), "out_of_range"),
     "text for a number": (js.chatted('{"score": "0.9"}'), "unparsable"),
     "true for a number": (js.chatted('{"score": true}'), "unparsable"),
