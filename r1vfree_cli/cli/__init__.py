@@ -129,7 +129,7 @@ def _train(
         raise UsageError("--resume and --overwrite exclude each other")
     result = jobs.train(stage, recipe, set or [], path=run_dir, resume=resume, overwrite=overwrite, dry_run=dry_run)
     if dry_run:
-        watch.show_dry_run(result, json)
+        watch.show_dry_run(recipe, result, json)
     elif json:
         console.emit_json(result)
     elif "node" in result:

@@ -166,11 +166,13 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     except Timeout:
         if not file.exists():  # a place like /proc, where no file can be made
             raise UsageError(f"cannot write {file}, the lock of the {what}", hint="name another folder") from None
-        pid = file.read_text(encoding="utf-8", errors="replace").strip()
+        pid = ""
+        with suppress(OSError):  # its holder has just ended
+            pid = file.read_text(encoding="utf-8", errors="replace").strip()
         who = f"another r1v process (pid {pid})" if pid.isdigit() else "another r1v process"
         raise UsageError(f"{who} is using the {what} {path}", hint="wait for it, or name another folder") from None
     except OSError as e:
-        raise cannot_write(f"{file}, the lock of the {what}", e) from e
+        raise cannot_write(f"the {what} {path}, whose lock is {file.name} beside it", e) from e
     try:
         with suppress(OSError):
             file.write_text(f"{os.getpid()}\n")

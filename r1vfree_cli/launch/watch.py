@@ -115,7 +115,7 @@ class LogView(_View):
         self._advance(title, int(step), int(total), note)
 
 
-def show_dry_run(plan: dict[str, Any], json: bool) -> None:
+def show_dry_run(name: str, plan: dict[str, Any], json: bool) -> None:
     """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr; or as one JSON.
 
     Raises:
@@ -133,7 +133,7 @@ def show_dry_run(plan: dict[str, Any], json: bool) -> None:
     elif not failed:
         console.emit_json(plan)
     if failed:
-        raise UsageError(f"{counted(len(failed), 'check')} failed; nothing was started", details=failed)
+        raise UsageError(f"recipe {name}: {counted(len(failed), 'check')} failed; nothing was started", details=failed)
 
 
 def last_lines(stage: str, where: str, adapter: bool, best: dict | None = None) -> str:
