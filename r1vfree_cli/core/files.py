@@ -169,7 +169,7 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         pid = ""
         with suppress(OSError):  # its holder has just ended
             pid = file.read_text(encoding="utf-8", errors="replace").strip()
-        who = f"another r1v process (pid {pid})" if pid.isdigit() else "another r1v process"
+        who = "another r1v process" + f" (pid {pid})" * pid.isdigit()
         raise UsageError(f"{who} is using the {what} {path}", hint="wait for it, or name another folder") from None
     except OSError as e:
         raise cannot_write(f"the {what} {path}, whose lock is {file.name} beside it", e) from e

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "r1vfree_cli"
 # From the bottom up: a room may import itself and those above it in this table. Numbers: non-blank lines at most.
 # A room that needs more first asks what can go; a budget is raised in the commit that needs it, with the reason.
 ROOMS = {
-    "core": 800,  # 620 before users' code and staging had one place
+    "core": 805,  # 620 before users' code and staging had one place; 800 before a holder that ends while it is named
     "config": 1042,  # 960 before the texts that transformers and TRL know, 1027 before what they would refuse later
     "run": 440,
     "data": 1725,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
