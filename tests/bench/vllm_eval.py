@@ -46,7 +46,7 @@ def timed_server(*args, real=processes.server):
 
 
 def write_questions(folder: Path, count: int) -> None:
-    (folder / "val2014").mkdir()
+    (folder / "val2014").mkdir(parents=True)
     parts = ("random", "popular", "adversarial")
     for i in range(-(-count // 3)):
         draw(i, (448, 448)).save(folder / "val2014" / f"COCO_{i}.jpg")
@@ -70,9 +70,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = prepare(folder)
-        write_questions(folder, args.questions)
-        told = {"benchmark": "pope", "checkpoint": str(model), "questions": str(folder), "stage": "generate"}
-        told |= {"images": folder / "val2014", "max_new_tokens": args.new_tokens, "device": "cpu", "concurrency": 64}
+        asked = folder / "questions"
+        write_questions(asked, args.questions)
+        told = {"benchmark": "pope", "checkpoint": str(model), "questions": str(asked), "stage": "generate"}
+        told |= {"images": asked / "val2014", "max_new_tokens": args.new_tokens, "device": "cpu", "concurrency": 64}
         seen: dict[str, list[float]] = {"local": [], "vLLM": []}
         for turn in range(args.rounds):
             for name, took in seen.items():
