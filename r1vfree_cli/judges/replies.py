@@ -12,6 +12,9 @@ from typing import Any
 from .protocol import Failure
 
 MAX_REPLY_BYTES = 1 << 20
+# How a reply ends that is whole, or cut at its limit; the last two are text-generation-inference's.
+ENDS = (None, "", "stop", "length", "tool_calls", "function_call", "eos_token", "stop_sequence")
+FILTERED = ("content_filter", "safety", "recitation")  # Gemini's names for it too
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,15 @@ def read_reply(document: Any, asked: str) -> Reply:
         raise Failure("unparsable", f"no chat completion: {document!r}") from None
     if finish is not None and not isinstance(finish, str):
         raise Failure("unparsable", f"finish_reason is {finish!r}")
-    if finish == "content_filter":
+    if finish and finish.lower() in FILTERED:
         raise Failure("content_filter", f"the reply was filtered: {refusal or content!r}")
     if error or finish in ("error", "abort"):
         raise Failure("server_error", f"the reply ended in an error: {error or content!r}", temporary=True)
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise Failure("unparsable", f"the content is no text: {content!r}")
+    if finish not in ENDS:  # `cancelled`, `insufficient_system_resource`: what is there is not the model's answer
+        raise Failure("unfinished", f"finish_reason is {finish!r}: {content!r}", temporary=True)
     refusal = refusal or next((part["refusal"] for part in parts if part.get("refusal")), None)
     if refusal:
         raise Failure("refusal", str(refusal))

@@ -373,6 +373,10 @@ def test_an_empty_reply_says_why(message, finish, cause):
         ({"message": {"content": [{"type": "refusal", "refusal": "no"}]}, "finish_reason": "stop"}, "refusal"),
         ({"message": {"content": ""}, "finish_reason": "error"}, "server_error"),
         ({"message": {"content": ""}, "finish_reason": None, "error": {"code": 502}}, "server_error"),
+        # As others name it: a half reply would be scored as the model's own.
+        ({"message": {"content": "Yes"}, "finish_reason": "SAFETY"}, "content_filter"),
+        ({"message": {"content": "Yes"}, "finish_reason": "insufficient_system_resource"}, "unfinished"),
+        ({"message": {"content": ""}, "finish_reason": "cancelled"}, "unfinished"),
     ],
 )
 def test_a_refused_or_broken_reply_is_no_empty_answer(choice, kind):

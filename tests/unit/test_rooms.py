@@ -17,7 +17,7 @@ ROOMS = {
     "launch": 1280,  # 850 before vLLM servers; 1030 before every optimizer and tracker
     "models": 900,
     "shared_prefix": 1350,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
-    "judges": 1825,  # 1500 before the reward server had limits of its own
+    "judges": 1832,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
