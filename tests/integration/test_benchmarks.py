@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -307,6 +308,23 @@ def test_an_eval_dir_has_one_writer_and_says_who(tmp_path):
     with lock(tmp_path / "a", "eval dir"), pytest.raises(R1VError) as e:
         evaluate(EvalOptions(judged=file, out=tmp_path / "a"))
     assert e.value.exit_code == 2 and "eval dir" in e.value.message and "another r1v process" in e.value.message
+    evaluate(EvalOptions(judged=file, out=tmp_path / "a"))
+
+
+def test_a_writer_that_is_stopped_keeps_its_eval_dir_until_it_ends(tmp_path):
+    """SIGSTOP, as a batch system sends it: what lies still is not abandoned."""
+    file = judged_file(tmp_path / "r.json")
+    code = "import sys, pathlib; from r1vfree_cli.core.files import lock\n"
+    code += "with lock(pathlib.Path(sys.argv[1]), 'eval dir'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        holder.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(R1VError, match=f"another r1v process .pid {holder.pid}. is using the eval dir"):
+                evaluate(EvalOptions(judged=file, out=tmp_path / "a"))
+        finally:
+            holder.kill()
     evaluate(EvalOptions(judged=file, out=tmp_path / "a"))
 
 

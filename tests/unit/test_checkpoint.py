@@ -1,6 +1,7 @@
 """What a checkpoint argument means, and whether its bytes are those that were written; no model is loaded."""
 
 import json
+import os
 
 import pytest
 
@@ -45,7 +46,8 @@ def test_a_run_dir_is_its_final_model_or_refused_with_its_last_complete_checkpoi
     run = RunDir(tmp_path / "run")
     run.begin("model: {min_pixels: 784, max_pixels: 1568}\n")
     for step in (9, 10, 11):
-        make(run.checkpoints / f"checkpoint-{step}", trained=True)
+        folder = make(run.checkpoints / f"checkpoint-{step}", trained=True)
+        os.utime(folder, (1e9 - step, 1e9 - step))  # a clock that was set back: the step counts, not the time
     (run.checkpoints / "checkpoint-11" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(DataError, match="has no final/ model") as e:
         checkpoint.resolve(str(run.path))
