@@ -12,8 +12,9 @@ from typing import Any
 from .protocol import Failure
 
 MAX_REPLY_BYTES = 1 << 20
-# How a reply ends that is whole, or cut at its limit; the last two are text-generation-inference's.
-ENDS = (None, "", "stop", "length", "tool_calls", "function_call", "eos_token", "stop_sequence")
+# How a reply ends that is complete, or cut at its limit; and other servers' names for these.
+ENDS = (None, "", "stop", "length", "tool_calls", "function_call")
+OTHER_NAMES = {"eos": "stop", "eos_token": "stop", "stop_sequence": "stop", "end_turn": "stop", "max_tokens": "length"}
 FILTERED = ("content_filter", "safety", "recitation")  # Gemini's names for it too
 
 
@@ -125,7 +126,8 @@ def read_reply(document: Any, asked: str) -> Reply:
         raise Failure("unparsable", f"no chat completion: {document!r}") from None
     if finish is not None and not isinstance(finish, str):
         raise Failure("unparsable", f"finish_reason is {finish!r}")
-    if finish and finish.lower() in FILTERED:
+    finish = finish and OTHER_NAMES.get(finish.lower(), finish.lower())
+    if finish in FILTERED:
         raise Failure("content_filter", f"the reply was filtered: {refusal or content!r}")
     if error or finish in ("error", "abort"):
         raise Failure("server_error", f"the reply ended in an error: {error or content!r}", temporary=True)

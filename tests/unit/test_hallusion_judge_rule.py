@@ -354,6 +354,8 @@ def test_a_chat_completion_may_lack_what_is_only_counted():
     ("message", "finish", "cause"),
     [
         ({}, "length", "length"),
+        ({}, "MAX_TOKENS", "length"),
+        ({"content": "yes"}, "end_turn", None),
         ({"content": None}, "stop", "empty"),
         ({"content": " "}, None, "empty"),
         ({"content": None, "reasoning_content": "so ..."}, "stop", "reasoning"),
@@ -373,6 +375,7 @@ def test_an_empty_reply_says_why(message, finish, cause):
         ({"message": {"content": [{"type": "refusal", "refusal": "no"}]}, "finish_reason": "stop"}, "refusal"),
         ({"message": {"content": ""}, "finish_reason": "error"}, "server_error"),
         ({"message": {"content": ""}, "finish_reason": None, "error": {"code": 502}}, "server_error"),
+        ({"message": {"content": "Yes"}, "finish_reason": "Cancelled"}, "unfinished"),
         # As others name it: a half reply would be scored as the model's own.
         ({"message": {"content": "Yes"}, "finish_reason": "SAFETY"}, "content_filter"),
         ({"message": {"content": "Yes"}, "finish_reason": "insufficient_system_resource"}, "unfinished"),
