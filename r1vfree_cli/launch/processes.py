@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -170,6 +171,7 @@ class Server:
     def _start(self) -> None:
         with open(self.log, "ab") as out:
             self.process = _start(self._plan, out)
+        threading.Thread(target=_end_with_leader, args=(self.process.pid,), daemon=True).start()
 
     def watch(self) -> bool:
         """Whether it runs; starts it again once. Who asks it waits for it, and stops the run if it stays away."""
@@ -226,6 +228,13 @@ def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
     # What the leader left behind in its group.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_with_leader(pid: int) -> None:
+    """End a group when its leader ends. vLLM's engine holds the server's listening socket: callers would hang on it."""
+    with contextlib.suppress(ChildProcessError, ProcessLookupError):  # reaped already, nothing left
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the zombie keeps its number until Popen reaps it
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals, what: str) -> None:

@@ -1,6 +1,7 @@
 """Plans are pure; execute passes on signals, errors and exit codes of real processes."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -276,6 +277,29 @@ http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bi
         assert server.process.poll() is not None and not answering(server.url)
     said = capsys.readouterr().err
     assert said.count("killed by SIGKILL") == 2 and said.count("stays down") == 1
+
+
+def test_what_a_killed_server_leaves_behind_keeps_no_caller_waiting(tmp_path, monkeypatch):
+    """vLLM's engine outlives its server and holds the listening socket: requests would hang, and nobody would watch."""
+    code = """
+import socket, subprocess, sys, time
+s = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+s.set_inheritable(True)
+subprocess.Popen(["sleep", "600"], close_fds=False)
+while True:
+    c, _ = s.accept()
+    c.recv(1000), c.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n"), c.close()"""
+    monkeypatch.setattr(launch, "server_plan", lambda _, port: plans.Plan([sys.executable, "-c", code, str(port)]))
+    with launch.serving(recipes.load("grpo", "qwen25vl-3b-rlhfv"), tmp_path / "logs") as server:
+        assert answering(server.url)
+        os.kill(server.process.pid, signal.SIGKILL)
+        port, end = int(server.url.rpartition(":")[2]), time.monotonic() + 10
+        said = 0
+        while said != errno.ECONNREFUSED and time.monotonic() < end:
+            with socket.socket() as caller:
+                caller.settimeout(1)
+                said = caller.connect_ex(("127.0.0.1", port))
+        assert said == errno.ECONNREFUSED
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_is_started(tmp_path, monkeypatch):
