@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import R1VError, UsageError
+from ..core.errors import Interrupted, R1VError, UsageError
 from . import evaluate, recipes
 from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDirPath, Set, option, with_options
 
@@ -326,7 +326,7 @@ def main() -> None:
             raise
         _end(e)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end(Interrupted("interrupted"))
     except BrokenPipeError:
         # The reader of our stdout went away (r1v ... | head): not an error.
         sys.stderr.close()

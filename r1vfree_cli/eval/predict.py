@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
-from ..core.errors import DataError, UsageError, counted
+from ..core.errors import DataError, Interrupted, UsageError, counted
 from ..core.files import append_jsonl, read_json, repair_tail, write_text
 from ..core.process import gpu_count
 from ..judges.client import Endpoint
@@ -84,6 +84,8 @@ def plan(o: EvalOptions) -> Plan:
         "temperature": o.temperature,
         "seed": o.seed if o.temperature else None,
     } | ({"engine": "vllm"} if o.vllm else {})
+    if o.vllm:
+        vllm.executable()  # before anything is written
     if o.vllm and found is not None and found.kind == "adapter":
         raise UsageError(
             f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter",
@@ -164,12 +166,16 @@ def generate(
         found[id_] = {"id": id_, "key": t.key, **t.question.record(), "model_prediction": text, **more}
         append_jsonl(path, found[id_])
 
-    if todo and o.vllm:
-        _vllm(o, planned, todo, keep, path.parent)
-    elif todo and o.endpoint:
-        _remote(o, planned, todo, keep)
-    elif todo:
-        _local(o, planned, todo, keep)
+    try:
+        if todo and o.vllm:
+            _vllm(o, planned, todo, keep, path.parent)
+        elif todo and o.endpoint:
+            _remote(o, planned, todo, keep)
+        elif todo:
+            _local(o, planned, todo, keep)
+    except KeyboardInterrupt:
+        told = f"interrupted: {len(found)} of {len(asked)} questions have their answer in {path}"
+        raise Interrupted(told, hint="the same command asks the rest") from None
     if asked and all(found[id_].get("unanswered") for id_ in asked):
         raise DataError(f"none of {len(asked)} questions got an answer from {o.endpoint}")
     answers = {id_: found[id_] for id_ in asked}

@@ -80,7 +80,8 @@ def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan:
         server = plans.server_plan(recipe, port) if recipe.served else None
     except UsageError as e:  # no vLLM on this machine, no hub
         server = None
-        findings.unchecked.append(f"the command of the reward server: {e.message}")
+        if not findings.errors:
+            findings.unchecked.append(f"the command of the reward server: {e.message}")
     return {
         "recipe": recipe.model_dump(mode="json"),
         "command": shlex.join(plan.argv),

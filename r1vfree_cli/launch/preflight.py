@@ -203,7 +203,7 @@ def _server(serve: Serve, key: str, found: Findings, elsewhere: bool) -> None:
         return
     try:
         vllm.executable()
-        if os.path.isdir(serve.model):
+        if os.path.isfile(os.path.join(serve.model, "config.json")):  # else `_model` tells it
             vllm.judge_arguments(serve.model, serve.revision)
     except UsageError as e:
         message = f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else "")

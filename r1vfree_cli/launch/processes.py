@@ -187,15 +187,21 @@ class Server:
 
 
 def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT, launcher: bool = False):
-    return subprocess.Popen(
-        plan.argv,
-        env={**os.environ, **plan.env},
-        stdin=subprocess.DEVNULL,
-        stdout=out,
-        stderr=stderr,
-        start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
-        preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
-    )
+    try:
+        return subprocess.Popen(
+            plan.argv,
+            env={**os.environ, **plan.env},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=stderr,
+            start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
+            preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
+        )
+    except OSError as e:  # also where the file is there and the interpreter of its first line is not
+        raise UsageError(
+            f"cannot run {plan.argv[0]}: {e.strerror}",
+            hint="make its environment again if that moved; R1V_VLLM names another vllm",
+        ) from None
 
 
 def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:

@@ -362,7 +362,7 @@ def test_without_vllm_an_evaluation_says_how_to_have_it(pope, tmp_path, monkeypa
     told = {"questions": str(pope / "coco"), "images": pope / "val2014", "out": tmp_path / "v", "vllm": True}
     with pytest.raises(UsageError, match="R1V_VLLM is") as raised:
         evaluate(EvalOptions(benchmark="pope", checkpoint=str(save_tiny(tmp_path / "m")), **told))
-    assert raised.value.exit_code == 2
+    assert raised.value.exit_code == 2 and not list((tmp_path / "v").glob("*.json*"))
 
 
 FAKE_VLLM = """#!{python}

@@ -6,8 +6,11 @@ import base64
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,21 @@ def test_debug_of_the_command_line_tells_every_failed_call(pope, serve):  # noqa
     assert loud.stderr.count("too large for") >= 5 and not any(
         key in quiet.stderr + loud.stderr for key in KEYS.values()
     )
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(pope, serve):  # noqa: F811
+    held = threading.Event()
+    server = serve(lambda prompt, body: "Yes" if len(server.prompts) < 3 else held.wait(30) or "Yes")
+    argv = [sys.executable, "-m", "r1vfree_cli", "eval", "pope", "--endpoint", server.url, "--model", "m", "--questions",
+            str(pope / "coco"), "--images", str(pope / "val2014"), "--concurrency", "1", "--out", str(pope / "i")]  # fmt: skip
+    r1v = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    kept = pope / "i" / "predictions.jsonl"
+    while r1v.poll() is None and (not kept.exists() or kept.read_text().count("\n") < 3):
+        time.sleep(0.05)
+    r1v.send_signal(signal.SIGINT)
+    _, err = r1v.communicate(timeout=30)
+    held.set()
+    assert r1v.returncode == 130 and "interrupted: 3 of 24 questions" in err and "the same command asks the rest" in err
 
 
 def test_each_endpoint_gets_its_own_key_only(tmp_path, serve):

@@ -20,6 +20,7 @@ import yaml
 from r1vfree_cli.config import recipes
 from r1vfree_cli.core import process
 from r1vfree_cli.core.errors import DataError, Interrupted, R1VError, UsageError
+from r1vfree_cli.launch import job as jobs
 from r1vfree_cli.launch import plan as plans
 from r1vfree_cli.launch import preflight, vllm
 from r1vfree_cli.launch import processes as launch
@@ -419,6 +420,21 @@ def test_a_vllm_that_dies_at_start_is_told_with_its_last_lines(tmp_path, monkeyp
         "torch.OutOfMemoryError: no room",
         "RuntimeError: see above",
     )
+
+
+def test_a_vllm_whose_interpreter_is_gone_is_told_with_what_to_do(tmp_path, monkeypatch):
+    recipe = vllm_judge(tmp_path, monkeypatch, script=f"#!{tmp_path}/gone/python\n")
+    with pytest.raises(UsageError, match="cannot run") as raised, launch.serving(recipe, tmp_path):
+        pass
+    assert "R1V_VLLM" in str(raised.value.hint)
+
+
+def test_a_judge_that_is_no_model_is_told_once(tmp_path, monkeypatch):
+    recipe = vllm_judge(tmp_path, monkeypatch)
+    (tmp_path / "judge" / "config.json").unlink()
+    told = jobs._dry_run(recipe, preflight.check(recipe, dry_run=True), plans.plan("grpo", recipe, tmp_path / "run"))
+    about = [line for line in told["errors"] + told["unchecked"] if "judge" in line and "config.json" in line]
+    assert len(about) == 1 and about[0] in told["errors"] and told["server"] is None
 
 
 def test_a_server_of_another_release_is_refused(tmp_path, monkeypatch):
