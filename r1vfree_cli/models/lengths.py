@@ -13,6 +13,7 @@ from ..core import console
 from ..core.errors import DataError
 from ..core.files import cache_dir, read_json, write_json
 from ..core.prompts import DEFAULT, Prompt, build_messages, template_hash
+from .load import render
 
 _BATCH = 512
 
@@ -46,9 +47,7 @@ def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
 
 def _batch_lengths(problems: list[str], images: list, processor, prompt: Prompt) -> list[int]:
     texts = [
-        processor.apply_chat_template(
-            build_messages(problem, len(found or []), prompt), tokenize=False, add_generation_prompt=True
-        )
+        render(processor, build_messages(problem, len(found or []), prompt))
         for problem, found in zip(problems, images, strict=True)
     ]
     # The template writes one placeholder an image; the processor repeats it for each of the image's tokens.

@@ -473,11 +473,11 @@ def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeyp
     monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", 0.5)
     shutil.copytree(tiny["qwen2_5_vl"], tmp_path / "model")
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    (tmp_path / "model" / "chat_template.jinja").write_text(loop)
-    with pytest.raises(
-        DataError, match=f"chat template of model {tmp_path}/model does not work: it took longer than 0.5"
-    ):
-        load_processor(make_recipe(tmp_path / "model", tmp_path).model)
+    endless = "<|vision_start|><|image_pad|><|vision_end|>?{{ 'a ' * 10**7 }}"
+    for template, said in ((loop, "does not work: it took longer than 0.5"), (endless, "writes 20,000,0")):
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        with pytest.raises(DataError, match=f"chat template of model {tmp_path}/model {said}"):
+            load_processor(make_recipe(tmp_path / "model", tmp_path).model)
 
 
 def test_what_cannot_be_saved_is_known_before_the_first_step(tiny, data, tmp_path, monkeypatch):
