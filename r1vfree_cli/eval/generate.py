@@ -207,8 +207,10 @@ class Generator:
                 inputs["mm_encoder_outputs"] = {"image": self._features([features[p.figure] for p in batch])}
         with watch_logits(self.model) as logits:
             out = self.model.generate(**inputs, generation_config=self.settings)
-        if not logits.finite:
-            raise DataError("the model computes NaN: its logits are not finite", hint="its weights are damaged")
+        if not logits.usable:
+            raise DataError(
+                "the model computes NaN: its logits are not finite, or all alike", hint="its weights are damaged"
+            )
         width = inputs["input_ids"].shape[1]
         return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
 

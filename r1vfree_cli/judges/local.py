@@ -17,6 +17,7 @@ from ..core.errors import DataError
 from ..core.prompts import as_data, messages_for
 from ..models import family
 from ..models.load import load_model, open_processor, render, settle_thinking, unsharded
+from ..models.sampling import usable
 from ..shared_prefix.attention import install, not_shared
 from ..shared_prefix.pack import lay_out, tree_of
 from .kinds import VALUE_HEAD, checkpoint_file, detect_kind, prompt_of, unloadable
@@ -184,7 +185,9 @@ class LocalJudge:
         self.tokens += int(inputs["attention_mask"].sum())
         if self.kind == "classification":
             logits = self.model(**inputs, use_cache=False).logits.float()  # (B, labels)
-            return logits[:, 0] if logits.shape[-1] == 1 else logits.softmax(-1)[:, -1]
+            if logits.shape[-1] == 1:
+                return logits[:, 0]
+            return logits.softmax(-1).masked_fill(~usable(logits), torch.nan)[:, -1]
         return self._head(inputs, 1)[:, -1]
 
     def _head(self, inputs: dict[str, Any], keep: int | torch.Tensor) -> torch.Tensor:
@@ -192,9 +195,11 @@ class LocalJudge:
         if self.kind == "value_head":
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
             hidden = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-            return hidden.float() @ self._weight + self._bias
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
-        return logits[..., [self._yes, self._no]].float().softmax(-1)[..., 0]
+            scores, outputs = hidden.float() @ self._weight + self._bias, hidden
+        else:
+            outputs = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
+            scores = outputs[..., [self._yes, self._no]].float().softmax(-1)[..., 0]
+        return scores.masked_fill(~usable(outputs)[..., 0], torch.nan)
 
     def _forward_shared(self, texts: list[str], keys: list[tuple], images: list[Sequence[Image.Image]]) -> torch.Tensor:
         """Scores (B,). The answers of a group share image and question: what is equal is computed once."""
