@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -95,7 +95,11 @@ class RunView(_View):
             data = f.read()
         end = data.rfind(b"\n") + 1
         self._offsets[path] = offset + end
-        return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
+        found = []
+        for line in data[:end].splitlines():
+            with suppress(ValueError, RecursionError):  # somebody edits the file: no reason to end the run
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
 
 
 class LogView(_View):

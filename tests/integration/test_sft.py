@@ -28,7 +28,7 @@ from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
 from r1vfree_cli.training import run as skeleton
-from r1vfree_cli.training.recorder import truncate_lines
+from r1vfree_cli.training.recorder import summarise_metrics, truncate_lines, update_summary
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -467,6 +467,23 @@ def test_damaged_lines_of_metrics_are_named_and_left_out(tmp_path, capsys):
     assert [line["step"] for _, line in read_jsonl(path)] == [1, 3]
     said = capsys.readouterr().err
     assert all(f"line {n} is damaged" in said for n in (2, 3, 4)) and "line 7" not in said
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"loss": "2.0", "reward": [1]}, {"loss": float("nan")}, {"loss": float("inf")}, {"step": 1.5}, {"step": True},
+        {"judge/calls": "3", "reward": {}}, {"rewards/format/mean": 10**400}, {"reward": True, "loss": None},
+    ],
+)  # fmt: skip
+def test_metrics_that_were_edited_do_not_end_a_run_at_its_end(edit, tmp_path):
+    """What a resume keeps of them is summarised, and written, after the last step."""
+    run = RunDir(tmp_path)
+    lines = [{"step": s, "loss": 1.0, "reward": 0.5, "judge/calls": 2.0, "rewards/format/mean": 1.0} for s in (1, 2)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in (lines[0] | edit, lines[1])))
+    truncate_lines(run.metrics, 2)
+    summary = update_summary(run, summarise_metrics(run))
+    assert summary["reward"]["last"] == 0.5 and 2 <= summary["judge"]["calls"] <= 4
 
 
 def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeypatch):
