@@ -205,7 +205,7 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         held = FileLock(file, timeout=-1 if wait else 0)
         held.acquire()
     except Timeout:
-        if not file.exists():  # a place like /proc, where no file can be made
+        if not file.is_file():  # a place like /proc, where no file can be made; or somebody's pipe
             raise UsageError(f"cannot write {file}, the lock of the {what}", hint="name another folder") from None
         pid = ""
         with suppress(OSError):  # its holder has just ended

@@ -214,6 +214,9 @@ def test_a_file_that_is_edited_while_a_run_is_watched_does_not_end_the_run(tmp_p
     with watch.RunView("grpo", run) as view:
         run.metrics.write_bytes(b'ss": 1}\n\0\0\n[]\n7\n' + b"[" * 50_000 + b'\n{"step": 3, "loss": 1.0}\n')
         assert view._new(run.metrics) == [{"step": 3, "loss": 1.0}]
+        with open(run.metrics, "a") as file:
+            file.write('{"step": [], "loss": 1}\n{"step": NaN, "loss": 1}\n{"loss": 1}\n')
+        view.update()
 
 
 def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(monkeypatch):
