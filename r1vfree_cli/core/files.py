@@ -12,14 +12,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from . import console
 from .errors import DataError, UsageError, first_line
+
+T = TypeVar("T")
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -148,6 +151,44 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"cannot read {path}: {e}") from None
 
 
+def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tuple[Any, T | None]]:
+    """(document, what `read` makes of it) for each line of a file that is appended to; nothing where there is none.
+
+    (document, None) where a line is not `what`: damaged, edited, or `read` raised. Such lines are named.
+
+    Raises:
+        DataError: an unreadable file.
+    """
+    bad = []
+    try:
+        lines = path.read_bytes().splitlines(True) if path.is_file() else []
+    except OSError as e:
+        raise DataError(f"cannot read {path}: {e}") from None
+    for number, line in enumerate(lines, 1):
+        document, found = None, None
+        try:
+            document = parse_json(line)
+            found = read(document)
+        except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
+            if line.endswith(b"\n") and line.strip():  # what a killed writer left is no record
+                bad.append(str(number))
+        yield document, found
+    if bad:
+        console.warn(f"{path}: no {what} in line {', '.join(bad[:5])} ({len(bad)} in all): left out")
+
+
+def remembered(path: Path, sound: Callable[[Any], bool], make: Callable[[], Any]) -> Any:
+    """The JSON of a cache file; what `make` gives, which is kept there, where there is none or none that is `sound`."""
+    if path.is_file():
+        with suppress(DataError, TypeError, ValueError, LookupError):
+            if sound(found := read_json(path)):
+                return found
+        console.warn(f"{path} is damaged: made again")
+    made = make()
+    write_json(path, made)
+    return made
+
+
 @contextmanager
 def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder, whatever it is called; it lies beside the folder, which may be deleted and made again.
@@ -164,7 +205,7 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         held = FileLock(file, timeout=-1 if wait else 0)
         held.acquire()
     except Timeout:
-        if not file.exists():  # a place like /proc, where no file can be made
+        if not file.is_file():  # a place like /proc, where no file can be made; or somebody's pipe
             raise UsageError(f"cannot write {file}, the lock of the {what}", hint="name another folder") from None
         pid = ""
         with suppress(OSError):  # its holder has just ended

@@ -144,18 +144,27 @@ def gpu_gigabytes() -> int | None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside the body when it takes longer; only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise TimeoutError inside the body, in any thread, when it takes longer; it must be Python that runs there."""
 
-    def stop(number, frame):
-        raise TimeoutError(f"it took longer than {seconds:g} seconds")
+    class TooLong(TimeoutError):
+        def __init__(self) -> None:
+            super().__init__(f"it took longer than {seconds:g} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    lock, here, done = threading.Lock(), ctypes.c_ulong(threading.get_ident()), False
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def stop() -> None:
+        with lock:
+            if not done:
+                raise_in(here, ctypes.py_object(TooLong))
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        timer.cancel()
+        with lock:
+            done = True
+        raise_in(here, None)  # it came too late to be raised

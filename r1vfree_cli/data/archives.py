@@ -28,7 +28,7 @@ def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
         name = str(PurePosixPath(info.filename.replace("\\", "/")))
         if name in members:
             twice.append(name)
-        if not info.is_dir():
+        if not info.filename.endswith("/"):  # a folder's does; is_dir() of a name that is empty raises
             members[name] = partial(_read, archive, info, path)
     if twice:
         raise DataError(f"{path} holds several members called {', '.join(twice[:5])}", hint="pack it again")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean, first_line
-from ..core.files import cache_dir, lock, read_json, sha256_file, write_json
+from ..core.files import cache_dir, lock, read_json, remembered, sha256_file
 from ..core.machine import refused
 from . import images, layouts, rows, sources
 from .prepare import SUMMARY, prepare
@@ -242,9 +242,11 @@ def _hashes(files: list[Path]) -> list[list[str]]:
     """[name, sha256] of each file, remembered by size and time."""
     stats = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     known = cache_dir("checked", f"{_fingerprint(stats)}.json")
-    if not known.exists():
-        write_json(known, [[file.name, sha256_file(file)] for file in files])
-    return read_json(known)
+
+    def sound(found: Any) -> bool:
+        return [name for name, sha in found if len(sha) == 64] == [file.name for file in files]
+
+    return remembered(known, sound, lambda: [[file.name, sha256_file(file)] for file in files])
 
 
 def _shapes_query(path: str, query: str) -> dict[str, int]:

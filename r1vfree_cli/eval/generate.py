@@ -20,7 +20,7 @@ from ..core import console
 from ..core.errors import DataError, UsageError
 from ..models import family as families
 from ..models.adapter import base_of_adapter, load_adapter
-from ..models.load import has_processor, load_policy, load_processor
+from ..models.load import has_processor, load_policy, load_processor, render
 from ..models.sampling import pin_generation, watch_logits
 from ..run.checkpoint import adapter_base, is_adapter
 
@@ -187,9 +187,7 @@ class Generator:
         return prompt
 
     def _inputs(self, jobs: list[Job]) -> dict[str, Any]:
-        texts = [
-            self.processor.apply_chat_template(job.messages, tokenize=False, add_generation_prompt=True) for job in jobs
-        ]
+        texts = [render(self.processor, job.messages) for job in jobs]
         images = [Image.open(io.BytesIO(job.image)).convert("RGB") for job in jobs if job.image]
         try:
             return dict(self.processor(text=texts, images=images or None, padding=True, return_tensors="pt"))
@@ -209,8 +207,10 @@ class Generator:
                 inputs["mm_encoder_outputs"] = {"image": self._features([features[p.figure] for p in batch])}
         with watch_logits(self.model) as logits:
             out = self.model.generate(**inputs, generation_config=self.settings)
-        if not logits.finite:
-            raise DataError("the model computes NaN: its logits are not finite", hint="its weights are damaged")
+        if not logits.usable:
+            raise DataError(
+                "the model computes NaN: its logits are not finite, or all alike", hint="its weights are damaged"
+            )
         width = inputs["input_ids"].shape[1]
         return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from ..core import console
-from ..core.files import read_jsonl, write_text
+from ..core.files import read_records, write_text
 from .benchmark import Benchmark, content_key
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -65,20 +64,14 @@ def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:
     """Question id -> its last record in a file that is appended to; {} when there is no file.
 
     A record that is not of the `form` is named and left out with those of its id before it: it is made again.
-
-    Raises:
-        DataError: the file is no JSON lines.
     """
     found: dict[str, Form] = {}
-    bad = []
-    for number, record in read_jsonl(path) if path.is_file() else ():
-        try:
-            found[record["id"]] = form.model_validate(record)
-        except (ValidationError, TypeError, KeyError):
-            found.pop(str(record.get("id")) if isinstance(record, dict) else "", None)
-            bad.append(number)
-    if bad:
-        console.warn(f"{path}: no {what} in line {', '.join(map(str, bad[:5]))} ({len(bad)} in all): made again")
+    for document, record in read_records(path, form.model_validate, what):
+        id_ = document.get("id") if isinstance(document, dict) else None
+        if record is not None:
+            found[id_] = record  # type: ignore[index] # the form has one
+        elif isinstance(id_, str):
+            found.pop(id_, None)
     return found
 
 

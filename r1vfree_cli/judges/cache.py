@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import console
+from ..core.files import parse_json
 from .protocol import Failure, checked
 
 BUSY_S = 30.0
@@ -37,7 +38,7 @@ class JudgementCache:
         """The known labels among `keys`: {label, raw, model}."""
 
         def read(score: Any, note: Any) -> dict:
-            said = json.loads(note)
+            said = parse_json(note.encode())
             if score not in labels.values() or not all(isinstance(said[k], str) for k in ("raw", "model")):
                 raise ValueError
             return {"label": int(score), "raw": said["raw"], "model": said["model"]}
@@ -77,7 +78,7 @@ class JudgementCache:
                 for key, score, note in connection.execute(query, part):  # type: ignore[union-attr]
                     try:
                         found[key] = read(score, note)
-                    except (Failure, ValueError, LookupError, TypeError):
+                    except (Failure, ValueError, RecursionError, LookupError, TypeError, AttributeError):
                         bad.append(key)
         except (sqlite3.Error, OSError) as e:
             self._give_up(e)

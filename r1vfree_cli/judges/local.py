@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from ..core.errors import DataError
 from ..core.prompts import as_data, messages_for
 from ..models import family
-from ..models.load import load_model, open_processor, settle_thinking, unsharded
+from ..models.load import load_model, open_processor, render, settle_thinking, unsharded
+from ..models.sampling import usable
 from ..shared_prefix.attention import install, not_shared
 from ..shared_prefix.pack import lay_out, tree_of
 from .kinds import VALUE_HEAD, checkpoint_file, detect_kind, prompt_of, unloadable
 from .protocol import Failure, checked, image_digest
 
+CHARS_A_TOKEN = 128  # of the longest tokens, which are spaces
 MAX_TOKENS = 8192  # longest prompt, where the model's own length is not less
 BATCH_TOKENS = 16384  # of one batch, padding included: what bounds its memory
 
@@ -102,14 +104,16 @@ class LocalJudge:
         """`score` for conversations that are already written, as a server gets them. Their text stays data."""
         found: dict[tuple, float | Failure] = {}
         wanted: dict[tuple, tuple[int, Sequence[Image.Image]]] = {}
-        places = []
+        places: list[tuple | Failure] = []
         for images, messages in requests:
-            text = self._render(messages, add_generation_prompt)
-            places.append((text, tuple(map(image_digest, images))))
             try:
-                wanted[places[-1]] = self._length(text, images), images
+                text = self._render(messages, add_generation_prompt)
+                length = self._length(text, images)
             except Failure as failure:
-                found[places[-1]] = failure
+                places.append(failure)
+                continue
+            places.append(place := (text, tuple(map(image_digest, images))))
+            wanted[place] = length, images
         rows = [(key, *row) for key, row in wanted.items()]
         while rows:
             taken = next_batch([length for _, length, _ in rows], [key[1] for key, *_ in rows], self.batch_size)
@@ -117,18 +121,20 @@ class LocalJudge:
             rows = [row for i, row in enumerate(rows) if i not in set(taken)]
             scores = self._scores([(*key, images) for key, _, images in part])
             found.update(zip((key for key, _, _ in part), scores, strict=True))
-        return [found[place] for place in places]
+        return [place if isinstance(place, Failure) else found[place] for place in places]
 
     def length(self, request: Request, *, add_generation_prompt: bool) -> int:
         """Tokens of a request, those of its images included. Any thread may ask.
 
         Raises:
-            Failure: it is longer than `max_tokens`, or its images have no size that the model takes.
+            Failure: the template cannot write it, it is longer than `max_tokens`, or its images have no size that the model takes.
         """
         images, messages = request
         return self._length(self._render(messages, add_generation_prompt), images)
 
     def _length(self, text: str, images: Sequence[Image.Image]) -> int:
+        if len(text) > CHARS_A_TOKEN * self.max_tokens:  # tokens of megabytes take minutes to count, and gigabytes
+            raise Failure("too_long", f"a prompt of {len(text)} characters; at most {self.max_tokens} tokens are taken")
         found = len(self._counter.encode(text))
         if images:
             sizes = [(image.height, image.width) for image in images]
@@ -166,7 +172,10 @@ class LocalJudge:
             }
             for m in messages
         ]
-        return self.processor.apply_chat_template(safe, tokenize=False, add_generation_prompt=add_generation_prompt)
+        try:
+            return render(self.processor, safe, add_generation_prompt=add_generation_prompt, what=f"judge {self.name}")
+        except DataError as e:
+            raise Failure("template", e.message) from None
 
     def _forward(self, texts: list[str], keys: list[tuple], images: list[Sequence[Image.Image]]) -> torch.Tensor:
         if self._shares:
@@ -176,7 +185,9 @@ class LocalJudge:
         self.tokens += int(inputs["attention_mask"].sum())
         if self.kind == "classification":
             logits = self.model(**inputs, use_cache=False).logits.float()  # (B, labels)
-            return logits[:, 0] if logits.shape[-1] == 1 else logits.softmax(-1)[:, -1]
+            if logits.shape[-1] == 1:
+                return logits[:, 0]
+            return logits.softmax(-1).masked_fill(~usable(logits), torch.nan)[:, -1]
         return self._head(inputs, 1)[:, -1]
 
     def _head(self, inputs: dict[str, Any], keep: int | torch.Tensor) -> torch.Tensor:
@@ -184,9 +195,11 @@ class LocalJudge:
         if self.kind == "value_head":
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
             hidden = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-            return hidden.float() @ self._weight + self._bias
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
-        return logits[..., [self._yes, self._no]].float().softmax(-1)[..., 0]
+            scores, outputs = hidden.float() @ self._weight + self._bias, hidden
+        else:
+            outputs = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits  # (B, kept, V)
+            scores = outputs[..., [self._yes, self._no]].float().softmax(-1)[..., 0]
+        return scores.masked_fill(~usable(outputs)[..., 0], torch.nan)
 
     def _forward_shared(self, texts: list[str], keys: list[tuple], images: list[Sequence[Image.Image]]) -> torch.Tensor:
         """Scores (B,). The answers of a group share image and question: what is equal is computed once."""

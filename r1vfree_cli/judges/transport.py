@@ -15,7 +15,7 @@ from ..core.redact import URL_LOGIN
 from .protocol import Failure
 from .replies import MAX_REPLY_BYTES, unpacked
 
-PASSED = ("retry-after", "location")
+PASSED = (b"retry-after", b"location")
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def bounded_client() -> type:
                 data = bytearray(unpacked(bytes(data)))
             elif packing not in ("identity", ""):
                 raise Failure("unparsable", f"a reply packed as {packing!r}, which was not asked for")
-            headers = {name: response.headers[name] for name in PASSED if name in response.headers}
+            headers = [(name, value) for name, value in response.headers.raw if name.lower() in PASSED]
             return httpx2.Response(response.status_code, headers=headers, content=bytes(data), request=request)
 
     return Bounded

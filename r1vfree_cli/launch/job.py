@@ -55,20 +55,26 @@ def train(
         console.warn(line)
     resume = resume or _unfinished(where, recipe, overwrite)
     commit = contract.git_commit(recipes.find(stage, name).parent)
-    started = time.time()
+    before = 0 if overwrite else _kept(where)
     try:
         return run(stage, recipe, where, resume=resume, overwrite=overwrite, commit=commit)
     except Interrupted:
-        raise _interrupted(where, started) from None
+        raise _interrupted(where, before) from None
 
 
-def _interrupted(where: RunDir, started: float) -> Interrupted:
-    """What a person reads who pressed Ctrl-C: what is kept, and the command that goes on."""
-    kept = [(step, path) for step, path in checkpoints(where.checkpoints) if not lacking(path, verify=False)]
+def _kept(where: RunDir) -> int:
+    """The step of the newest complete checkpoint; 0 for none."""
+    return max((step for step, path in checkpoints(where.checkpoints) if not lacking(path, verify=False)), default=0)
+
+
+def _interrupted(where: RunDir, before: int) -> Interrupted:
+    """What a person reads who pressed Ctrl-C: what is kept, and the command that goes on.
+
+    `before`: the newest checkpoint's step when the command began; a clock may be set back.
+    """
     message = "interrupted before the first checkpoint"
-    if kept:
-        step, path = kept[-1]
-        new = path.stat().st_mtime >= started
+    if step := _kept(where):
+        new = step > before
         message = f"interrupted: checkpoint at step {step} saved" if new else f"interrupted after checkpoint {step}"
     again = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     return Interrupted(message, hint=f"{shlex.join(['r1v', *again, '--resume'])} continues")

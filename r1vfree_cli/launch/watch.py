@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,12 +76,12 @@ class RunView(_View):
         for sample in self._new(logs / "samples.jsonl"):
             console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
         for line in self._new(self._where.metrics):
-            if "loss" not in line:  # an evaluation, which rank 0 has told
+            if "loss" not in line or type(line.get("step")) is not int:  # an evaluation, which rank 0 has told
                 continue
             note = " ".join(
                 f"{n} {f.format(line[k])}" for k, n, f in _SHOWN[self._stage] if isinstance(line.get(k), int | float)
             )
-            self._advance(self._stage, int(line.get("step", 0)), self._where.status.get("max_steps"), note)
+            self._advance(self._stage, line["step"], self._where.status.get("max_steps"), note)
 
     def _new(self, path: Path) -> list[dict]:
         """The whole lines of a JSONL file since the last call."""
@@ -95,7 +95,11 @@ class RunView(_View):
             data = f.read()
         end = data.rfind(b"\n") + 1
         self._offsets[path] = offset + end
-        return [json.loads(line) for line in data[:end].splitlines() if line.strip()]
+        found = []
+        for line in data[:end].splitlines():
+            with suppress(ValueError, RecursionError):  # somebody edits the file: no reason to end the run
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict)]
 
 
 class LogView(_View):

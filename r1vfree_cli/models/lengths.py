@@ -11,8 +11,9 @@ from PIL import Image
 
 from ..core import console
 from ..core.errors import DataError
-from ..core.files import cache_dir, read_json, write_json
+from ..core.files import cache_dir, remembered
 from ..core.prompts import DEFAULT, Prompt, build_messages, template_hash
+from .load import render
 
 _BATCH = 512
 
@@ -25,30 +26,31 @@ def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
     Args:
         rows: a `datasets.Dataset` with `images` and `problem`.
     """
+    cache = cache_dir("lengths", f"{_key(rows, processor, prompt)}.json")
+
+    def sound(found: Any) -> bool:
+        return isinstance(found, list) and len(found) == len(rows) and all(type(n) is int and n > 0 for n in found)
+
+    return remembered(cache, sound, lambda: _all_lengths(rows, processor, prompt))
+
+
+def _all_lengths(rows, processor, prompt: Prompt) -> list[int]:
     import datasets
 
-    cache = cache_dir("lengths", f"{_key(rows, processor, prompt)}.json")
-    if cache.is_file():
-        lengths = read_json(cache)
-        if isinstance(lengths, list) and len(lengths) == len(rows):
-            return lengths
     plain = rows.with_format(None).select_columns(["images", "problem"])
     plain = plain.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    lengths = []
+    lengths = list[int]()
     if len(plain) > 4 * _BATCH:
         console.log(f"counting the tokens of {len(plain):,} prompts")
     for start in range(0, len(plain), _BATCH):
         batch = plain[start : start + _BATCH]
         lengths += _batch_lengths(batch["problem"], batch["images"], processor, prompt)
-    write_json(cache, lengths)
     return lengths
 
 
 def _batch_lengths(problems: list[str], images: list, processor, prompt: Prompt) -> list[int]:
     texts = [
-        processor.apply_chat_template(
-            build_messages(problem, len(found or []), prompt), tokenize=False, add_generation_prompt=True
-        )
+        render(processor, build_messages(problem, len(found or []), prompt))
         for problem, found in zip(problems, images, strict=True)
     ]
     # The template writes one placeholder an image; the processor repeats it for each of the image's tokens.

@@ -23,7 +23,9 @@ from ..run.checkpoint import merge_command, resolve
 from . import family as families
 
 transformers.utils.logging.disable_progress_bar()  # a line says what is loaded
-TEMPLATE_S = 10.0  # of the chat template's trial: a program that may loop for ever
+# A chat template is a program: it may loop for ever, or write more than a tokenizer can take.
+TEMPLATE_S = 10.0
+TEMPLATE_CHARS = 4_000_000
 # Around a chat template that begins the reply's thinking itself (Qwen3.5's), or ends it before it began.
 _UNOPENED = """{{%- set r1v_text %}}{}{{% endset %}}
 {{%- set r1v_rest = r1v_text.rsplit('<think>', 1)[-1] %}}
@@ -87,7 +89,7 @@ def settle_thinking(processor, *, judge: bool = False) -> None:
     A policy writes its `<think>` itself: the template's is taken away, or no reply would have the asked form. A judge
     is read at the first word of its reply: its thinking is closed. `save_pretrained` keeps the change.
     """
-    text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
+    text = render(processor, build_messages("?"))
     opened = text.rpartition("<think>")[2].replace("</think>", "", 1).strip() == ""
     if opened and isinstance(processor.chat_template, str):
         processor.chat_template = (_CLOSED if judge else _UNOPENED).format(processor.chat_template)
@@ -180,17 +182,30 @@ def has_processor(folder: Path | str) -> bool:
     return any((Path(folder) / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
 
 
+def render(processor, messages: list[dict], *, add_generation_prompt: bool = True, what: str = "") -> str:
+    """A conversation as the chat template writes it. Any thread may ask.
+
+    Raises:
+        DataError: the template, of `what`, is broken, loops, or writes without end.
+    """
+    told = f"the chat template of {what or f'model {processor.tokenizer.name_or_path}'}"
+    try:
+        with time_limit(TEMPLATE_S):
+            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as e:
+        raise DataError(f"{told} does not work: {first_line(e)}") from None
+    if len(text) > TEMPLATE_CHARS:
+        raise DataError(f"{told} writes {len(text):,} characters; at most {TEMPLATE_CHARS:,} are taken")
+    return text
+
+
 def check_template(processor, what: str) -> None:
     """Render a question about an image, and tokenise it.
 
     Raises:
         DataError: there is no chat template, it or the tokenizer is broken, it loops, or it leaves out the image.
     """
-    try:
-        with time_limit(TEMPLATE_S):
-            text = processor.apply_chat_template(build_messages("?"), tokenize=False, add_generation_prompt=True)
-    except Exception as e:  # a template is a program
-        raise DataError(f"the chat template of {what} does not work: {first_line(e)}") from None
+    text = render(processor, build_messages("?"), what=what)
     if processor.image_token not in text:
         raise DataError(f"the chat template of {what} leaves out the image")
     try:

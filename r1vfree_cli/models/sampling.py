@@ -114,21 +114,30 @@ def draw(probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return torch.multinomial(probs, num_samples=1)[:, 0]
 
 
+def usable(outputs: torch.Tensor) -> torch.Tensor:
+    """Where a model's outputs (..., V) say anything (..., 1): finite, and not all alike.
+
+    A state that overflows is infinite for its norm, which divides all by infinity: zeros, and token 0 again and again.
+    """
+    low, high = outputs.detach().aminmax(dim=-1, keepdim=True)  # NaN where any of them is
+    spread = high.float() - low.float()
+    return (spread > 0) & (spread < torch.inf)
+
+
 class LogitsWatch:
-    """Whether the logits were finite; kept on the device, so that no step waits for the answer."""
+    """Whether the logits were `usable`; kept on the device, so that no step waits for the answer."""
 
     def __init__(self, device: torch.device) -> None:
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
 
     def _look(self, module, inputs, logits: torch.Tensor) -> torch.Tensor:
-        highest = logits.detach().amax(-1, keepdim=True)  # [..., 1]; NaN where any of them is
-        finite = torch.isfinite(highest)
-        self._bad.logical_or_(~finite.all())  # in place: a captured graph repeats it
+        good = usable(logits)
+        self._bad.logical_or_(~good.all())  # in place: a captured graph repeats it
         # A GPU's sampler would end the process at a NaN. What is drawn from these zeros is thrown away.
-        return logits.masked_fill(~finite, 0)
+        return logits.masked_fill(~good, 0)
 
     @property
-    def finite(self) -> bool:
+    def usable(self) -> bool:
         """The answer so far; waits for the device."""
         return not self._bad.item()
 
@@ -138,7 +147,7 @@ _watches: WeakKeyDictionary[Any, LogitsWatch] = WeakKeyDictionary()
 
 @contextmanager
 def watch_logits(model) -> Iterator[LogitsWatch]:
-    """While active, notice logits of `model` that are NaN or infinite, from whatever loop generates with it.
+    """While active, notice logits of `model` that are NaN, infinite or all alike, from whatever loop generates with it.
 
     Else a NaN becomes the last token of the vocabulary or token 0, again and again, and that is scored as a reply.
     """

@@ -9,7 +9,8 @@ Asked before step 1 and every `every_steps`, past the cache:
 - own image over another: right answers score above the same answers about another image, likewise.
 
 Asked but not answered is a failure too. Right answers are the rows' `solution`, used for this alone. Rows without any
-(label-free data) are replaced by drawn ones for the last two checks: discs of one colour, asked for the colour.
+(label-free data), or with one answer to all, are replaced by drawn ones for the last two checks: discs of one colour,
+asked for the colour.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .text import reference_answer
 from .verify import normalised
 
 TEMPLATES = ("Yes", ":", "Thought process:")  # and the instruction
-FEWEST = 4  # right answers from the rows; with fewer, discs are drawn
+FEWEST = 4  # right answers from the rows; with fewer, or one to all, discs are drawn
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 210), "yellow": (240, 210, 40)}
 
 HEADER = ["check", "asked", "n", "mean score", "wanted", "verdict"]
@@ -121,8 +122,8 @@ def check(
         (row["images"], row["problem"], a) for row in sample if (a := reference_answer(row.get("solution")))
     ]
     where = "solutions"
-    if len(labelled) < FEWEST:
-        labelled, where = _discs(min(cfg.samples, 8)), "drawn discs"
+    if len(labelled) < FEWEST or len({normalised(answer or "") for _, _, answer in labelled}) < 2:
+        labelled, where = _discs(max(FEWEST, min(cfg.samples, 8))), "drawn discs"
     right = _Part(labelled)
     worse = {
         "right over wrong": _Part(_with_wrong_answers(labelled, rng)),

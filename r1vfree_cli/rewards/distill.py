@@ -20,7 +20,7 @@ from typing import Any
 from ..config.schema import FEWEST_PIXELS
 from ..core import console
 from ..core.errors import DataError, UsageError
-from ..core.files import append_jsonl, cache_dir, lock, read_jsonl, repair_tail
+from ..core.files import append_jsonl, cache_dir, lock, read_records, repair_tail
 from ..core.prompts import build_messages, parse, template_hash
 from ..judges.client import Endpoint
 from ..judges.protocol import Failure, image_url
@@ -105,7 +105,7 @@ def distill(
     keys = [_key(row) for row in rows]
     file = _replies_file(teacher)
     with lock(file, "teacher's replies"):
-        known = {line["key"]: line for _, line in read_jsonl(file)} if file.is_file() else {}
+        known = {reply["key"]: reply for _, reply in read_records(file, _reply, "reply") if reply}
         wanted = {key: i for i, key in enumerate(keys) if key not in known}
         if estimate:
             return _estimate(teacher, rows, list(wanted.values()), len(rows))
@@ -210,6 +210,13 @@ def _ask(teacher: Teacher, rows, wanted: dict[str, int], known: dict[str, dict],
             bar.advance(1, "" if teacher.price is None else f"cost {teacher.cost(teacher.used):.3g}")
 
         return teacher.endpoint.run(list(wanted.items()), work, done)
+
+
+def _reply(record: dict) -> dict:
+    """A line of the kept replies. Raises ValueError for one that is none."""
+    if not all(isinstance(record[name], str) for name in ("key", "text")) or "finish" not in record:
+        raise ValueError
+    return record
 
 
 def _sorted_out(rows, keys: list[str], known: dict[str, dict]) -> tuple[list[dict], Counter[str]]:

@@ -28,7 +28,7 @@ from ..core.process import die_with_parent
 from ..core.prompts import build_messages, target_text
 from ..models import family
 from ..models.adapter import base_of_adapter, load_adapter
-from ..models.load import auto_class, has_processor, load_policy, open_processor
+from ..models.load import auto_class, has_processor, load_policy, open_processor, render
 from ..models.sampling import end_tokens
 from ..run import contract
 from ..run.checkpoint import adapter_base, adapter_settings, is_adapter, resolve, seal
@@ -224,9 +224,7 @@ def probe(processor) -> dict[str, torch.Tensor]:
     pen = ImageDraw.Draw(image)
     pen.ellipse((30, 40, 110, 120), fill=(200, 30, 60))
     pen.rectangle((130, 60, 200, 140), fill=(20, 90, 210))
-    text = processor.apply_chat_template(
-        build_messages("What is left of the blue square?"), tokenize=False, add_generation_prompt=True
-    )
+    text = render(processor, build_messages("What is left of the blue square?"))
     reply = target_text("There are a circle and a square.", "a red circle")
     return dict(processor(text=[text + reply], images=[image], return_tensors="pt"))
 

@@ -131,6 +131,9 @@ def truncate_lines(path: Path, step: int) -> None:
     for number, line in enumerate(path.read_bytes().splitlines(True), 1):
         try:
             document = parse_json(line)
+            json.dumps(document, allow_nan=False)
+            if type(document["step"]) is not int:
+                raise ValueError
             if document["step"] <= step:
                 kept.append(document)
         except (ValueError, RecursionError, TypeError, KeyError):
@@ -173,7 +176,7 @@ def summarise_metrics(run_dir: RunDir) -> dict:
     totals: dict[str, float] = {}
     for d in lines:
         for key, value in d.items():
-            if key.startswith("judge/") and "latency" not in key and value is not None:
+            if key.startswith("judge/") and "latency" not in key and _is_figure(value):
                 totals[key.removeprefix("judge/")] = totals.get(key.removeprefix("judge/"), 0) + value
     summary = {
         "steps": lines[-1]["step"],
@@ -187,6 +190,11 @@ def summarise_metrics(run_dir: RunDir) -> dict:
     return summary | ({"judge": totals} if totals else {})
 
 
+def _is_figure(value: Any) -> bool:
+    """Whether it is a number to count with: people edit these files."""
+    return isinstance(value, int | float) and abs(value) < 1e300
+
+
 def _mean(values: list[float | None]) -> float | None:
-    numbers = [v for v in values if v is not None]
+    numbers = [v for v in values if v is not None and _is_figure(v)]
     return sum(numbers) / len(numbers) if numbers else None

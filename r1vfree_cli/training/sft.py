@@ -241,7 +241,7 @@ class SftTraining(Training):
         lines = [line for _, line in read_jsonl(self.run.metrics)] if self.run.metrics.is_file() else []
         figures: dict[str, Any] = {"stage": "sft", "steps": self.trainer.state.global_step}
         for key in ("loss", "mean_token_accuracy"):
-            if values := [line[key] for line in lines if line.get(key) is not None]:
+            if values := [line[key] for line in lines if isinstance(line.get(key), int | float)]:
                 figures[key] = {"first": values[0], "last": values[-1]}
         return figures | (self._judge_figures() if self.recipe.role == "judge" else {})
 

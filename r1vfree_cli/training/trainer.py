@@ -109,10 +109,10 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
 
     def stop_unless_finite(self, logits: LogitsWatch) -> None:
         """Raise GuardStop on every rank when the model computed NaN on any."""
-        if any_rank(not logits.finite, self.accelerator.device):
+        if any_rank(not logits.usable, self.accelerator.device):
             self.stopping = True
             raise GuardStop(
-                f"the model computes NaN: its logits are not finite before step {self.state.global_step + 1}",
+                f"the model computes NaN: its logits are not finite, or all alike, before step {self.state.global_step + 1}",
                 hint="a lower train.learning_rate, or a checkpoint whose weights are whole",
             )
 

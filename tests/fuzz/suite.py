@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis.strategies import SearchStrategy
 
-from . import data, evals, machine, recipes, runs
+from . import data, evals, machine, recipes, runs, services
 from .harness import Case, Tally
 
 Category = tuple[list[Case], SearchStrategy[Case] | None, float]
@@ -26,6 +26,13 @@ def categories(pieces: Path, every: bool = False) -> dict[str, Category]:
         "judge replies": (runs.REPLIES, runs.replies, 0.1),
         "run dirs": (made.run_dirs, made.some_run_dirs, 0.08),
         "checkpoints": (made.checkpoints, made.some_checkpoints, 0.07),
+        "replies on the wire": (services.WIRE, services.wire, 0.05),
+        "requests to the server": (services.REQUESTS, services.requests, 0.05),
+        "numbers in weights": (services.NUMBERS, services.numbers, 0.03),
+        "records read back": (services.RECORDS, services.records, 0.06),
+        "canaries": (services.CANARIES, services.canaries, 0.04),
+        "locks": (services.LOCKS, services.locks, 0.04),
+        "archives, templates": (services.NAMES, services.names, 0.05),
         "machines": (machine.cases(made.run_and_model, slow=every)[:: 1 if every else 7], None, 0),
     }
 

@@ -8,6 +8,8 @@ import os
 import zlib
 from dataclasses import replace
 
+import clock_back
+
 from r1vfree_cli.core.errors import UsageError
 from r1vfree_cli.rewards.text import completion_text
 from r1vfree_cli.training import grpo
@@ -54,6 +56,7 @@ def build(*_, **__):
 
 
 if __name__ == "__main__":
+    clock_back.apply()
     grpo.build_rewards = build
     main = grpo.main
     if os.environ.get("RANK", "0") != "0":  # as on a second node, which does not know that the run is resumed

@@ -87,6 +87,7 @@ def attempt(context, stage: str, recipe: Path, where: Path, env: dict[str, str] 
 
 def _worker(stage: str, recipe_file: str, where: str, env: dict[str, str]) -> None:
     """What `jobs.run` and the launcher do, without them: claim the run dir and be its only rank."""
+    import clock_back
     import grpo_worker
 
     from r1vfree_cli.training import grpo, sft
@@ -97,6 +98,7 @@ def _worker(stage: str, recipe_file: str, where: str, env: dict[str, str]) -> No
     resume = run.holds_run
     run.begin(recipes.to_yaml(recipe), resume=resume)
     os.environ.update({"ACCELERATE_USE_CPU": "true"} | env)
+    clock_back.apply()
     Attempt.of(run, resume=resume).write(run.path)
     grpo.build_rewards = grpo_worker.build
     if "R1V_TEST_FILE_LIMIT" in env:  # bytes a file may have: what a full disk does to whoever writes
@@ -111,6 +113,7 @@ _CLI = f"""
 import sys
 from dataclasses import replace
 sys.path.insert(0, {str(HERE)!r})
+import clock_back
 from r1vfree_cli import cli
 from r1vfree_cli.launch import plan as plans
 plan = plans.plan
@@ -118,6 +121,7 @@ def with_rewards(stage, recipe, where):
     found = plan(stage, recipe, where)
     return replace(found, argv=[*found.argv[:-3], {str(HERE / "grpo_worker.py")!r}, str(where)])
 plans.plan = with_rewards
+clock_back.apply()
 cli.main()
 """
 

@@ -135,7 +135,17 @@ def test_asked_but_not_answered_is_a_failure_and_no_question_is_not(tmp_path):
     assert any("FAILED" in line and f"n=0 of {check.of}" in line for line in report.error().details)
     yes_no = [row for row in rows() if row["problem"].startswith("Is it")]  # to these, Yes is an answer
     report, _ = run(tmp_path, honest, [*yes_no, *yes_no])
-    assert [c.asked for c in report.checks if c.ok is None][:1] == ["'Yes'"]
+    assert [c.asked for c in report.checks if c.ok is None] == ["'Yes'"]
+
+
+@pytest.mark.parametrize("data", ["one answer", "one sample"])
+def test_rows_that_have_no_wrong_answer_are_replaced_by_discs(tmp_path, data):
+    """Else a judge that cannot tell right from wrong passed: two of the checks were not asked."""
+    one = [row for row in rows() if row["solution"] == "yes"]
+    given = (one, Canaries()) if data == "one answer" else (rows(), Canaries(samples=1))
+    assert run(tmp_path / "a", honest, *given)[0].ok
+    report, _ = run(tmp_path / "b", lambda i, q, a: 0.3, *given)
+    assert {c.name for c in report.checks if c.ok is False} == {"right over wrong", "own image over another"}
 
 
 def test_the_instruction_of_the_run_is_a_template(tmp_path):

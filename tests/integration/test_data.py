@@ -22,6 +22,7 @@ from PIL import Image
 from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.data import load, sources
 from r1vfree_cli.data.prepare import prepare
+from tests.fuzz import machine
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -479,6 +480,41 @@ def test_sigkill_leaves_only_a_work_folder_which_the_next_run_removes(tmp_path):
     prepare("jsonl", tmp_path / "out", input=str(source), limit=3)
     assert len(rows_of(tmp_path / "out")) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "out.2"]
+
+
+@pytest.mark.skipif(not machine.mounts(), reason="no small file system can be mounted here")
+def test_a_disk_that_fills_up_leaves_what_was_there_and_nothing_else(tmp_path):
+    """At every size of the disk: prepared anew to the end, or exit 2, the rows of before and room again."""
+    photos(tmp_path / "in", 60)
+    code = """import os, sys
+from tests.fuzz import machine
+from r1vfree_cli import cli
+os.chdir(sys.argv[1])
+machine._mount("disk", f"size={sys.argv[2]}k")
+def prepare(*more):
+    sys.argv = ["r1v", "prepare-data", "files", "--input", "in", "--out", "disk/out", "--json", *more]
+    try:
+        cli.main()
+    except SystemExit as e:
+        return e.code
+    return 0
+assert prepare("--limit", "3") == 0
+before = {p: open(p, "rb").read() for p in os.popen("find disk -type f").read().split()}
+failed = prepare("--overwrite")
+after = {p: open(p, "rb").read() for p in os.popen("find disk -type f").read().split()}
+assert failed in (0, 2) and (not failed or before == after), (failed, before.keys(), after.keys())
+assert all(".lock" not in p and ".staging" not in p for p in after), after.keys()
+assert prepare("--overwrite", "--limit", "2") == 0
+print("full" if failed else "fits", file=sys.stderr)
+"""
+    ends = []
+    for size in (120, 1000):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(size)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ends.append(done.stderr.split()[-1])
+        assert ends[-1] == "fits" or "no space left on" in done.stderr.lower()
+        (tmp_path / "disk").rmdir()
+    assert ends == ["full", "fits"]
 
 
 def test_a_folder_that_cannot_be_written_is_a_usage_error(tmp_path):

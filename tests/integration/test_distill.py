@@ -93,6 +93,7 @@ def test_replies_are_asked_once_and_failures_again(rows, tmp_path):
         server.requests.clear()
         (file,) = Path(tmp_path / "cache" / "distill").glob("*.jsonl")
         with open(file, "a") as f:
+            f.write('7\n{"key": "x"}\n{"key": [], "text": "x", "finish": "stop"}\n\0\0\n')  # of an editor
             f.write('{"key": "half')  # of a run that was killed
         again = distill(tmp_path / "two", input=rows, endpoint=server.url, model="m")
         assert (again["requests"], again["cached"], again["rows"]) == (2, 4, 2) and len(server.requests) == 2

@@ -266,6 +266,21 @@ def test_a_bad_answer_is_named_and_asked_again(bad, pope, serve, capsys):  # noq
     assert f"{file}: no prediction in line 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 64, b'{"id": "VD', b"[" * 50_000, b"\xff\xfe", b"7"])
+def test_a_line_that_is_damaged_costs_its_own_question(damage, pope, serve, capsys):  # noqa: F811
+    """What a machine that lost power, or an editor, leaves in the middle of a file."""
+    server = serve(lambda prompt, body: "Yes")
+    wanted = evaluate(asking(pope, server))
+    server.prompts.clear()
+    for name, what in (("predictions.jsonl", "prediction"), ("judgements.jsonl", "judgement")):
+        file = pope / "e" / name
+        rows = file.read_bytes().splitlines()
+        file.write_bytes(b"\n".join([rows[0], damage, *rows[2:], b""]))
+        assert evaluate(asking(pope, server))["counts"] == wanted["counts"] and len(server.prompts) == 1
+        said = capsys.readouterr().err
+        assert f"{file}: no {what} in line 2 " in said or name == "judgements.jsonl"  # the rule judges anew
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -299,8 +314,9 @@ def test_a_bad_verdict_is_named_and_asked_again(bad, tmp_path, serve, capsys):
 
 @pytest.mark.parametrize(
     ("label", "note"),
-    [(2.0, None), (7.0, None), (0.5, None), (1.0, "{}"), (1.0, "no json"), (1.0, '{"raw": 1, "model": "m"}')],
-)
+    [(2.0, None), (7.0, None), (0.5, None), (1.0, "{}"), (1.0, "no json"), (1.0, '{"raw": 1, "model": "m"}'),
+     (1.0, "[" * 50_000), (1.0, '{"raw": "\\ud800", "model": "m"}'), (1.0, b"\xff"), (1.0, 7)],
+)  # fmt: skip
 def test_a_bad_verdict_in_the_cache_is_named_and_asked_again(label, note, tmp_path, serve, capsys):
     import sqlite3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import threading
 
 import pytest
@@ -18,6 +17,7 @@ from r1vfree_cli.core.files import read_json
 from r1vfree_cli.core.prompts import build_messages
 from r1vfree_cli.eval.generate import Generator, Job
 from r1vfree_cli.judges.local import LocalJudge
+from r1vfree_cli.judges.protocol import Failure
 from r1vfree_cli.models import family as families
 from r1vfree_cli.models.sampling import LogitsWatch
 from r1vfree_cli.run.attempt import Attempt
@@ -167,17 +167,34 @@ def test_held_out_rows_are_not_measured_with_nan(broken, data, tmp_path):
 def test_a_judge_that_computes_nan_scores_nothing(broken):
     judge = LocalJudge(str(broken))
     head = judge.model.get_output_embeddings().weight
-    head[judge._yes] = torch.nan
-    (score,) = judge.score([([draw(1)], "Is it red?", "yes")])
-    assert not (isinstance(score, float) and math.isfinite(score))
+    for row, bad in ((judge._yes, torch.nan), (judge._yes, torch.inf), (judge._no, torch.inf), (judge._no, -torch.inf)):
+        whole = head[row].clone()
+        head[row, 0] = bad
+        scores = judge.score([([draw(i)], "Is it red?", "yes") for i in range(3)])
+        assert [s.kind for s in scores] == ["out_of_range"] * 3, scores
+        head[row] = whole
+
+
+@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.down_proj"])
+def test_a_state_that_overflows_is_no_answer(place, tmp_path):
+    """Its norm makes zeros of it, and the head finite logits that are all alike: token 0 again and again."""
+    folder = save_tiny(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.0.{place}.weight"][0, 0] = 3e38
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="all alike"):
+        ask(folder)
+    (score,) = LocalJudge(str(folder)).score([([draw(1)], "Is it red?", "yes")])
+    assert isinstance(score, Failure)
 
 
 def test_the_watch_does_not_wait_for_the_device():
     logits = torch.zeros(4, 9, device="meta")  # a tensor that nothing can be read from
     watch = LogitsWatch(logits.device)
     assert watch._look(None, None, logits).shape == logits.shape
-    for bad, seen in ((torch.nan, False), (torch.inf, False), (1e4, True)):
+    for bad, seen in ((torch.nan, False), (torch.inf, False), (-torch.inf, False), (0, False), (1e4, True)):
         watch = LogitsWatch(torch.device("cpu"))
-        logits = torch.zeros(2, 5)
+        logits = torch.arange(10.0).view(2, 5)
+        logits[1] = 0
         logits[1, 2] = bad
-        assert torch.isfinite(watch._look(None, None, logits)).all() and watch.finite is seen
+        assert torch.isfinite(watch._look(None, None, logits)).all() and watch.usable is seen

@@ -186,6 +186,12 @@ def test_every_fault_ends_as_a_number_a_failed_call_or_a_named_stop(shape, tmp_p
     assert not wrong and len(found) >= 60
 
 
+@pytest.mark.parametrize("header", ["Retry-After: \u00b2", "Location: \u00e9", "X: \u00ff"])
+def test_a_header_that_is_no_ascii_hides_no_status(header):
+    reply = http(b"", "429 Slow Down" if "Retry" in header else "302 Found", header)
+    assert asyncio.run(one("chat", reply))[1].startswith(("rate_limited: 429", "redirect: 302"))
+
+
 def test_loopback_is_known_in_every_spelling():
     here = ("127.0.0.1", "127.1", "0x7f000001", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "[::]")
     assert all(on_loopback(f"http://{host}:8000/v1") for host in (*here, "localhost", "LOCALHOST.", "a.localhost"))

@@ -159,6 +159,19 @@ def test_a_full_disk_stops_with_the_reason_and_leaves_the_last_checkpoint(plain,
     plain.same(run)
 
 
+def test_the_highest_step_is_resumed_whatever_the_clock_says(plain, tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert kills.killed_at(plain.start(run), run, whole(4))
+    for step, moment in ((2, 4e9), (4, 1.0)):
+        folder = run.checkpoints / f"checkpoint-{step}"
+        for path in (folder, *folder.rglob("*")):
+            os.utime(path, (moment, moment))
+    process = plain.start(run, R1V_TEST_CLOCK="back")
+    process.join(kills.LIMIT_S)
+    assert process.exitcode == 0 and "resuming from step 4" in (run.logs / "said.jsonl").read_text()
+    plain.same(run)
+
+
 # --- the real command ------------------------------------------------------------------------------------------
 
 
@@ -190,6 +203,28 @@ def test_the_command_resumes_after_a_kill_and_after_a_signal_to_all_its_processe
     assert f"resuming from step {state['step']}: " in log
     assert read_json(run.summary)["seconds"]["grpo"] > 0
     assert not ranks.running(run.logs)
+
+
+def test_stopped_for_a_while_under_a_clock_that_goes_back_it_is_the_same_run(plain, tmp_path):
+    """SIGSTOP to all of it, as a batch system suspends a job: nobody takes its run dir, and it ends as if never stopped."""
+    run = RunDir(tmp_path / "run")
+    r1v = kills.cli(plain.recipe, run.path, env={"R1V_TEST_CLOCK": "back"})
+    assert kills.until(lambda: logged(2)(run) or r1v.poll() is not None, pause=0.01)
+    pids = kills.tree(r1v.pid)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+        for more in ((), ("--resume",), ("--overwrite",)):
+            assert kills.cli(plain.recipe, run.path, *more).wait(60) == 2
+        log = Path(f"{run.path}.log").read_text()
+        assert log.count(f"another r1v process (pid {r1v.pid}) is using the run dir") == 3
+        assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert len(pids) == 3 and r1v.wait(kills.LIMIT_S) == 0, kills.show(run)
+    plain.same(run)
 
 
 def test_two_processes_under_zero3_killed_twice_are_the_same_run(home, tmp_path):

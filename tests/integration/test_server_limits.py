@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_models import draw, save_tiny
 
 from r1vfree_cli.config.rewards import FeedbackReward
+from r1vfree_cli.core.errors import DataError
 from r1vfree_cli.judges import limits, server
 from r1vfree_cli.judges.local import BATCH_TOKENS, LocalJudge, next_batch
 from r1vfree_cli.judges.protocol import Failure
@@ -263,6 +264,52 @@ def test_long_texts_are_refused_and_hold_nobody_up(running):
     status, _, body = running.classify("long " * 19_600)  # 98,000 characters
     assert status == 400 and b"at most 2048" in body and time.monotonic() - begin < 5
     assert running.gate.batches == [["warm"]]
+
+
+def test_megabytes_of_text_are_refused_before_they_are_tokens(running):
+    """Half of what a body may have took 50 seconds and 6 GB to be counted and refused."""
+    parts = [{"type": "text", "text": "abc " * 24_000}] * 64
+    body = json.dumps({"messages": [{"role": "user", "content": parts}] * 5}).encode()
+    assert len(body) < limits.MAX_BODY_BYTES
+    process, begin = psutil.Process(), time.monotonic()
+    before = process.memory_info().rss
+    status, _, said = running.ask("POST", "/classify", body)
+    assert status == 400 and b"characters" in said
+    assert time.monotonic() - begin < 5 and process.memory_info().rss - before < 1 << 29
+    assert running.classify("short")[0] == 200
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_is_cut_off_in_the_thread_that_loads_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", 0.5)
+    folder = save_tiny(tmp_path / "m")
+    (folder / "chat_template.jinja").write_text(LOOP)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(DataError, match=r"template of judge .*/m does not work: it took"),
+    ):
+        pool.submit(LocalJudge, str(folder)).result(20)
+
+
+def test_a_template_that_loops_or_fails_on_some_requests_costs_those_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", 0.5)
+    folder = save_tiny(tmp_path / "m")
+    file = folder / "chat_template.jinja"
+    file.write_text(
+        f"{{% if messages|length == 2 %}}{LOOP}{{% elif messages|length == 3 %}}{{{{ raise_exception('odd') }}}}"
+        f"{{% endif %}}{file.read_text()}"
+    )
+    judge = LocalJudge(str(folder))
+    turn = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    scores = judge.score_messages([((), [turn] * n) for n in (1, 2, 3)], add_generation_prompt=True)
+    assert isinstance(scores[0], float) and [s.kind for s in scores[1:]] == ["template", "template"]
+    with Running(judge) as found:
+        for turns, status, words in ((2, 400, b"longer than 0.5 s"), (3, 400, b"odd"), (1, 200, b"probs")):
+            body = json.dumps({"messages": [turn] * turns, "add_generation_prompt": True}).encode()
+            answer = found.ask("POST", "/classify", body)
+            assert answer[0] == status and words in answer[2], answer
 
 
 def test_short_requests_go_first_and_the_oldest_after_its_patience(running, monkeypatch):

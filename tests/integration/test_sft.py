@@ -28,7 +28,7 @@ from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import callbacks, checkpoints, merge, sft
 from r1vfree_cli.training import run as skeleton
-from r1vfree_cli.training.recorder import truncate_lines
+from r1vfree_cli.training.recorder import summarise_metrics, truncate_lines, update_summary
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -469,15 +469,32 @@ def test_damaged_lines_of_metrics_are_named_and_left_out(tmp_path, capsys):
     assert all(f"line {n} is damaged" in said for n in (2, 3, 4)) and "line 7" not in said
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"loss": "2.0", "reward": [1]}, {"loss": float("nan")}, {"loss": float("inf")}, {"step": 1.5}, {"step": True},
+        {"judge/calls": "3", "reward": {}}, {"rewards/format/mean": 10**400}, {"reward": True, "loss": None},
+    ],
+)  # fmt: skip
+def test_metrics_that_were_edited_do_not_end_a_run_at_its_end(edit, tmp_path):
+    """What a resume keeps of them is summarised, and written, after the last step."""
+    run = RunDir(tmp_path)
+    lines = [{"step": s, "loss": 1.0, "reward": 0.5, "judge/calls": 2.0, "rewards/format/mean": 1.0} for s in (1, 2)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in (lines[0] | edit, lines[1])))
+    truncate_lines(run.metrics, 2)
+    summary = update_summary(run, summarise_metrics(run))
+    assert summary["reward"]["last"] == 0.5 and 2 <= summary["judge"]["calls"] <= 4
+
+
 def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", 0.5)
     shutil.copytree(tiny["qwen2_5_vl"], tmp_path / "model")
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    (tmp_path / "model" / "chat_template.jinja").write_text(loop)
-    with pytest.raises(
-        DataError, match=f"chat template of model {tmp_path}/model does not work: it took longer than 0.5"
-    ):
-        load_processor(make_recipe(tmp_path / "model", tmp_path).model)
+    endless = "<|vision_start|><|image_pad|><|vision_end|>?{{ 'a ' * 10**7 }}"
+    for template, said in ((loop, "does not work: it took longer than 0.5"), (endless, "writes 20,000,0")):
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        with pytest.raises(DataError, match=f"chat template of model {tmp_path}/model {said}"):
+            load_processor(make_recipe(tmp_path / "model", tmp_path).model)
 
 
 def test_what_cannot_be_saved_is_known_before_the_first_step(tiny, data, tmp_path, monkeypatch):

@@ -33,6 +33,13 @@ def test_members_by_name_without_folders(tmp_path):
     assert {name: read() for name, read in members.items()} == {"VD/a.png": b"one", "VS/b.png": b"two"}
 
 
+def test_a_member_without_a_name_is_one_like_any_other(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"x")
+        archive.writestr("a.png", b"y")
+    assert zip_members(tmp_path / "a.zip")["a.png"]() == b"y"
+
+
 @pytest.mark.parametrize(
     "names", [("a.png", "a.png"), ("a.png", "./a.png"), ("x/a.png", "x\\a.png"), ("a.png", "a.png/")]
 )

@@ -207,6 +207,20 @@ def test_the_progress_line_shows_what_is_learnt_and_how_long_it_takes(tmp_path, 
     assert capsys.readouterr().err.splitlines()[-1] == f"grpo: 43/100 3:00<57:00 {note}"
 
 
+def test_a_file_that_is_edited_while_a_run_is_watched_does_not_end_the_run(tmp_path):
+    from r1vfree_cli.launch import watch
+    from r1vfree_cli.run.run_dir import RunDir
+
+    run = RunDir(tmp_path)
+    run.set_status("running", step=0, max_steps=9)
+    with watch.RunView("grpo", run) as view:
+        run.metrics.write_bytes(b'ss": 1}\n\0\0\n[]\n7\n' + b"[" * 50_000 + b'\n{"step": 3, "loss": 1.0}\n')
+        assert view._new(run.metrics) == [{"step": 3, "loss": 1.0}]
+        with open(run.metrics, "a") as file:
+            file.write('{"step": [], "loss": 1}\n{"step": NaN, "loss": 1}\n{"loss": 1}\n')
+        view.update()
+
+
 def test_a_line_beside_a_progress_bar_has_a_line_of_its_own(monkeypatch):
     import io
 

@@ -1,5 +1,6 @@
 """A run from the launcher's side: its lock, its end however it comes, and what a resume may change."""
 
+import os
 import subprocess
 import sys
 
@@ -92,12 +93,13 @@ def test_an_interruption_says_what_is_kept_and_the_command_that_goes_on(tmp_path
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.setattr(jobs, "lacking", lambda path, verify: [])
     run = RunDir(tmp_path / "run")
-    found = jobs._interrupted(run, 0.0)
+    found = jobs._interrupted(run, 0)
     assert found.message == "interrupted before the first checkpoint"
     assert found.hint == "r1v grpo --recipe 'my recipe.yaml' --set train.max_steps=9 --resume continues"
     (run.checkpoints / "checkpoint-188").mkdir(parents=True)
-    assert jobs._interrupted(run, 0.0).message == "interrupted: checkpoint at step 188 saved"
-    assert jobs._interrupted(run, 2e9).message == "interrupted after checkpoint 188"
+    os.utime(run.checkpoints / "checkpoint-188", (1, 1))  # a clock that was set back
+    assert jobs._interrupted(run, 94).message == "interrupted: checkpoint at step 188 saved"
+    assert jobs._interrupted(run, 188).message == "interrupted after checkpoint 188"
 
 
 def test_a_disk_too_full_for_the_status_does_not_hide_why_the_run_ended(tmp_path, monkeypatch, capsys):

@@ -119,6 +119,16 @@ def test_nan_is_not_json(tmp_path):
         files.write_json(tmp_path / "x", {"a": float("nan")})
 
 
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1, 2", b"[]", b'["x"]', b"7", b"[-1]", b"[" * 50_000, b"\xff"])
+def test_a_cache_that_is_damaged_is_made_again(content, tmp_path, capsys):
+    path = tmp_path / "cache.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert files.remembered(path, lambda found: found[0] > 0, lambda: [3]) == [3] == files.read_json(path)
+    assert ("is damaged: made again" in capsys.readouterr().err) == (content is not None)
+    assert files.remembered(path, lambda found: found[0] > 0, lambda: [4]) == [3]
+
+
 def test_a_killed_writers_last_line_is_left_out_but_a_broken_line_is_an_error(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n{"a": ')
