@@ -336,6 +336,7 @@ def _metrics(content: bytes) -> Case:
     def call() -> None:
         from r1vfree_cli.core.files import read_json
         from r1vfree_cli.launch.watch import RunView
+        from r1vfree_cli.report.load import read_metrics
         from r1vfree_cli.run.run_dir import RunDir
         from r1vfree_cli.training.recorder import summarise_metrics, truncate_lines, update_summary
 
@@ -344,6 +345,7 @@ def _metrics(content: bytes) -> Case:
         with RunView("grpo", run) as view:
             run.metrics.write_bytes(content)
             view.update()
+            read_metrics(run.metrics, [])
             truncate_lines(run.metrics, 2)
             view.update()
         for line in run.metrics.read_bytes().splitlines():
