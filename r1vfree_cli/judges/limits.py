@@ -69,8 +69,8 @@ async def read_body(request: Request, held: Held) -> bytearray:
         ClientDisconnect: its client left.
     """
     length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-        raise Refused(413, f"a body of {length} bytes; at most {MAX_BODY_BYTES} are taken")
+    if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MAX_BODY_BYTES:
+        raise Refused(413, f"a body of {length[:20]} bytes; at most {MAX_BODY_BYTES} are taken")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_S):

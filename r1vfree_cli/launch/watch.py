@@ -76,10 +76,13 @@ class RunView(_View):
         for sample in self._new(logs / "samples.jsonl"):
             console.log("\n".join(f"  {key}: {value}" for key, value in sample.items()))
         for line in self._new(self._where.metrics):
-            if "loss" not in line or type(line.get("step")) is not int:  # an evaluation, which rank 0 has told
+            # An evaluation, which rank 0 has told; or a line that somebody edits, as below.
+            if "loss" not in line or type(line.get("step")) is not int or line["step"] > 10**12:
                 continue
             note = " ".join(
-                f"{n} {f.format(line[k])}" for k, n, f in _SHOWN[self._stage] if isinstance(line.get(k), int | float)
+                f"{n} {f.format(line[k])}"
+                for k, n, f in _SHOWN[self._stage]
+                if isinstance(line.get(k), int | float) and abs(line[k]) < 1e300
             )
             self._advance(self._stage, line["step"], self._where.status.get("max_steps"), note)
 

@@ -212,12 +212,12 @@ def damage(folder: Path, *, verify: bool = True) -> list[str]:
             name: entry if isinstance(entry, dict) else {"bytes": int(entry)}
             for name, entry in read_object(folder / FILES).items()
         }
-    except (DataError, TypeError, ValueError):
+    except (DataError, TypeError, ValueError, OverflowError):
         return [f"{FILES} cannot be read"]
     lines, same_size = [], {}
     for name, entry in listed.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # False also for a name that cannot be one
             lines.append(f"{name} missing")
         elif path.stat().st_size != entry.get("bytes"):
             lines.append(f"{name} cut")

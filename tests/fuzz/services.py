@@ -282,8 +282,11 @@ def _healthy() -> tuple[Any, Callable[[], list]]:
     return generator.model, answers
 
 
-def _weight(which: float, where: float, bad: float) -> Case:
-    """No answer and no score, or those of the healthy model where the number has no part in them."""
+def _weight(which: float, where: float | str, bad: float) -> Case:
+    """No answer and no score, or those of the healthy model where the number has no part in them.
+
+    which: of the tensors, the last is the output layer. where: of the tensor, or the judge's word of that name.
+    """
 
     def call() -> None:
         import torch
@@ -296,8 +299,12 @@ def _weight(which: float, where: float, bad: float) -> Case:
         items = [([Image.open(io.BytesIO(images()["a.png"])).convert("RGB")], "Is it red?", "yes"), ([], "?", "no")]
         for owner, ask in ((model, answers), (_judge().model, lambda: _judge().score(items))):
             names = [*dict(owner.named_parameters()), "lm_head.weight", "lm_head.weight"]
-            flat = owner.get_parameter(names[int(which * (len(names) - 1))]).data.view(-1)
-            place, expected = int(where * (len(flat) - 1)), ask()
+            tensor = owner.get_parameter(names[int(which * (len(names) - 1))]).data
+            flat = tensor.view(-1)
+            row = (
+                getattr(_judge(), where) * tensor.shape[-1] if isinstance(where, str) else int(where * (len(flat) - 1))
+            )
+            place, expected = row, ask()
             whole = flat[place].clone()
             flat[place] = bad
             try:
@@ -316,6 +323,7 @@ def _weight(which: float, where: float, bad: float) -> Case:
 _share = st.floats(0, 1)
 numbers: Cases = st.builds(_weight, _share, _share, st.sampled_from((math.nan, math.inf, -math.inf)))
 NUMBERS = [_weight(which, where, bad) for which in (0, 0.5, 1) for where in (0, 0.3) for bad in (math.nan, -math.inf)]
+NUMBERS += [_weight(1, word, bad) for word in ("_yes", "_no") for bad in (math.inf, -math.inf)]
 
 # --- records that are read back --------------------------------------------------------------------------------
 
@@ -328,6 +336,7 @@ def _metrics(content: bytes) -> Case:
     def call() -> None:
         from r1vfree_cli.core.files import read_json
         from r1vfree_cli.launch.watch import RunView
+        from r1vfree_cli.report.load import read_metrics
         from r1vfree_cli.run.run_dir import RunDir
         from r1vfree_cli.training.recorder import summarise_metrics, truncate_lines, update_summary
 
@@ -336,8 +345,11 @@ def _metrics(content: bytes) -> Case:
         with RunView("grpo", run) as view:
             run.metrics.write_bytes(content)
             view.update()
+            read_metrics(run.metrics, [])
             truncate_lines(run.metrics, 2)
             view.update()
+        for line in run.metrics.read_bytes().splitlines():
+            json.loads(line, parse_constant=int)  # NaN is no number of JSON's, nor one of Python's int
         update_summary(run, summarise_metrics(run))
         assert read_json(run.summary)["steps"] in (0, 1, 2) or values.as_json(METRICS[0])[:12] not in content
 
@@ -365,6 +377,36 @@ def _cached(score: Any, note: Any) -> Case:
     return _case(f"a cached verdict: {score!r:.80} {note!r:.80}", call)
 
 
+SEALED = {"model.safetensors": b"weights" * 99, "trainer_state.json": b"{}", "global_step1/x.pt": b"shard" * 9}
+
+
+def _sealed(name: str, content: bytes) -> Case:
+    """Whatever byte of a checkpoint changed, its file is named; a list that is damaged is, too, or lists what is there."""
+
+    def call() -> None:
+        from r1vfree_cli.run.checkpoint import FILES, damage, lacking, seal
+
+        folder = Path("checkpoint-1")
+        for file, data in SEALED.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(data)
+        seal(folder)
+        assert damage(folder) == lacking(folder) == []
+        whole = (folder / (name or FILES)).read_bytes()
+        (folder / (name or FILES)).write_bytes(content)
+        found = damage(folder)
+        assert all(isinstance(line, str) for line in found)
+        if name and content != whole:
+            assert len(found) == 1 and found[0].startswith(name), found
+
+    return _case(f"a sealed checkpoint with another {name or 'list'}: {content[:200]!r}", call)
+
+
+_list = {name: {"bytes": len(data), "xxh3_128": "0" * 32} for name, data in SEALED.items()}
+_sealed_files = st.one_of(
+    *(values.damaged(data).map(functools.partial(_sealed, name)) for name, data in SEALED.items()),
+    values.document_files(_list).map(functools.partial(_sealed, "")),
+)
 _lines = st.one_of(
     values.changed(METRICS, 3).filter(lambda d: isinstance(d, list)).map(lambda d: b"".join(values.as_json(x) + b"\n" for x in d)),
     values.damaged(b"".join(values.as_json(x) + b"\n" for x in METRICS)),
@@ -372,12 +414,14 @@ _lines = st.one_of(
 _cells = st.one_of(values.scalars, st.binary(max_size=9), st.floats())
 records: Cases = st.one_of(
     _lines.map(_metrics),
+    _sealed_files,
     st.builds(_cached, _cells, st.one_of(_cells, values.document_files({"raw": "x", "model": "m"}).map(lambda b: b.decode("utf-8", "replace")))),
 )  # fmt: skip
 RECORDS = [
     _metrics(b"\x00" * 99 + b"\n"),
     _metrics(b'{"step": 1, "loss": NaN}\n'),
     _cached(1e39, "{}"),
+    _sealed("model.safetensors", b"\0" * 693),
     _cached(1.0, "[" * 99_999),
 ]
 
@@ -403,7 +447,9 @@ def _canaries(solutions: list[str | None], samples: int, scores: list[float | No
 
             def ask(self, items: Any, **_: Any) -> list[float | None]:
                 asked.extend(items)
-                return [None if a == silent else scores[len(str(a)) % len(scores)] for _, _, a in items]
+                return [
+                    None if a == silent else scores[(i + len(str(a))) % len(scores)] for i, (*_, a) in enumerate(items)
+                ]
 
         try:
             report = check(Judge(), rows, settings, prompt=_prompt())  # type: ignore[arg-type]

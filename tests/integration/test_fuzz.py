@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz import data, evals, recipes, suite
 from tests.fuzz.harness import Tally, run_process
 
-CASES = 1200
+CASES = 1450
 # What only a process of its own shows: what is printed where, and the exit code that a shell sees.
 THROUGH_A_PROCESS = [c for hand in (recipes.HAND, data.HAND, evals.HAND) for c in hand[::120] if c.call is None]
 

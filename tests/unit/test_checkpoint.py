@@ -23,6 +23,14 @@ def make(folder, *, adapter=False, trained=False):
     return folder
 
 
+@pytest.mark.parametrize(
+    "listed", ['{"x": Infinity}', '{"' + "y" * 5000 + '": {"bytes": 1}}', '{"x": NaN}', "[]", '{"x": []}']
+)
+def test_a_file_list_that_was_edited_is_damage(listed, tmp_path):
+    (tmp_path / "r1v_files.json").write_text(listed)
+    assert checkpoint.damage(tmp_path) and checkpoint.lacking(tmp_path)
+
+
 def test_every_meaning_of_a_name(tmp_path):
     model, adapter = make(tmp_path / "model"), make(tmp_path / "adapter", adapter=True)
     contract.write(model, {"schema": 1, "min_pixels": 784})

@@ -218,6 +218,7 @@ def test_a_file_that_is_edited_while_a_run_is_watched_does_not_end_the_run(tmp_p
         assert view._new(run.metrics) == [{"step": 3, "loss": 1.0}]
         with open(run.metrics, "a") as file:
             file.write('{"step": [], "loss": 1}\n{"step": NaN, "loss": 1}\n{"loss": 1}\n')
+            file.write(f'{{"step": {10**400}, "loss": 1}}\n{{"step": 4, "loss": 1, "reward": {10**400}}}\n')
         view.update()
 
 

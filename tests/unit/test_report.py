@@ -80,7 +80,7 @@ def test_metrics_survive_damage_nan_and_steps_logged_twice(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(
         '{"step": 2, "reward": 0.2, "step_time": 3}\n{"step": 1, "reward": NaN, "kl": 0.1}\nnot json\n[1]\n{"no": "step"}\n'
-        '{"step": true}\n{"step": 2, "reward": 0.9}\n'
+        f'{{"step": true}}\n{{"step": 2, "reward": 0.9, "loss": {10**400}}}\n{{"step": {10**400}}}\n'
     )
     notes: list[str] = []
     assert read_metrics(file, notes) == [{"step": 1.0, "kl": 0.1}, {"step": 2.0, "reward": 0.9, "step_time": 3.0}]
