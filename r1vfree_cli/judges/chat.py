@@ -35,6 +35,7 @@ _HEDGE = re.compile(
 )
 _TAKEN_BACK = re.compile(
     r"\b(?:wait|actually|if|unless|not\s+(?:really|quite|entirely|fully|completely|so|at\s+all))\b|\bn't\s+(?:really|quite)\b|\?\s*$"
+    r"|^\W*(?:not|no|nope|false|untrue|0)\W*$"
 )
 _WEAKENED = re.compile(  # "incorrect, but close" is incorrect; "correct, but in part" is no label
     r"\b(?:but|however|although|though|except|partial|partially|partly|hardly|only\s+(?:if|when|for|in|to))\b"

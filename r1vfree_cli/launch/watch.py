@@ -150,7 +150,8 @@ def last_lines(stage: str, where: str, adapter: bool, best: dict | None = None) 
     if stage == "sft":
         then = f"r1v grpo --recipe NAME --set model.name={final}"
     elif adapter:
-        then = f"r1v merge {run} --out {shlex.quote(where + '/merged')}, then {then}"
+        merged = shlex.quote(f"{where}/merged")
+        then = f"r1v merge {run} --out {merged}, then r1v eval hallusion {merged}"
     look = f"r1v view {run}; r1v report {run}" if stage == "grpo" else f"r1v report {run}"
     kept = ""
     if best:

@@ -15,8 +15,8 @@ from ..core.prompts import INSTRUCTION, parse
 from .load import clean, number
 
 
-def read_groups(file: Path, step: int) -> list[dict]:
-    """The groups of a step: question, samples, spread of advantages, disagreement of judges.
+def read_groups(file: Path, step: int, recipe: dict) -> list[dict]:
+    """The groups of a step: question, samples, spread of advantages, disagreement of the recipe's judges.
 
     Raises:
         DataError: the file is damaged.
@@ -28,10 +28,12 @@ def read_groups(file: Path, step: int) -> list[dict]:
     groups: dict[tuple[int, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row.get("group") or 0, str(row.get("id"))), []).append(row)
-    return [_group(step, *key, members) for key, members in groups.items()]
+    rewards = [r for r in recipe.get("rewards") or [] if isinstance(r, dict)]
+    judges = {clean(str(r.get("label") or r["name"])) for r in rewards if r.get("name") == "feedback"}
+    return [_group(step, *key, members, judges) for key, members in groups.items()]
 
 
-def _group(step: int, group: int, row_id: str, members: list[dict]) -> dict:
+def _group(step: int, group: int, row_id: str, members: list[dict], judges: set[str]) -> dict:
     texts = [str(m.get("completion")) for m in members]
     answers = [parse(text).answer for text in texts]
     repeats, alike = Counter(texts), Counter(answers)
@@ -50,8 +52,7 @@ def _group(step: int, group: int, row_id: str, members: list[dict]) -> dict:
         }
         for m, text, answer in zip(members, texts, answers)
     ]
-    # Text rewards have no opinion to differ with.
-    opinions = [[v for k, v in s["rewards"].items() if k not in ("format", "accuracy")] for s in samples]
+    opinions = [[v for k, v in s["rewards"].items() if k in judges] for s in samples]
     return {
         "step": step,
         "group": group,

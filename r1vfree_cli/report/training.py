@@ -168,7 +168,7 @@ def gallery(run: Run, album: Album, notes: list[str]) -> list[dict]:
     groups: list[dict] = []
     for i in sorted({round(i * (len(steps) - 1) / max(n - 1, 1)) for i in range(n)}):
         try:
-            found = read_groups(run.rollouts[steps[i]], steps[i])
+            found = read_groups(run.rollouts[steps[i]], steps[i], run.recipe)
         except DataError as e:
             notes.append(e.message)
             continue

@@ -58,7 +58,7 @@ class Rollouts:
         if step not in self._groups:
             if len(self._groups) > 64:
                 self._groups.pop(next(iter(self._groups)))
-            self._groups[step] = read_groups(rollout_file(self.files, step), step)
+            self._groups[step] = read_groups(rollout_file(self.files, step), step, self._run.recipe)
         return self._groups[step]
 
     def _groups_of(self, step: int, columns: list[str], test: Callable[[str], bool]) -> list[dict]:

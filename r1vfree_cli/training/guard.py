@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +22,8 @@ class StepFigures:
     """What the guard looks at in one logged step; None where it could not be measured.
 
     Shares are of 1: `zero_spread` of groups whose scored rewards are all equal (or fewer than two), `clipped` of
-    completions cut at the length limit, `duplicates` of completions that another one of their group repeats.
+    completions cut at the length limit, `duplicates` of the completions of a group but its first that repeat an
+    earlier one: 1 where each group is one text.
     `length_correlation` is Pearson's r of total reward and length in tokens. `sampler_difference`: mean absolute
     difference of a sampled token's log-probability in vLLM and in the trainer.
     """
@@ -60,7 +61,9 @@ def figures(
         groups[rollout.step, rollout.group].append(rollout)
     if not groups:
         return StepFigures(step, loss, grad_norm, None, None, None, None, sampler_difference)
-    repeated = sum(len(g) - sum(n == 1 for n in Counter(r.completion for r in g).values()) for g in groups.values())
+    # Of what could repeat: a few one-word answers that share a group are no collapse, one answer is.
+    repeated = sum(len(g) - len({r.completion for r in g}) for g in groups.values())
+    could = sum(len(g) - 1 for g in groups.values())
     scored = [(r.reward, float(r.tokens)) for r in rollouts if r.reward is not None]
     return StepFigures(
         step,
@@ -68,7 +71,7 @@ def figures(
         grad_norm,
         zero_spread=sum(_equal(g) for g in groups.values()) / len(groups),
         clipped=sum(r.clipped for r in rollouts) / len(rollouts),
-        duplicates=repeated / len(rollouts),
+        duplicates=repeated / max(could, 1),
         length_correlation=correlation(scored),
         sampler_difference=sampler_difference,
     )
@@ -106,7 +109,7 @@ class CollapseGuard:
         rules = (
             ("zero_spread", s.zero_spread_fraction, "of the groups had equal rewards only: nothing to learn"),
             ("clipped", s.clipped_fraction, "of the completions were cut at max_completion_length"),
-            ("duplicates", s.duplicate_fraction, "of the completions repeat another one of their group"),
+            ("duplicates", s.duplicate_fraction, "of what a group adds to its first completion repeats one"),
         )
         for name, threshold, what in rules:
             value = getattr(step, name)

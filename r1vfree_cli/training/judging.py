@@ -14,15 +14,18 @@ from ..judges.local import LocalJudge
 from ..rewards.canaries import TEMPLATES, fits
 from ..rewards.verify import normalised
 
-TEMPLATE_SHARE = 0.15  # of the drawn wrong answers: what says nothing, as a reward hacker would find it
+# Of the drawn wrong answers, what a policy finds that is paid by a judge which saw plausible answers alone:
+TEMPLATE_SHARE = 0.15  # what fits every question and says nothing
+STRAY_SHARE = 0.25  # answers to other questions: "red", asked for a shape
+SPLICED_SHARE = 0.1  # two words in one: "blangle"
 
 
 def wrong_answers(
-    problems: Sequence[str], solutions: Sequence[str], seed: int, prompt: Prompt = DEFAULT, templates: float = 0.0
+    problems: Sequence[str], solutions: Sequence[str], seed: int, prompt: Prompt = DEFAULT, *, hacks: bool = False
 ) -> list[str | None]:
     """For each row another answer: of the same question where there is one, else of one that begins alike, else any.
 
-    The share `templates` are answers that fit every question and say nothing. None where all answers are the same.
+    With `hacks`, half of them are what a reward hacker would find instead. None where all answers are the same.
     """
     rng = random.Random(f"wrong/{seed}")
     pools: list[dict[str, dict[str, str]]] = [defaultdict(dict) for _ in range(3)]
@@ -35,13 +38,25 @@ def wrong_answers(
     found: list[str | None] = []
     for problem, key, solution in zip(problems, keys, solutions, strict=True):
         said = [t for t in empty if fits(t, problem)]
-        if rng.random() < templates:
+        kind = rng.random() if hacks else 1.0
+        if kind < TEMPLATE_SHARE:
             found.append(rng.choice(said))
             continue
         own = normalised(solution)
-        others = (pool[k] for pool, k in zip(lists, key, strict=True) if len(pool[k]) > 1)
-        found.append(next((_draw(rng, pool, own) for pool in others), None))
+        usable = [pool[k] for pool, k in zip(lists, key, strict=True) if len(pool[k]) > 1]
+        likely = _draw(rng, usable[0], own) if usable else None
+        if likely and kind < TEMPLATE_SHARE + STRAY_SHARE:
+            likely = _draw(rng, usable[-1], own)
+        elif likely and kind < TEMPLATE_SHARE + STRAY_SHARE + SPLICED_SHARE:
+            likely = _spliced(likely, solution, pools[2][""])
+        found.append(likely)
     return found
+
+
+def _spliced(one: str, other: str, known: dict[str, str]) -> str:
+    """A word that begins as one and ends as the other; `one` where that is no new word."""
+    word = one[: (len(one) + 1) // 2] + other[len(other) // 2 :]
+    return one if " " in one + other or normalised(word) in known else word
 
 
 def _draw(rng: random.Random, pool: list[tuple[str, str]], own: str) -> str:
@@ -62,7 +77,7 @@ def with_verdicts(rows, wrong, seed: int, prompt: Prompt):
 
     solutions = list(rows["solution"])
     if wrong is None:
-        drawn = wrong_answers(list(rows["problem"]), solutions, seed, prompt, TEMPLATE_SHARE)
+        drawn = wrong_answers(list(rows["problem"]), solutions, seed, prompt, hacks=True)
         return columns(rows, solutions, drawn)
     parts = columns(rows, solutions, [None] * len(rows)), columns(wrong, [None] * len(wrong), list(wrong["solution"]))
     return datasets.concatenate_datasets(parts)

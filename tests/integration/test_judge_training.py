@@ -93,8 +93,23 @@ def test_wrong_answers_are_of_the_same_question_where_there_are_any():
         assert found[3] in {"a cat", "A CAT", "a dog", "yes", "no"}
         assert found[4:] == ["no", "yes"]
     assert wrong_answers(["Why?"] * 2, ["so", "So"], 0) == [None, None]
-    drawn = wrong_answers(problems[4:], solutions[4:], 0, templates=1.0)
-    assert all(a not in ("yes", "no", "Yes") for a in drawn)  # to these, Yes is an answer
+
+
+def test_trap_a_judge_that_never_saw_a_hack_pays_for_it():
+    """Answers to other questions ("red", asked for a shape), words of two halves, what says nothing: all of them wrong."""
+    problems = ["What shape is it?", "What colour has it?"] * 300
+    solutions = [a for i in range(300) for a in (("circle", "triangle")[i % 2], ("red", "blue")[i % 2])]
+    drawn = wrong_answers(problems, solutions, 0, hacks=True)
+    known = {"What shape is it?": {"circle", "triangle"}, "What colour has it?": {"red", "blue"}}
+    kinds = dict.fromkeys(("likely", "stray", "hack"), 0)
+    for problem, solution, answer in zip(problems, solutions, drawn, strict=True):
+        assert answer and answer != solution
+        own, all_of_them = known[problem], known["What shape is it?"] | known["What colour has it?"]
+        kinds["likely" if answer in own else "stray" if answer in all_of_them else "hack"] += 1
+    assert kinds["likely"] > 250 and kinds["stray"] > 60 and kinds["hack"] > 100
+    assert {"blud", "rue", "cirngle", "triacle"} & set(drawn)
+    closed = wrong_answers(["Is it red?", "Is it blue?"] * 100, ["yes", "no"] * 100, 0, hacks=True)
+    assert "Yes" not in closed  # to these, Yes is an answer
 
 
 def test_area_under_roc():

@@ -180,7 +180,9 @@ def test_the_last_lines_say_where_the_model_lies_and_what_to_run_next():
     ]
     best = watch.last_lines("grpo", "runs/a", False, {"step": 150, "aAcc": 41.23}).splitlines()[1]
     assert best == "  best   runs/a/checkpoints/checkpoint-150 (aAcc 41.2)"
-    assert "r1v merge runs/a --out runs/a/merged, then r1v eval" in watch.last_lines("grpo", "runs/a", True)
+    assert "r1v merge runs/a --out runs/a/merged, then r1v eval hallusion runs/a/merged" in watch.last_lines(
+        "grpo", "runs/a", True
+    )
     assert "r1v grpo --recipe NAME --set model.name=runs/a/final" in watch.last_lines("sft", "runs/a", False)
 
 

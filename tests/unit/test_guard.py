@@ -63,6 +63,9 @@ def test_an_unscored_rollout_is_not_a_zero_to_the_guard():
 def test_duplicates_are_counted_within_a_group_and_can_reach_all():
     same = [rollout(i, completion="x") for i in range(4)] + [rollout(i) for i in range(4, 8)]
     assert measure(same).duplicates == 0.5
+    # A few short answers in a group are what a question about shapes has; one and the same is a collapse.
+    few = [rollout(i, completion=("circle", "square")[i % 2]) for i in range(8)]
+    assert measure(few).duplicates == pytest.approx(2 / 3)
     # The same text for other questions is no duplicate: short answers repeat.
     across = [rollout(i, completion=f"answer {i % GROUP}") for i in range(8)]
     assert measure(across).duplicates == 0.0

@@ -256,6 +256,9 @@ def test_rule_judge_answers_same_by_equal_readings(tmp_path):
                 "It is unclear whether the answer is correct.",
                 "unclear, maybe correct",
                 "correct\nincorrect",
+                "correct (not)",
+                "correct: false",
+                "Correct? No.",
                 '{"verdict": "correct"}',
             )
         ),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from markdown_it import MarkdownIt
 
 from r1vfree_cli.core.errors import DataError, UsageError
 from r1vfree_cli.report.load import clean, collect, labels, read_metrics
 from r1vfree_cli.report.render import fence, markdown
-from r1vfree_cli.report.rollouts import question
+from r1vfree_cli.report.rollouts import question, read_groups
 from r1vfree_cli.report.view import duration, flatten, p_value, plain, signed
 
 HOSTILE = [
@@ -248,3 +250,18 @@ def test_costs_of_several_judges_are_added_up(tmp_path):
         ["judge calls", "10"],
         ["judge calls failed: b/timeout", "2"],
     ]
+
+
+def test_judges_differ_with_judges_only(tmp_path):
+    """A reward of one's own is no second judge."""
+    rows = [
+        {"step": 1, "group": 0, "id": "a", "prompt": "What?", "completion": text, "reward": 1.0, "advantage": 0.0,
+         "rewards/format": 1.0, "rewards/feedback": first, "rewards/strict": second, "rewards/brevity": 9.0}
+        for text, first, second in (("x", 0.2, 0.5), ("y", 0.9, None))
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "step.parquet")
+    told = [{"name": "format"}, {"name": "feedback"}, {"name": "f.py:brevity"}, {"name": "feedback", "label": "strict"}]
+    (group,) = read_groups(tmp_path / "step.parquet", 1, {"rewards": told})
+    assert group["disagreement"] == pytest.approx(0.3)
+    (group,) = read_groups(tmp_path / "step.parquet", 1, {"rewards": told[:3]})
+    assert group["disagreement"] == 0
