@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -318,6 +319,8 @@ def main() -> None:
         from ..core import console
 
         console.debugging = True
+    else:
+        warnings.simplefilter("ignore", FutureWarning)  # of a library to its callers: nothing that a user can change
     try:
         with _hinting():
             app()

@@ -68,6 +68,17 @@ def test_debug_shows_the_traceback_at_any_place():
     assert "Traceback" in r1v("--debug", "grpo", "--recipe", "nope").stderr
 
 
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_what_libraries_tell_their_callers_is_shown_with_debug_only(debug):
+    code = f"""import sys, warnings
+from r1vfree_cli import cli
+cli.app = lambda: warnings.warn("use another name", FutureWarning)
+sys.argv = ["r1v", *{debug}]
+cli.main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and ("use another name" in done.stderr) == bool(debug)
+
+
 @pytest.mark.parametrize("args", [("nope",), ("grpo",), ("grpo", "--recipe"), ("recipes", "show", "nope"), ("report",)])
 def test_wrong_usage_is_exit_2(args):
     assert r1v(*args).returncode == 2
