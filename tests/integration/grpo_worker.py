@@ -5,10 +5,9 @@
 """
 
 import os
+import sys
 import zlib
 from dataclasses import replace
-
-import clock_back
 
 from r1vfree_cli.core.errors import UsageError
 from r1vfree_cli.rewards.text import completion_text
@@ -56,6 +55,9 @@ def build(*_, **__):
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(__file__))  # which PYTHONSAFEPATH keeps out
+    import clock_back
+
     clock_back.apply()
     grpo.build_rewards = build
     main = grpo.main
