@@ -119,7 +119,13 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
         if paired["difference"] is None:
             continue
         low, high = paired["interval"]
-        word = "established" if low > 0 or high < 0 else "not established: the interval holds 0"
+        p = paired.get("p_swap")
+        if low <= 0 <= high:
+            word = "not established: the interval holds 0"
+        elif p is not None and p > 1 - c.result["level"]:  # few sets of questions: their interval is too narrow
+            word = f"not established: the two swapped at random differ as much (p {p:.2g})"
+        else:
+            word = "established"
         said.append(
             f"{c.label} against {c.reference}: {name} {signed(paired['difference'])} points, "
             f"{100 * c.result['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."

@@ -220,6 +220,8 @@ def test_an_evaluation_is_one_curve_with_its_interval(tmp_path):
 
 
 def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
+    from types import SimpleNamespace
+
     from r1vfree_cli.report.load import Run
     from r1vfree_cli.report.render import verdict
 
@@ -237,6 +239,16 @@ def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
 
     assert measured(70.0) == ["run: pope/accuracy, greedy, 60 (56 to 64) → 70 (66 to 74), established."]
     assert "not established: the intervals overlap" in measured(66.0)[0]
+
+    def compared(low, p):
+        found = {"difference": 16.7, "interval": [low, 20.0], "p_swap": p}
+        both = SimpleNamespace(label="B", reference="A", result={"metrics": {"aAcc": found}, "level": 0.95})
+        return verdict([], [both])[0]
+
+    assert compared(14.3, 0.01).endswith("+20.0, established.")
+    assert "not established: the interval holds 0" in compared(-1.0, 0.01)
+    # Three sets of questions: resampling them says nothing of those that were not asked.
+    assert "not established: the two swapped at random differ as much (p 0.5)" in compared(14.3, 0.5)
 
 
 def test_costs_of_several_judges_are_added_up(tmp_path):

@@ -21,7 +21,7 @@ ROOMS = {
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
-    "report": 1480,
+    "report": 1484,
     "doctor": 400,
     "tiny": 450,
     "cli": 500,
