@@ -54,11 +54,12 @@ _TAG = re.compile(rf"</?(?!(?:{_ANY})>)[a-z][^<>]{{0,40}}>")
 _MARKUP = re.compile(r"[*_`#\"“”„«»「」『』'‘$|~\\]+(?!s\b)")
 _LONE_IN_BRACKETS = re.compile(rf"[(\[{{]\s*({_ANY})\s*[.!]?\s*[)\]}}]")
 _CHOICE = re.compile(
-    r"\b(?:yes\s*(?:/|\bor\b)\s*(?:a\s+)?no|no\s*(?:/|\bor\b)\s*(?:a\s+)?yes)\b|\byes\s*,\s*no\b(?=\s*(?:\W|or\b|$))"
+    r"\b(?:yes\s*(?:/|\bor\b)\s*(?:a\s+)?no|no\s*(?:/|\bor\b)\s*(?:a\s+)?yes)\b|\byes\s*,\s*no\b(?=\s*(?:[^\w\s]|or\b|$))"
 )
+_CHINESE_CHOICE = re.compile(r"(?:是|有|对|正确)\s*(?:/|\||或者?|还是)\s*(?:否|不是|没有|不对|错误?|不正确)")
 _SURELY = re.compile(r"\b(?:of course|(?:without|no)(?: an?y?)? (?:doubt|question)(?: about (?:it|that))?)\b")
 _PAIRED = re.compile(
-    r"\b(?:yes[\s|=!<>&+]*(?:and\s)?\s*no|no[\s|=!<>&+]*(?:and\s)?\s*yes)\b(?!\s+[a-z])"
+    r"\b(?:yes[\s|=!<>&+]*(?:and\s)?\s*no|no[\s|=!<>&+]*(?:and\s)?\s*yes)\b(?!\s+(?!yes\b|no\b)[a-z])"
 )  # "both yes and no"
 _NUMBER = re.compile(rf"\b(?:{_ANY})\.?\s*\d+")  # "No. 3"
 _OPTION = re.compile(r"(?<![\w'])([a-d1-4])\s*[.):]\s*\(?(yes|no)\b")
@@ -89,7 +90,7 @@ def _plain(text: str) -> str:
     plain = _TAG.sub(" ", re.sub(r"<\|[^<>|]{1,40}\|>", "\n", plain))
     plain = re.sub(r"n't\b", " not", re.sub(r"\bcan(?:'t|not)\b", "can not", plain))
     plain = _one_space(_MARKUP.sub(" ", _QUOTED_CHINESE.sub("", plain)))
-    plain = _CHINESE.sub(_translated, _SURELY.sub("surely", plain))
+    plain = _CHINESE.sub(_translated, _SURELY.sub("surely", _CHINESE_CHOICE.sub(" ", plain)))
     plain = re.sub(r"([\u3400-\u9fff])([a-z])", r"\1 \2", plain)
     plain = _NUMBER.sub(" ", _one_space(_CHOICE.sub(" ", _one_space(_LONE_IN_BRACKETS.sub(r" \1 ", plain)))))
     options = dict(_OPTION.findall(plain))
@@ -117,10 +118,10 @@ _CLAUSE_WORDS = frozenset(
     "there here because since as for but and although though while however when so then due given based considering "
     "is are was were be do does did can could would will should might may has have had not in on at from by to with "
     "according within definitely absolutely certainly clearly actually indeed really obviously surely exactly probably "
-    "unfortunately therefore thus hence sorry sir thanks please again too either it's that's there's i'm they're".split()
+    "unfortunately therefore thus hence sorry sir thanks please again too either yes no it's that's there's i'm they're".split()
 )
 _WORD = re.compile(rf"(?<![\w'-])({_ANY})(?![\w'])(?!-\w)")
-_NEXT = re.compile(r"[ ]*([a-z']+)?")
+_NEXT = re.compile(r"[ ]*([a-zà-ɏа-ё']+)?")
 _IN_PART = frozenset(("in", "by", "for", "from", "with"))  # "yes in theory": no verdict of its own rank
 _WINDOW = 200  # characters around a verdict that can bear on it
 _SENTENCE = re.compile(r"[.!?;\n。](?!\d)")
@@ -154,6 +155,11 @@ _REJECTED = re.compile(
 _IF = r"(?:(?<!even )if|unless|assuming|supposing|provided(?: that| it)|as long as)\s+(?!(?:we|you|i|one|forced|asked|so)\b)"
 _ON_CONDITION = re.compile(rf"\s*,?\s*(?:but\s+)?(?:only\s+)?{_IF}")
 _CONDITION = re.compile(rf"\s*(?:(?:and|but|so|only|well|however|although)\W+)*{_IF}")
+# "Yes, but it's not" says both; "yes, but it's not red" does not.
+_WITHDRAWN = re.compile(
+    r"\s*[,.]?\s*(?:but|although|though|except|only)\s+(?:it|that|this|there|they|he|she|i)(?:'s|'re|\s+(?:is|are|was|were|does|do|did|has|can))"
+    r"(?P<no>\s+not)?(?:\s+(?:really|actually|so|the case|true))?\s*(?:[.!;\n]|$)"
+)
 _ALONE = re.compile(
     r"\W*(?:(?:ok|okay|well|sure|right|hmm|um|oh|ah|i think|i believe|i would say|i'd say|definitely|my answer)\W+)*"
 )
@@ -193,13 +199,16 @@ _THING = (
     r"(?:images?|pictures?|photos?|photographs?|figures?|files?|attachments?|contexts?|screenshots?|"
     r"visual\s+(?:content|information|input|data|context))"
 )
-_GIVEN = r"(?:provided|given|attached|uploaded|supplied|included|shared|sent|received|available|accessible|visible)"
+_GIVEN = (
+    r"(?:provided|given|attached|uploaded|supplied|included|shared|sent|received|available|accessible|visible)"
+    r"(?!\s+(?:to|on|in|by|from)\s+(?:the|an?|his|her|its)\s+(?!message|prompt|question|request|query|conversation|input|chat))"
+)
 _END = (
-    r"(?=\s*(?:$|[.!,;\n]|(?:here|there|you|and|so|but|because|to\s+(?:me|us|analy\w+|look|refer|see|view)|for\s+(?:me|us|reference)|"
+    rf"(?=\s*(?:$|[.!,;\n]|{_GIVEN}\b|(?:here|there|you|and|so|but|because|to\s+(?:me|us|analy\w+|look|refer|see|view)|for\s+(?:me|us|reference)|"
     r"(?:in|with)\s+(?:your|the|this)\s+(?:message|prompt|question|request|query|conversation|input))\b))"
 )
 _UNSEEN = re.compile(
-    rf"\bno\s+(?:(?:accompanying|attached|actual|such|given|provided|visible|relevant)\s+)?{_THING}"
+    rf"\bno[ ]+(?:(?:accompanying|attached|actual|such|given|provided|visible|relevant)\s+)?{_THING}"
     rf"(?:(?:\s+(?:is|are|was|were|has|have|been|can be))*\s+{_GIVEN}\b|{_END})"
     rf"|\b{_THING}\s+(?:is|are|was|were|has|have|did|does|could|can)\s+not\s+(?:been\s+|be\s+)?(?:\w+ly\s+)?"
     rf"(?:(?:provided|given|attached|uploaded|supplied)\b|(?:{_GIVEN}|load(?:ed|ing)?|displayed|shown|opened|seen|render(?:ed)?){_END})"
@@ -209,6 +218,7 @@ _UNSEEN = re.compile(
     rf"(?:see|view|access|open|load|receive|have|find|provide|include|attach|upload|share|send|process|analy[sz]e)d?\s+"
     rf"(?:access\s+to\s+)?(?:(?:an?|any|the|your|this|that)\s+)?{_THING}{_END}"
     rf"|\bwithout\s+(?:(?:seeing|viewing|having|access\s+to|an?|any|the|your|this)\s+)+{_THING}\b(?!\s+o[fn]\b)"
+    rf"|\b(?:was|were|am|have)\s+not\s+(?:been\s+)?(?:given|shown|provided(?:\s+with)?|sent)\s+(?:an?|any|the)\s+{_THING}\b"
     r"|\bcan\s+not\s+(?:help|assist|comply)\b"
     r"|(?:没有?|未)(?:看到|收到|见到|提供|上传|附上?|加载)?(?:任何)?(?:图片?|图像|照片)(?=\W|$|可|提供)|(?:看|见|查看|打)不(?:到|见|了|开)(?:任何)?(?:图|照片)"
     r"|(?:图片?|图像|照片)(?:没有?|未)(?:被)?(?:提供|上传|加载|显示)"
@@ -275,7 +285,11 @@ def _verdicts(plain: str) -> Iterable[tuple[int, str, int]]:
 
 
 def _contradicted(plain: str) -> bool:
-    """Whether the reply opens with a verdict and states the other one at once: nothing was thought over in between."""
+    """Whether a verdict is taken back at once, or the reply opens with one and states the other: nothing was thought over
+    in between."""
+    for m in _WORD.finditer(plain):
+        if (withdrawn := _WITHDRAWN.match(plain, m.end())) and (_AS[m[1]] == YES) == bool(withdrawn["no"]):
+            return True
     first = _WORD.match(plain, re.match(r"\W*", plain).end())  # type: ignore[union-attr]
     if not first:
         return False

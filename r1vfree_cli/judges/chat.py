@@ -38,7 +38,17 @@ _TAKEN_BACK = re.compile(
     r"|^\W*(?:not|no|nope|false|untrue|0)\W*$"
 )
 _WEAKENED = re.compile(  # "incorrect, but close" is incorrect; "correct, but in part" is no label
-    r"\b(?:but|however|although|though|except|partial|partially|partly|hardly|only\s+(?:if|when|for|in|to))\b"
+    r"\b(?:but|however|although|though|except|hardly|only\s+(?:if|when|for|in|to)|(?:un|not\s+)(?:sure|certain)|low\s+confidence|"
+    r"(?:with|has|contains?|some|minor|small|few)\s+(?:(?!no\b)\w+\s+)?(?:errors?|mistakes?|flaws?|inaccuracies|problems?|issues?|reservations?|doubts?))\b"
+    r"|^\W*(?:for\s+the\s+most\s+part|in\s+part|partial(?:ly)?|partly|mostly|mainly|largely|almost|nearly|somewhat|roughly|kind\s+of|sort\s+of|"
+    r"more\s+or\s+less|in\s+(?:some|most)\s+(?:ways|parts|respects)|incomplete|doubtful|questionable|debatable|half|i\s+guess|maybe|perhaps|"
+    r"possibly|probably)\b"
+)
+# Lines that take back what a line before them stated.
+_RECANTED = re.compile(
+    r"\b(?:wait|hold\s+on|hang\s+on|scratch\s+that|on\s+(?:second\s+thoughts?|reflection)|correction|let\s+me\s+re\w+|"
+    r"i\s+(?:was|am)\s+(?:wrong|mistaken)|i\s+(?:take|took)\s+(?:that|it)\s+back)\b"
+    r"|^\W*(?:not\s+(?:really|quite|exactly|entirely|at\s+all)|nope|actually|no\W*$|no\s*,)"
 )
 _NO_LABEL = re.compile(r"\bcorrect\s+(?:answer|response|one|option|label|value)\b")
 
@@ -95,6 +105,8 @@ def stated_label(text: str, labels: dict[str, int]) -> int | None:
     for line in plain.splitlines():
         if (match := stated.fullmatch(line)) and not _HEDGE.search(line):
             found.add(match[1])
+        elif found and _RECANTED.search(line):
+            return None
     lead = re.match(rf"({says})({names})\s*(?:[–—:.,;(!\n]|-(?!\w)|because\b|since\b)(.*)", plain, re.DOTALL)
     if lead and not _HEDGE.search(lead[1]):
         said, rest = lead[2], _NO_LABEL.sub(" ", lead[3])

@@ -291,6 +291,18 @@ def test_rule_judge_answers_same_by_equal_readings(tmp_path):
                 "Let me compare.\nThe reference is correct.\nLabel: incorrect",
             )
         ),
+        ("correct, mostly", None),
+        ("Correct (unsure)", None),
+        ("Correct - for the most part", None),
+        ("Label: correct (with errors)", None),
+        ("correct, sort of", None),
+        ("correct. It has no errors", 1),
+        ("incorrect, mostly", 0),
+        ("correct\nNo wait, that is wrong", None),
+        ("correct\nHmm, on second thought it conflicts", None),
+        ("correct\nActually, the student said two", None),
+        ("correct\n\nNo conflict with the reference.", 1),
+        ("incorrect\nThe reference says no.\nNo match.", 0),
     ],
 )
 def test_labels_are_parsed_strictly(text, label):

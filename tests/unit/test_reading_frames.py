@@ -44,12 +44,15 @@ READ = [
     "{}, if you look closely.", "{}, even if it looks curved.", "If I had to guess, {}.", "Final answer: {}, as if it were drawn.", "<{}>", "Answer: <{}>",
     "The answer is {}. If the bar were red, the answer would be another.", "{}, the image does not show a dog.", "{}, there is no image of a dog.",
     "{}, I can not see any dog in the image.", "{}, the picture is missing a leg.", "{}, the figure is not visible in the mirror.", "{} in the picture, as drawn",
+    "{}, no bar is red", "{}, no image attached to the wall is red", "{0} {0}", "{0} {0} {0}", "{0}, {0}, {0}!", "Yes, no? {}", "是/否：{}", "是或否: {}", "{}, but it's not red.",
 ]  # fmt: skip
 # Tags of reasoning, as models write them: what is inside is never read, closed, open, or closed only.
 THOUGHT = ["think", "thinking", "Thinking", "thought", "thoughts", "thought_process", "reason", "reasoning", "REASONING", "rationale", "reflection", "reflect",
            "analysis", "scratchpad", "cot", "inner_monologue", "internal_thoughts", "rethink", "seed:think", "self-reflection", "think time=3"]  # fmt: skip
 # Frames in which a verdict is negated, supposed, asked or no verdict: never the one put in, never the other.
 UNREAD = [
+    "{}, I can't see any image attached", "{}. I was not given an image", "{} изображения", "{} é possível", "It looks like yes, but it's not{:.0}",
+    "Yes, but it isn't.{:.0}", "No, but it is.{:.0}", "Yes, but that is not true{:.0}",
     "I would not say {}", "I wouldn't say {}.", "The answer is not {}.", "The answer isn't {}", "I don't think the answer is {}",
     "It cannot be {}.", "I can't say {}", "Not {}.", "Neither {} nor anything", "Never {}", "not a {}", "I would not say ({})",
     "It would be wrong to say {}", "{} is not the answer", "{} would be wrong", "The wrong answer is {}", "anything but {}",
