@@ -50,6 +50,18 @@ class Question:
         return found | ({"part": self.part} if self.part else {})
 
 
+@dataclass(frozen=True)
+class Job:
+    """One question as it is asked: its conversation, its figure (PNG or JPEG bytes; None without one), the content key
+    of the reply, and how the question is stored beside it."""
+
+    id: str
+    messages: list[dict]
+    image: bytes | None
+    key: str = ""
+    record: dict = field(default_factory=dict)
+
+
 @dataclass
 class QuestionSet:
     """Questions in file order, and where the image of each that has one is read from."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,12 +187,5 @@ def answer_format(texts: dict[str, str], records: dict[str, dict], codes: dict[s
 
 def dump_judged(records: list[dict]) -> str:
     """judged.json as text; NaN, which some writers leave for nothing, becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(records), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    plain = json.loads(json.dumps(records), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
