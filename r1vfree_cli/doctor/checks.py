@@ -1,7 +1,5 @@
 """`r1v doctor`: is this machine, and this recipe, ready? Each check is ok, a warning or an error with a hint."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

@@ -3,8 +3,6 @@
 `python -m r1vfree_cli.doctor.probe OUT.json [--stage grpo --recipe FILE]` writes a list of checks.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ It knows what is asked, when a reply is right, what is counted, and which questi
 resuming, endpoints, statistics, gates, comparisons and the report are the same for all and stand outside the rooms.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Generation with a local model: batches by length, each figure encoded once, the same tokens as one at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections import Counter

@@ -1,7 +1,5 @@
 """The generate stage: questions to `predictions.jsonl`, resumable after a kill at any moment."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -23,7 +21,7 @@ from ..judges.protocol import JPEG_QUALITY, Failure
 from ..judges.replies import Reply
 from ..launch import plan as plans
 from ..launch import processes, vllm
-from ..run import checkpoint
+from ..run.checkpoint import Checkpoint, merge_command, resolve
 from .benchmark import Benchmark, content_key
 from .judgements import by_id
 from .options import EvalOptions
@@ -41,7 +39,7 @@ class Plan:
     """
 
     identity: dict
-    checkpoint: checkpoint.Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     warnings: list[str] = field(default_factory=list)
     prompt: prompts.Prompt = prompts.DEFAULT
     runtime: dict = field(default_factory=dict)
@@ -56,7 +54,7 @@ def plan(o: EvalOptions) -> Plan:
         DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels.
     """
     warnings: list[str] = []
-    found = checkpoint.resolve(o.checkpoint, o.seed) if o.checkpoint else None
+    found = resolve(o.checkpoint, o.seed) if o.checkpoint else None
     if o.base and (found is None or found.kind not in ("adapter", "hub")):
         raise UsageError("--base is the base model of a LoRA folder, and no LoRA folder is given")
     contract = found.contract if found else {}
@@ -89,7 +87,7 @@ def plan(o: EvalOptions) -> Plan:
     if o.vllm and found is not None and found.kind == "adapter":
         raise UsageError(
             f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter",
-            hint=f"first: {checkpoint.merge_command(found.path)}",
+            hint=f"first: {merge_command(found.path)}",
         )
     return Plan(identity, found, warnings, prompt)
 

@@ -1,7 +1,5 @@
 """Records of files that r1v or other tools wrote: JSON (a list, or a table in an object), JSON Lines, TSV, CSV, XLSX."""
 
-from __future__ import annotations
-
 import csv
 import re
 import sys

@@ -1,7 +1,5 @@
 """The result document: scores, what they rest on, and the paired comparison with another result."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The eval dir: `eval.json` (what and how), `predictions.jsonl`, `judgements.jsonl
 verdicts; HallusionBench's in the official result format), `scores.json` (what `--json` prints).
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import time
@@ -86,7 +84,7 @@ def _stages(w: Work) -> dict:
     o, out = w.o, w.out
     log = _Log(w)
     if w.records is None:
-        asked = {"source": w.asked.source, "images": o.images and str(o.images)}
+        asked: dict[str, Any] = {"source": w.asked.source, "images": o.images and str(o.images)}
         asked |= {"n": len(w.asked.questions), "sha256": w.asked.sha256}
         trained = w.plan.checkpoint.contract if w.plan.checkpoint else {}
         log.state |= {"contract": trained, "warnings": w.plan.warnings, "asked": asked}

@@ -1,7 +1,5 @@
 """A result for people: tables on stdout, what makes it mean little before them."""
 
-from __future__ import annotations
-
 from ..core import console
 from ..core.errors import counted
 from .result import causes

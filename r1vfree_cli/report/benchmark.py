@@ -1,7 +1,5 @@
 """The report's part on a benchmark: the table, its parts, paired comparisons, and the answers that changed."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable

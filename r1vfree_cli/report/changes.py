@@ -1,7 +1,5 @@
 """Two evals question by question: the paired comparison, and the questions gained and lost."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

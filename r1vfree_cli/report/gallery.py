@@ -1,7 +1,5 @@
 """Pictures of a report's rollouts and questions: found where the run's or eval's data lies, shrunk, stored once."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Read run dirs and eval dirs as they are: killed, partial or damaged ones too. What is not there is noted, never made up."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

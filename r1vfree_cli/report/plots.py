@@ -4,8 +4,6 @@ Colours are of middle lightness and PNGs are transparent, so both stand on a lig
 in dash and dots in shape as well as in colour, for readers who do not tell the colours apart.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

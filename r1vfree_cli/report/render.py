@@ -1,7 +1,5 @@
 """`report()`: collect, view, render both templates, and only then write: a report is replaced atomically."""
 
-from __future__ import annotations
-
 import math
 import re
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """The report's part on training: curves of all runs together; facts, rollouts and the contract of each."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

@@ -4,8 +4,6 @@ The page asks for one step, one question or one page of hits at a time; each is 
 thousands of steps open as quickly as one.
 """
 
-from __future__ import annotations
-
 import socket
 import webbrowser
 from collections.abc import Callable

@@ -20,9 +20,9 @@ ROOMS = {
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
-    "eval": 3324,
-    "report": 1483,
-    "doctor": 400,
+    "eval": 3287,
+    "report": 1472,
+    "doctor": 398,
     "tiny": 450,
     "cli": 499,
 }

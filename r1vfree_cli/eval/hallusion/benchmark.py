@@ -1,7 +1,5 @@
 """HallusionBench as a benchmark: two protocols, a rule and a chat judge, counts of pairs and figures inside sets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Official JSON with an image folder or zip; the hub dataset's parquet (splits image, non_image); VLMEvalKit's TSV.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """HallusionBench's scores, to the count of the official script (tianyi-lab/HallusionBench, utils.py). Pure Python."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
