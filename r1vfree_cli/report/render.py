@@ -168,9 +168,6 @@ def _run_notices(runs: list[Run]) -> list[str]:
     return found
 
 
-# --- HTML and Markdown -----------------------------------------------------------------------------------------
-
-
 def _environment(**options):
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -219,9 +216,6 @@ def attribute(text: Any) -> Raw:
     from html import escape
 
     return Raw(re.sub(r"\s+", " ", escape(str(text))).replace("|", "&#124;"))
-
-
-# --- files -----------------------------------------------------------------------------------------------------
 
 
 def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:

@@ -156,9 +156,6 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     return [(name, command) for name, command in found if command]
 
 
-# --- rollouts --------------------------------------------------------------------------------------------------
-
-
 def gallery(run: Run, album: Album, notes: list[str]) -> list[dict]:
     """Groups from the first, the last and evenly spaced steps between: those whose advantages differ most."""
     steps = list(run.rollouts)

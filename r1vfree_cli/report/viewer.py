@@ -88,9 +88,6 @@ def _mentions(group: dict, wanted: str) -> bool:
     return any(wanted in t.casefold() for t in (group["question"], *(s["completion"] for s in group["samples"])))
 
 
-# --- the page --------------------------------------------------------------------------------------------------
-
-
 def app(runs: list[Rollouts]):
     """The Starlette application: `/` the page, `/api/...` JSON, `/image` a row's picture. Nothing writes."""
     from starlette.applications import Starlette
