@@ -107,9 +107,6 @@ def _name(column: object) -> str:
     return str(column).strip().lower()
 
 
-# --- XLSX ------------------------------------------------------------------------------------------------------
-
-
 def _sheet(path: Path) -> Iterator[tuple[int, dict]]:
     """(row number, record) of the first sheet; its first row names the columns."""
     from ..data.archives import zip_members

@@ -46,8 +46,7 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
             hint="score both by the same --protocol",
         )
     judged, _ = benchmark.load_judged(file)
-    unjudged = sum(j.code is None for j in judged)
-    if unjudged:
+    if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
     return Other(path, judged, (document.get("settings") or {}).get("judge"))
 
@@ -77,7 +76,7 @@ class Evidence:
     records: dict[str, dict]
     settings: dict
     warnings: list[str]
-    unjudged: int = 0
+    unjudged: int
 
 
 def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, other: Other | None) -> dict:
@@ -86,9 +85,8 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
     Raises:
         DataError: more replies are empty than `--max-empty` allows.
     """
-    doc = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name} | benchmark.document(
-        found.judged, protocol
-    )
+    doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
+    doc |= benchmark.document(found.judged, protocol)
     doc["unjudged"] = found.unjudged
     doc["questions_sha256"] = content_key(sorted(j.key for j in found.judged))
     doc["intervals"] = stats.intervals(found.judged, benchmark.score, seed=o.seed)
