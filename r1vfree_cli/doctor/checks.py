@@ -1,7 +1,5 @@
 """`r1v doctor`: is this machine, and this recipe, ready? Each check is ok, a warning or an error with a hint."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile
@@ -148,12 +146,9 @@ def _hub() -> Check:
 
 def _disk() -> list[Check]:
     checks = []
-    places = (
-        ("here", Path.cwd()),
-        ("cache", files.cache_dir()),
-        ("temporary", Path(os.environ.get("TMPDIR", "/tmp"))),
-    )
-    for title, path in places:
+    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    places = {"here": Path.cwd(), "cache": files.cache_dir(), "temporary": temporary}
+    for title, path in places.items():
         while not path.exists():
             path = path.parent
         if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
@@ -162,11 +157,10 @@ def _disk() -> list[Check]:
             continue
         free = files.disk_free(path) / 1e9
         state = ERROR if free < 1 else WARNING if free < 50 and title != "temporary" else OK
-        hint = None
-        if state != OK:
-            hint = "a 3B run with optimizer states writes about 53 GB a checkpoint"
-            hint = "TMPDIR can name another place" if title == "temporary" else hint
-        checks.append(Check(f"disk, {title}", state, f"{free:.3g} GB free on {path}", hint))
+        hint = "a 3B run with optimizer states writes about 53 GB a checkpoint"
+        if title == "temporary":
+            hint = "TMPDIR can name another place"
+        checks.append(Check(f"disk, {title}", state, f"{free:.3g} GB free on {path}", None if state == OK else hint))
     return checks
 
 
@@ -180,7 +174,7 @@ def _recipe(stage: str, recipe: GrpoRecipe | SftRecipe) -> list[Check]:
             jobs.prepare(recipe)
             checks.append(Check("model and data", OK, "reachable"))
         except R1VError as e:
-            checks.append(Check("model and data", ERROR, e.message, e.hint))
+            checks.append(_failed("model and data", e))
     return checks
 
 
@@ -196,6 +190,7 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
             files.write_text(Path(folder) / "recipe.yaml", recipes.to_yaml(recipe))
             args += ["--stage", stage, "--recipe", str(Path(folder) / "recipe.yaml")]
             args += [] if judge else ["--without-judge"]
+        failed = []
         try:
             plan = module_plan("r1vfree_cli.doctor.probe", *args)
             logs = Path(folder) / "logs"
@@ -203,18 +198,21 @@ def _torch(stage: str | None, recipe: GrpoRecipe | SftRecipe | None, *, judge: b
                 server = stack.enter_context(launch.serving(recipe, logs)) if recipe and judge else None
                 more = ["--reward-url", server.url] if server else []
                 launch.execute(replace(plan, argv=[*plan.argv, *more]), logs)
-            return [Check(**line) for line in files.read_json(out)]
         except R1VError as e:
-            lines = [Check(**line) for line in files.read_json(out)] if out.is_file() else []
-            return [*lines, Check("probe", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)]
+            failed = [_failed("probe", e)]
+        found = files.read_json(out) if out.is_file() else []
+        return [*(Check(**line) for line in found), *failed]
+
+
+def _failed(name: str, error: R1VError) -> Check:
+    return Check(name, ERROR, "\n".join([error.message, *error.details[-3:]]), error.hint)
 
 
 def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
     """One step on the rows with the longest prompts: what fits here fits later."""
     with tempfile.TemporaryDirectory() as folder:
         sets: dict[str, object] = {"max_steps": 1, "save_strategy": "no", "report_to": "none"}
-        if stage == "grpo":
-            sets["shuffle_dataset"] = False
+        sets |= {"shuffle_dataset": False} if stage == "grpo" else {}
         trial = recipe.model_copy(deep=True)
         trial.data.heldout = None
         if isinstance(trial, GrpoRecipe):
@@ -224,12 +222,11 @@ def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> Check:
         try:
             summary = jobs.run(stage, trial, run_dir.RunDir(Path(folder) / "run"), longest_first=True)
         except R1VError as e:
-            return Check("one step", ERROR, "\n".join([e.message, *e.details[-3:]]), e.hint)
+            return _failed("one step", e)
         return Check("one step", OK, f"{summary.get('seconds', {}).get(stage, 0):.0f} s, start included")
 
 
 def show(result: dict) -> None:
-    """Print the checks for people."""
     for check in result["checks"]:
         first, *more = check["found"].splitlines() or [""]
         console.emit(f"{check['state']:<8} {check['name']:<16} {first}")

@@ -3,9 +3,8 @@
 `python -m r1vfree_cli.doctor.probe OUT.json [--stage grpo --recipe FILE]` writes a list of checks.
 """
 
-from __future__ import annotations
-
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,12 @@ def cuda_checks() -> list[dict]:
 
 def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
     """Prompt lengths (tokens) through the real processor as a histogram, and the longest that is kept."""
-    path = with_seed(recipe.data.path, recipe.seed)
-    rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
+    rows = _rows(recipe)
     lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, recipe.seed), recipe.policy_prompt))
     limit = recipe.data.max_prompt_tokens
     kept = [n for n in lengths if limit is None or n <= limit]
-    found = (
-        f"{len(lengths)} rows: {histogram(lengths)}; {len(lengths) - len(kept)} above data.max_prompt_tokens {limit}"
-    )
+    above = f"{len(lengths) - len(kept)} above data.max_prompt_tokens {limit}"
+    found = f"{len(lengths)} rows: {histogram(lengths)}; {above}"
     if not kept:
         return _check("prompt tokens", "error", found, "raise data.max_prompt_tokens or lower model.max_pixels"), 0
     many = len(kept) < 0.9 * len(lengths)
@@ -55,13 +52,16 @@ def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
     return _check("prompt tokens", "warning" if many else "ok", found, hint), kept[-1]
 
 
+def _rows(recipe: GrpoRecipe | SftRecipe) -> Any:
+    data = recipe.data
+    return load_rows(str(ensure_rows(with_seed(data.path, recipe.seed), data.split)), data.split, data.limit)
+
+
 def histogram(lengths: list[int]) -> str:
     """`low-high: count` over eight equal bins between the shortest and the longest of sorted `lengths`."""
     low, high = lengths[0], lengths[-1]
     width = max(1, -(-(high + 1 - low) // 8))
-    counts: dict[int, int] = {}
-    for n in lengths:
-        counts[(n - low) // width] = counts.get((n - low) // width, 0) + 1
+    counts = Counter((n - low) // width for n in lengths)
     return ", ".join(f"{low + b * width}-{low + (b + 1) * width - 1}: {c}" for b, c in sorted(counts.items()))
 
 
@@ -120,7 +120,6 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
 
 
 def _weightless(recipe: GrpoRecipe | SftRecipe) -> Any:
-    """The model on the meta device."""
     family.use(recipe.model.family)
     try:
         where = resolve_model(recipe.model.name, recipe.seed)
@@ -178,11 +177,10 @@ def _judge(recipe: GrpoRecipe, reward: FeedbackReward, which: str, url: str | No
         checks = [_check(f"judge{which}", "ok", known)]
         if reward.canaries is None:
             return [*checks, _check(f"canaries{which}", "warning", "turned off in the recipe: canaries: null")]
-        path = with_seed(recipe.data.path, recipe.seed)
-        rows = load_rows(str(ensure_rows(path, recipe.data.split)), recipe.data.split, recipe.data.limit)
+        rows = _rows(recipe)
         report = canaries.check(judge, rows, reward.canaries, recipe.seed, recipe.policy_prompt)
-        failed = _failed(f"canaries{which}", report.error())
-        return [*checks, _check(f"canaries{which}", "ok", "passed") if report.ok else failed]
+        name = f"canaries{which}"
+        return [*checks, _check(name, "ok", "passed") if report.ok else _failed(name, report.error())]
     finally:
         judge.close()
 

@@ -4,8 +4,6 @@ It knows what is asked, when a reply is right, what is counted, and which questi
 resuming, endpoints, statistics, gates, comparisons and the report are the same for all and stand outside the rooms.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json
@@ -150,12 +148,9 @@ class Benchmark:
         """
         by_id = {q.id: q for q in known}
         found: dict[str, dict] = {}
-        unknown, twice, other = (
-            "are not in the question set",
-            "come twice",
-            "have another text or answer key than the question set",
-        )
-        wrong: dict[str, list[str]] = {unknown: [], twice: [], other: []}
+        unknown: list[str] = []
+        twice: list[str] = []
+        other: list[str] = []
         for where, raw in records:
             record = self.filled(raw, where, by_id)
             q = self.from_record(record, where)
@@ -163,20 +158,21 @@ class Benchmark:
                 wanted = "accepted: model_prediction (or prediction), a text: the reply"
                 raise DataError(f"{where}: no model_prediction", details=[found_in(raw), wanted])
             if q.id not in by_id:
-                wrong[unknown].append(q.id)
+                unknown.append(q.id)
             elif q.id in found:
-                wrong[twice].append(q.id)
+                twice.append(q.id)
             elif q.asked != by_id[q.id].asked:
-                wrong[other].append(q.id)
+                other.append(q.id)
             found[q.id] = record
-        for problem, ids in wrong.items():
+        for ids, problem in (
+            (unknown, "are not in the question set"),
+            (twice, "come twice"),
+            (other, "have another text or answer key than the question set"),
+        ):
             if ids:
                 hint = "were the predictions made for another question set?"
                 raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
         return found
-
-    def check_chat(self, questions: list[Any]) -> None:
-        """Raises UsageError when a chat judge cannot judge these."""
 
     def load_judged(self, files: Files, known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
         """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
@@ -209,8 +205,7 @@ class Benchmark:
         """All scores: `protocol, n_questions, metrics` (percent), `counts`, `by_part`, `baselines`, `unjudged`."""
 
         def part(some: list[Any]) -> dict:
-            counts = self.score(some)
-            return {"metrics": percent(counts), "counts": counts}
+            return scored(self.score(some))
 
         names = dict.fromkeys(j.question.part for j in judged if j.question.part)
         constants = self.constants([j.question for j in judged])
@@ -236,7 +231,9 @@ def percent(counts: Counts) -> dict[str, float | None]:
     return {metric: 100 * right / total if total else None for metric, (right, total) in counts.items()}
 
 
-# --- which benchmark -------------------------------------------------------------------------------------------
+def scored(counts: Counts) -> dict:
+    """The scores of a part of a benchmark."""
+    return {"metrics": percent(counts), "counts": counts}
 
 
 def shipped() -> list[str]:

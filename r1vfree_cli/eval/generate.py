@@ -1,60 +1,51 @@
 """Generation with a local model: batches by length, each figure encoded once, the same tokens as one at a time."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import schema as config
 from ..core import console
 from ..core.errors import DataError, UsageError
+from ..judges.replies import Reply
 from ..models import family as families
 from ..models.adapter import base_of_adapter, load_adapter
 from ..models.load import has_processor, load_policy, load_processor, render
 from ..models.sampling import pin_generation, watch_logits
 from ..run.checkpoint import adapter_base, is_adapter
+from .questions import Job
 
-
-@dataclass(frozen=True)
-class Job:
-    """One question for the model: its conversation and, where it has one, its figure (PNG or JPEG bytes)."""
-
-    id: str
-    messages: list[dict]
-    image: bytes | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A reply. `finish`: `stop`, or `length` when it was cut at `max_new_tokens`. Token counts are without padding."""
-
-    text: str
-    finish: str
-    prompt_tokens: int
-    completion_tokens: int
+_KEPT = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
 
 
 @dataclass
 class _Prompt:
+    """A question as the processor gives it: (1, length) each, image_grid_thw (1, 3); its pixels are not kept."""
+
     job: Job
-    input_ids: list[int]
-    types: list[int] | None  # mm_token_type_ids
-    grid: torch.Tensor | None  # (1, 3)
     figure: str  # content key of the figure, "" without one
+    inputs: dict[str, torch.Tensor]
 
     @property
     def length(self) -> int:
-        return len(self.input_ids)
+        return self.inputs["input_ids"].shape[1]
+
+
+class _Figure(NamedTuple):
+    """Features of one figure on the CPU: (tokens, width) each; `form` is the class that the model wants them in."""
+
+    form: type
+    pooled: list[torch.Tensor]
+    deepstack: list[list[torch.Tensor]]
 
 
 class Generator:
@@ -87,7 +78,7 @@ class Generator:
             raise UsageError(f"device {device} cannot be used: no CUDA device", hint="--device cpu")
         self.device = torch.device(device)
         self.dtype = dtype if dtype != "auto" else "float32" if self.device.type == "cpu" else "bfloat16"
-        self.seed = seed
+        self.name, self.seed = name, seed
         local = Path(name).is_dir()
         adapter = name if is_adapter(name) or (base and not local) else None
         if is_adapter(name):
@@ -108,24 +99,21 @@ class Generator:
             self.model = load_adapter(self.model, adapter, base).get_base_model()
         self.model.eval().to(self.device)
         self.reuse = families.of(self.model.config).takes_features(self.model)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
-        pin_generation(
-            self.model,
-            self.processor.tokenizer,
-            max_new_tokens=max_new_tokens,
-            repetition_penalty=1.0,
-            **(sampling or {"do_sample": False}),
-        )
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        tokenizer = self.processor.tokenizer
+        pin_generation(self.model, tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=1.0, **sampling)
         self.settings = self.model.generation_config
 
     @torch.inference_mode()
-    def run(self, jobs: list[Job], batch_size: int, done: Callable[[Job, Answer], None]) -> None:
+    def run(self, jobs: list[Job], batch_size: int, done: Callable[[Job, Reply], None]) -> None:
         """Answer all jobs; `done` is called for each as its batch finishes.
 
         Raises:
             DataError: a figure that the processor cannot take, or a prompt longer than the model's context.
         """
-        features: dict[str, Any] = {}
+        features: dict[str, _Figure] = {}
         prompts: list[_Prompt] = []
         with console.progress("prepare questions", len(jobs)) as bar:
             for job in jobs:
@@ -137,9 +125,8 @@ class Generator:
         with console.progress("generate", len(prompts)) as bar:
             start = 0
             while start < len(prompts):
-                batch = [
-                    p for p in prompts[start : start + batch_size] if bool(p.figure) == bool(prompts[start].figure)
-                ]
+                text_only = not prompts[start].figure
+                batch = [p for p in prompts[start : start + batch_size] if (not p.figure) == text_only]
                 try:
                     answers = self._generate(batch, features)
                 except torch.cuda.OutOfMemoryError:
@@ -157,9 +144,7 @@ class Generator:
                         features.pop(prompt.figure, None)
                 bar.advance(len(batch))
 
-    # --- one prompt, one batch ---------------------------------------------------------------------------------
-
-    def _prompt(self, job: Job, features: dict[str, Any]) -> _Prompt:
+    def _prompt(self, job: Job, features: dict[str, _Figure]) -> _Prompt:
         """Tokens of a question. Its figure's features are computed the first time the figure is seen."""
         inputs = self._inputs([job])
         figure = hashlib.sha256(job.image).hexdigest() if job.image else ""
@@ -168,15 +153,10 @@ class Generator:
             pixels = inputs["pixel_values"].to(self.device, self.model.dtype)
             found = self.model.base_model.get_image_features(pixels, grid.to(self.device), return_dict=True)
             # Kept outside the accelerator: hundreds of figures wait for their batch.
-            features[figure] = _Figure(
-                [t.cpu() for t in found.pooler_output],
-                [[t.cpu() for t in layer] for layer in getattr(found, "deepstack_features", None) or []],
-                found,
-            )
-        types = inputs.get("mm_token_type_ids")
-        prompt = _Prompt(
-            job, inputs["input_ids"][0].tolist(), types[0].tolist() if types is not None else None, grid, figure
-        )
+            layers = getattr(found, "deepstack_features", None) or []
+            pooled, deepstack = [t.cpu() for t in found.pooler_output], [[t.cpu() for t in layer] for layer in layers]
+            features[figure] = _Figure(type(found), pooled, deepstack)
+        prompt = _Prompt(job, figure, {key: inputs[key] for key in _KEPT if key in inputs})
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and prompt.length + self.settings.max_new_tokens > context:
             raise DataError(
@@ -194,7 +174,7 @@ class Generator:
         except ValueError as e:
             raise DataError(f"the processor refuses {', '.join(j.id for j in jobs[:3])}: {e}") from None
 
-    def _generate(self, batch: list[_Prompt], features: dict[str, Any]) -> list[Answer]:
+    def _generate(self, batch: list[_Prompt], features: dict[str, _Figure]) -> list[Reply]:
         if self.settings.do_sample:
             # Seeded by content: the same batch samples the same replies, whatever ran before it.
             key = hashlib.sha256("\n".join([str(self.seed), *(p.job.id for p in batch)]).encode()).digest()
@@ -215,23 +195,20 @@ class Generator:
         return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
 
     def _padded(self, batch: list[_Prompt]) -> dict[str, Any]:
-        """input_ids, attention_mask, mm_token_type_ids: (batch, longest), padded on the left."""
-        width = max(p.length for p in batch)
-        pad = self.settings.pad_token_id
-        ids = [[pad] * (width - p.length) + p.input_ids for p in batch]
-        mask = [[0] * (width - p.length) + [1] * p.length for p in batch]
-        inputs: dict[str, Any] = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        if all(p.types is not None for p in batch):
-            types = [[0] * (width - p.length) + (p.types or []) for p in batch]
-            inputs["mm_token_type_ids"] = torch.tensor(types, dtype=torch.int32)
-        grids = [p.grid for p in batch if p.grid is not None]
-        if grids:
-            inputs["image_grid_thw"] = torch.cat(grids)
+        """input_ids, attention_mask, mm_token_type_ids: (batch, longest), padded on the left; image_grid_thw: (batch, 3)."""
+        inputs = {}
+        for key in batch[0].inputs:
+            rows = [p.inputs[key] for p in batch]
+            pad = self.settings.pad_token_id if key == "input_ids" else 0
+            if key == "image_grid_thw":
+                inputs[key] = torch.cat(rows)
+            else:
+                inputs[key] = pad_sequence([r[0] for r in rows], True, padding_value=pad, padding_side="left")
         return {k: v.to(self.device) for k, v in inputs.items()}
 
     def _features(self, figures: list[_Figure]) -> Any:
         """One encoder output for the batch, figures in the order of its rows."""
-        encoded = copy(figures[0].output)
+        encoded = figures[0].form()
         encoded.pooler_output = tuple(t.to(self.device) for figure in figures for t in figure.pooled)
         if figures[0].deepstack:
             encoded.deepstack_features = [
@@ -240,22 +217,11 @@ class Generator:
             ]
         return encoded
 
-    def _answer(self, prompt: _Prompt, tokens: list[int]) -> Answer:
+    def _answer(self, prompt: _Prompt, tokens: list[int]) -> Reply:
         ends = self.settings.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
+        ends = ends if isinstance(ends, list) else [ends]
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        kept = tokens if end is None else tokens[:end]
+        kept = tokens[:end]
         text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)
-        return Answer(text, "length" if end is None else "stop", prompt.length, len(kept))
-
-
-@dataclass
-class _Figure:
-    """Features of one figure on the CPU: (tokens, width) each; `output` is the form the model wants them in."""
-
-    pooled: list[torch.Tensor]
-    deepstack: list[list[torch.Tensor]]
-    output: Any
-
-    def __post_init__(self) -> None:
-        self.output = type(self.output)()  # the form only: the vision tower's states are not kept
+        finish, cause = "length" if end is None else "stop", None if text.strip() else "empty"
+        return Reply(text, self.name, finish, prompt.length, len(kept), cause)

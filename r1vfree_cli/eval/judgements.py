@@ -1,7 +1,5 @@
 """`judgements.jsonl`: what is known about each reply, by the rule or by a chat model; resumable after a kill."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass, field

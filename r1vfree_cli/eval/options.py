@@ -1,12 +1,10 @@
 """What an evaluation can be asked for, from a recipe and the command line, checked before any work."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -77,7 +75,7 @@ class EvalOptions(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _tell(cls, given: Any, build: Any) -> EvalOptions:
+    def _tell(cls, given: Any, build: Any) -> Self:
         try:
             return build(given)
         except ValidationError as e:

@@ -1,7 +1,5 @@
 """The generate stage: questions to `predictions.jsonl`, resumable after a kill at any moment."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -23,11 +21,11 @@ from ..judges.protocol import JPEG_QUALITY, Failure
 from ..judges.replies import Reply
 from ..launch import plan as plans
 from ..launch import processes, vllm
-from ..run import checkpoint
+from ..run.checkpoint import Checkpoint, merge_command, resolve
 from .benchmark import Benchmark, content_key
 from .judgements import by_id
 from .options import EvalOptions
-from .questions import QuestionSet
+from .questions import Job, QuestionSet
 from .remote import data_url, fitted, is_settled, size_of, with_image
 
 
@@ -41,7 +39,7 @@ class Plan:
     """
 
     identity: dict
-    checkpoint: checkpoint.Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     warnings: list[str] = field(default_factory=list)
     prompt: prompts.Prompt = prompts.DEFAULT
     runtime: dict = field(default_factory=dict)
@@ -56,7 +54,7 @@ def plan(o: EvalOptions) -> Plan:
         DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels.
     """
     warnings: list[str] = []
-    found = checkpoint.resolve(o.checkpoint, o.seed) if o.checkpoint else None
+    found = resolve(o.checkpoint, o.seed) if o.checkpoint else None
     if o.base and (found is None or found.kind not in ("adapter", "hub")):
         raise UsageError("--base is the base model of a LoRA folder, and no LoRA folder is given")
     contract = found.contract if found else {}
@@ -89,7 +87,7 @@ def plan(o: EvalOptions) -> Plan:
     if o.vllm and found is not None and found.kind == "adapter":
         raise UsageError(
             f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter",
-            hint=f"first: {checkpoint.merge_command(found.path)}",
+            hint=f"first: {merge_command(found.path)}",
         )
     return Plan(identity, found, warnings, prompt)
 
@@ -115,22 +113,12 @@ def write_predictions(path: Path, records: dict[str, dict]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
 
 
-@dataclass(frozen=True)
-class Task:
-    """One question as it is asked: the conversation, its figure, and the content key of the reply."""
-
-    question: Any
-    messages: list[dict]
-    image: bytes | None
-    key: str
-
-
-def tasks(benchmark: Benchmark, planned: Plan, questions: QuestionSet) -> Iterator[Task]:
+def jobs(benchmark: Benchmark, planned: Plan, questions: QuestionSet) -> Iterator[Job]:
     """All questions as they are asked."""
     for q in questions.questions:
         messages, image = benchmark.messages(q, planned.prompt), questions.image(q)
         key = content_key(planned.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
-        yield Task(q, messages, image, key)
+        yield Job(q.id, messages, image, key, q.record())
 
 
 def generate(
@@ -147,7 +135,7 @@ def generate(
     """
     repair_tail(path)
     before = read_predictions(path)
-    asked = {t.question.id: t for t in tasks(benchmark, planned, questions)}
+    asked = {job.id: job for job in jobs(benchmark, planned, questions)}
     answered = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
     stale = [id_ for id_, record in answered.items() if record.get("key") != asked[id_].key]
     if stale:
@@ -157,14 +145,16 @@ def generate(
             hint="choose another --out, or delete the file",
         )
     found = dict(answered)
-    todo = [t for t in asked.values() if t.question.id not in found]
+    todo = [job for id_, job in asked.items() if id_ not in found]
     if found and todo:
         console.log(f"{counted(len(found), 'answer is', 'answers are')} there already, {len(todo)} to go")
 
-    def keep(t: Task, text: str, **more: Any) -> None:
-        id_ = t.question.id
-        found[id_] = {"id": id_, "key": t.key, **t.question.record(), "model_prediction": text, **more}
-        append_jsonl(path, found[id_])
+    def keep(job: Job, reply: Reply | None, **more: Any) -> None:
+        if reply is not None:
+            more = {name: getattr(reply, name) for name in ("finish", "cause", "prompt_tokens", "completion_tokens")}
+        text = reply.text if reply else ""
+        found[job.id] = {"id": job.id, "key": job.key, **job.record, "model_prediction": text, **more}
+        append_jsonl(path, found[job.id])
 
     try:
         if todo and o.vllm:
@@ -184,11 +174,11 @@ def generate(
     return answers
 
 
-def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None]) -> None:
+def _local(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., None]) -> None:
     assert planned.checkpoint is not None
     # Libraries print on import and while loading; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        from .generate import Answer, Generator, Job
+        from .generate import Generator
 
         generator = Generator(
             planned.checkpoint.path,
@@ -205,17 +195,10 @@ def _local(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., 
         )
         where = {"device": str(generator.device), "dtype": generator.dtype}
         planned.runtime = where | {"figures_encoded_once": generator.reuse}
-        by_id = {t.question.id: t for t in todo}
-
-        def done(job: Job, a: Answer) -> None:
-            cause = None if a.text.strip() else "empty"
-            counts = {"prompt_tokens": a.prompt_tokens, "completion_tokens": a.completion_tokens}
-            keep(by_id[job.id], a.text, finish=a.finish, cause=cause, **counts)
-
-        generator.run([Job(t.question.id, t.messages, t.image) for t in todo], o.batch_size, done)
+        generator.run(todo, o.batch_size, keep)
 
 
-def _vllm(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None], out: Path) -> None:
+def _vllm(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., None], out: Path) -> None:
     """Answer through a vLLM server of the checkpoint at the run contract's pixel limits, which it applies itself."""
     assert planned.checkpoint is not None
     out.mkdir(parents=True, exist_ok=True)
@@ -231,7 +214,7 @@ def _vllm(o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., N
 
 
 def _remote(
-    o: EvalOptions, planned: Plan, todo: list[Task], keep: Callable[..., None], server: processes.Server | None = None
+    o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., None], server: processes.Server | None = None
 ) -> None:
     """Ask an endpoint. A failure that may pass blocks the score, `--count-unanswered-wrong` or not, until it happens in
     a second run too. `server`: r1v's own, which knows the pixel limits, and is waited for when it is started again."""
@@ -240,30 +223,29 @@ def _remote(
     limits = (planned.identity["min_pixels"], planned.identity["max_pixels"]) if server is None else None
     if limits:
         _refuse_unsettled(todo, limits)
-    left = {t.question.id: t for t in todo}
+    left = {job.id: job for job in todo}
     why: dict[str, Failure] = {}
     jpegs = 0
     with console.progress("generate", len(todo)) as bar:
 
-        async def work(t: Task) -> Reply:
+        async def work(job: Job) -> Reply:
             nonlocal jpegs
-            url = data_url(t.image, limits, endpoint.max_image_bytes) if t.image else None
+            url = data_url(job.image, limits, endpoint.max_image_bytes) if job.image else None
             jpegs += bool(url and url.startswith("data:image/jpeg"))
             while True:
                 try:
-                    return await endpoint.chat(with_image(t.messages, url), o.max_new_tokens, o.temperature)
+                    return await endpoint.chat(with_image(job.messages, url), o.max_new_tokens, o.temperature)
                 except Failure as e:
-                    why[t.question.id] = e
+                    why[job.id] = e
                     if server is None or e.kind != "connection":
                         raise
                 if not server.watch():
                     hint = f"what is finished is kept, and the same command asks for the rest; the log: {server.log}"
                     raise DataError("the vLLM server ended twice", details=processes.tail(server.log), hint=hint)
 
-        def done(t: Task, r: Reply) -> None:
-            counts = {"prompt_tokens": r.prompt_tokens, "completion_tokens": r.completion_tokens}
-            keep(t, r.text, finish=r.finish, cause=r.cause, **counts)
-            left.pop(t.question.id)
+        def done(job: Job, reply: Reply) -> None:
+            keep(job, reply)
+            left.pop(job.id)
             bar.advance()
 
         failed = endpoint.run(todo, work, done)
@@ -285,16 +267,16 @@ def _remote(
         raise DataError(what, details=failure_lines(planned.failures), hint=hint)
     for line in failure_lines(planned.failures):
         console.warn(f"counted as not right: {line}")
-    for id_, t in left.items():
-        keep(t, "", unanswered=why[id_].kind, reason=endpoint.told(why[id_].message))
+    for id_, job in left.items():
+        keep(job, None, unanswered=why[id_].kind, reason=endpoint.told(why[id_].message))
 
 
-def _refuse_unsettled(todo: list[Task], limits: tuple[int, int]) -> None:
-    for t in todo:
-        if t.image and not is_settled(*size_of(t.image), *limits):
+def _refuse_unsettled(todo: list[Job], limits: tuple[int, int]) -> None:
+    for job in todo:
+        if job.image and not is_settled(*size_of(job.image), *limits):
             raise UsageError(
-                f"question {t.question.id}: no size of whole tokens between {limits[0]} and {limits[1]} pixels has the "
-                f"shape of its {' x '.join(map(str, size_of(t.image)))} image, so that an endpoint may resize it again",
+                f"question {job.id}: no size of whole tokens between {limits[0]} and {limits[1]} pixels has the "
+                f"shape of its {' x '.join(map(str, size_of(job.image)))} image, so that an endpoint may resize it again",
                 hint="wider --min-pixels and --max-pixels; --vllm serves a checkpoint at these limits",
             )
 
@@ -308,13 +290,13 @@ def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: 
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
     done = read_predictions(path)
     text = images = calls = 0
-    for t in tasks(benchmark, planned, questions):
-        if t.question.id in done and not done[t.question.id].get("unanswered"):
+    for job in jobs(benchmark, planned, questions):
+        if job.id in done and not done[job.id].get("unanswered"):
             continue
         calls += 1
-        text += sum(len(part.get("text", "")) for m in t.messages for part in m["content"]) // 4
-        if t.image:
-            width, height = fitted(*size_of(t.image), planned.identity["min_pixels"], planned.identity["max_pixels"])
+        text += sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4
+        if job.image:
+            width, height = fitted(*size_of(job.image), planned.identity["min_pixels"], planned.identity["max_pixels"])
             images += width * height // FEWEST_PIXELS
     return {
         "calls": calls,

@@ -1,13 +1,11 @@
 """The questions of a benchmark, where their figures are read from, and files that hold them."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..core.errors import DataError, UsageError
 from .records import found_in, read_records
@@ -50,6 +48,18 @@ class Question:
         return found | ({"part": self.part} if self.part else {})
 
 
+@dataclass(frozen=True)
+class Job:
+    """One question as it is asked: its conversation, its figure (PNG or JPEG bytes; None without one), the content key
+    of the reply, and how the question is stored beside it."""
+
+    id: str
+    messages: list[dict]
+    image: bytes | None
+    key: str = ""
+    record: dict = field(default_factory=dict)
+
+
 @dataclass
 class QuestionSet:
     """Questions in file order, and where the image of each that has one is read from."""
@@ -83,10 +93,10 @@ class QuestionSet:
         """Content key of the question set, in any order."""
         return hashlib.sha256("\n".join(sorted(q.content for q in self.questions)).encode()).hexdigest()
 
-    def only(self, chosen: Callable[[Any], bool], limit: int | None = None) -> QuestionSet:
+    def only(self, chosen: Callable[[Any], bool], limit: int | None = None) -> Self:
         """The same set with some questions, at most `limit`."""
         some = [q for q in self.questions if chosen(q)][:limit]
-        return QuestionSet(some, self.readers, self.source, self._figures)
+        return type(self)(some, self.readers, self.source, self._figures)
 
     def need_figures(self, chosen: Callable[[Any], bool], hint: str) -> None:
         """Raises DataError, naming them, when figures of chosen questions are missing."""

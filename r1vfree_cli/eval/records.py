@@ -1,10 +1,9 @@
 """Records of files that r1v or other tools wrote: JSON (a list, or a table in an object), JSON Lines, TSV, CSV, XLSX."""
 
-from __future__ import annotations
-
 import csv
 import re
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def read_records(files: Files) -> Iterator[tuple[str, dict]]:
 def _records_of(path: Path) -> Iterator[tuple[str, dict]]:
     kind = "row"
     numbered: Iterable[tuple[int, Any]]
-    if _begins(path, 4) == b"PK\3\4":
+    if zipfile.is_zipfile(path):
         numbered = _sheet(path)
     elif path.suffix in (".tsv", ".csv"):
         numbered = _table(path)
@@ -59,14 +58,6 @@ def _records_of(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(record, dict):
             raise DataError(f"{path}, {kind} {number}: expected an object, found {type(record).__name__}")
         yield f"{path}, {kind} {number}", record
-
-
-def _begins(path: Path, size: int) -> bytes:
-    try:
-        with open(path, "rb") as f:
-            return f.read(size)
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e}") from None
 
 
 def _is_lines(path: Path) -> bool:
@@ -94,13 +85,8 @@ def _listed(document: Any, path: Path) -> list:
                 return [dict(zip(document, row)) for row in zip(*columns)]
         elif values and all(isinstance(v, dict) for v in values):
             return [{"index": key} | record for key, record in document.items()]
-        found = f"an object with {_some(document)}"
+        found = f"an object with {', '.join(map(str, list(document)[:8])) or 'nothing'}"
     raise DataError(f"{path}: expected a list of records, found {found}")
-
-
-def _some(document: dict) -> str:
-    names = [str(key) for key in document]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
 
 
 def _table(path: Path) -> Iterator[tuple[int, dict]]:
@@ -121,11 +107,6 @@ def _name(column: object) -> str:
     return str(column).strip().lower()
 
 
-# --- XLSX ------------------------------------------------------------------------------------------------------
-
-_ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")  # control characters, as Excel's format writes them
-
-
 def _sheet(path: Path) -> Iterator[tuple[int, dict]]:
     """(row number, record) of the first sheet; its first row names the columns."""
     from ..data.archives import zip_members
@@ -141,9 +122,8 @@ def _sheet(path: Path) -> Iterator[tuple[int, dict]]:
         sheet = ElementTree.fromstring(members[first if first in members else sheets[0]]())
         names: dict[int, Any] = {}
         for number, row in enumerate(sheet.iterfind("{*}sheetData/{*}row"), 1):
-            cells = {}
-            for position, cell in enumerate(row.iterfind("{*}c")):
-                cells[_column(cell.get("r") or "", position)] = _value(cell, shared)
+            here = enumerate(row.iterfind("{*}c"))
+            cells = {_column(cell.get("r") or "", position): _value(cell, shared) for position, cell in here}
             if names:
                 yield int(row.get("r") or number), {name: cells.get(column) for column, name in names.items()}
             else:
@@ -163,13 +143,18 @@ def _column(place: str, position: int) -> int:
 def _text(item: ElementTree.Element) -> str:
     """A string and its runs, without the phonetic readings beside it."""
     parts = [item.findtext("{*}t") or "", *(run.findtext("{*}t") or "" for run in item.iterfind("{*}r"))]
-    return _ESCAPED.sub(lambda m: chr(int(m[1], 16)), "".join(parts))
+    return _unescaped("".join(parts))
+
+
+def _unescaped(text: str) -> str:
+    """Control characters as Excel's format writes them, `_x000D_`."""
+    return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda m: chr(int(m[1], 16)), text)
 
 
 def _value(cell: ElementTree.Element, shared: list[str]) -> str | None:
     kind, value, inline = cell.get("t"), cell.findtext("{*}v"), cell.find("{*}is")
-    if kind == "inlineStr":
-        return _text(inline) if inline is not None else None
+    if inline is not None:
+        return _text(inline)
     if value is None or kind == "e":
         return None
-    return shared[int(value)] if kind == "s" else _ESCAPED.sub(lambda m: chr(int(m[1], 16)), value)
+    return shared[int(value)] if kind == "s" else _unescaped(value)

@@ -1,7 +1,5 @@
 """Generation through an OpenAI-compatible endpoint, with the same prompt and pixel limits as a local model."""
 
-from __future__ import annotations
-
 import io
 import math
 

@@ -1,9 +1,6 @@
 """The result document: scores, what they rest on, and the paired comparison with another result."""
 
-from __future__ import annotations
-
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +46,7 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
             hint="score both by the same --protocol",
         )
     judged, _ = benchmark.load_judged(file)
-    unjudged = sum(j.code is None for j in judged)
-    if unjudged:
+    if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
     return Other(path, judged, (document.get("settings") or {}).get("judge"))
 
@@ -80,7 +76,7 @@ class Evidence:
     records: dict[str, dict]
     settings: dict
     warnings: list[str]
-    unjudged: int = 0
+    unjudged: int
 
 
 def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, other: Other | None) -> dict:
@@ -89,9 +85,8 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
     Raises:
         DataError: more replies are empty than `--max-empty` allows.
     """
-    doc = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name} | benchmark.document(
-        found.judged, protocol
-    )
+    doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
+    doc |= benchmark.document(found.judged, protocol)
     doc["unjudged"] = found.unjudged
     doc["questions_sha256"] = content_key(sorted(j.key for j in found.judged))
     doc["intervals"] = stats.intervals(found.judged, benchmark.score, seed=o.seed)
@@ -188,12 +183,5 @@ def answer_format(texts: dict[str, str], records: dict[str, dict], codes: dict[s
 
 def dump_judged(records: list[dict]) -> str:
     """judged.json as text; NaN, which some writers leave for nothing, becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(records), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    plain = json.loads(json.dumps(records), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"

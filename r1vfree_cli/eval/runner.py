@@ -4,8 +4,6 @@ The eval dir: `eval.json` (what and how), `predictions.jsonl`, `judgements.jsonl
 verdicts; HallusionBench's in the official result format), `scores.json` (what `--json` prints).
 """
 
-from __future__ import annotations
-
 import re
 import sys
 import time
@@ -24,6 +22,7 @@ from ..judges.client import Endpoint
 from ..run import contract
 from . import judgements, predict, reading
 from .benchmark import Benchmark, content_key, find
+from .hallusion import judge
 from .judgements import Outcome
 from .options import EvalOptions, check, parse_gates
 from .questions import QuestionSet, unique
@@ -71,13 +70,11 @@ def evaluate(o: EvalOptions) -> dict:
     with lock(w.out, "eval dir") if writes else nullcontext():
         if o.judged:
             return _score_judged(w, o.judged)
-        if o.asks_judge:
-            chat = _chat(o)
-            if not o.estimate:
-                chat.endpoint.check()
+        if o.asks_judge and not o.estimate:
+            _chat(o).endpoint.check()
         _open(w)
         if o.asks_judge:
-            benchmark.check_chat(w.asked.questions)  # known before anything is generated
+            judge.check_references(w.asked.questions)  # known before anything is generated
         if w.other:
             same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other)
         return {"estimate": _estimate(w)} if o.estimate else _stages(w)
@@ -87,20 +84,18 @@ def _stages(w: Work) -> dict:
     o, out = w.o, w.out
     log = _Log(w)
     if w.records is None:
-        images = str(o.images) if o.images else None
-        asked = {"source": w.asked.source, "images": images, "n": len(w.asked.questions), "sha256": w.asked.sha256}
+        asked: dict[str, Any] = {"source": w.asked.source, "images": o.images and str(o.images)}
+        asked |= {"n": len(w.asked.questions), "sha256": w.asked.sha256}
         trained = w.plan.checkpoint.contract if w.plan.checkpoint else {}
         log.state |= {"contract": trained, "warnings": w.plan.warnings, "asked": asked}
         log.save("generate")
-        w.plan.failed_before = {
-            id_ for kind in log.state["failures"].get("generate", {}).values() for id_ in kind.get("questions", [])
-        }
+        failed = log.state["failures"].get("generate", {})
+        w.plan.failed_before = {id_ for kind in failed.values() for id_ in kind.get("questions", [])}
         try:
             w.records = predict.generate(o, w.benchmark, w.plan, w.asked, out / "predictions.jsonl")
         finally:
             log.state["runtime"] = w.plan.runtime or log.state.get("runtime", {})
-            log.failures("generate", w.plan.failures)
-            log.save("generate")
+            log.save("generate", w.plan.failures)
     elif o.predictions:
         log.state["warnings"] = w.plan.warnings
     if o.stage == "generate":
@@ -108,8 +103,7 @@ def _stages(w: Work) -> dict:
 
     outcome = _judge(w, w.records, log.state)
     if o.stage != "score":
-        log.failures("judge", outcome.failures)
-        log.save("judge")
+        log.save("judge", outcome.failures)
     judged = outcome.judged(w.benchmark, w.asked.questions)
     _store_judged(out, w.benchmark, judged, w.records)
     if outcome.unjudged and not o.allow_unjudged:
@@ -139,7 +133,8 @@ class _Log:
     def __init__(self, w: Work):
         self.file = w.out / "eval.json"
         self.started = time.monotonic()
-        self.state: dict[str, Any] = _state(w.out) | {
+        self.state: dict[str, Any] = {"times": {}, "commands": {}, "failures": {}} | _state(w.out)
+        self.state |= {
             "schema": 1,
             "benchmark": w.o.benchmark,
             "identity": w.plan.identity,
@@ -147,19 +142,15 @@ class _Log:
             "versions": contract.versions(),
             "git_commit": contract.git_commit(Path.cwd()),
         }
-        for key in ("times", "commands", "failures"):
-            self.state.setdefault(key, {})
 
-    def failures(self, stage: str, found: dict[str, dict]) -> None:
-        """Keep how many calls failed for good, and an example of each kind; nothing where none did."""
-        self.state["failures"].pop(stage, None)
-        if found:
-            self.state["failures"][stage] = found
-
-    def save(self, stage: str) -> None:
-        now, times = time.monotonic(), self.state["times"]
+    def save(self, stage: str, failed: dict[str, dict] | None = None) -> None:
+        """`failed`: the calls that failed for good, with an example of each kind; None: as before."""
+        now, times, failures = time.monotonic(), self.state["times"], self.state["failures"]
         times[f"{stage}_s"] = round(times.get(f"{stage}_s", 0) + now - self.started, 3)
         self.state["commands"][stage] = sys.argv  # by stage: judging again must not hide how the replies were made
+        if failed is not None:
+            failures.pop(stage, None)
+            failures |= {stage: failed} if failed else {}
         self.started = now
         write_json(self.file, self.state)
 
@@ -173,19 +164,15 @@ def _store_judged(out: Path, benchmark: Benchmark, judged: list[Any], records: d
         write_text(file, text)
 
 
-# --- what to work on -------------------------------------------------------------------------------------------
-
-
 def _protocol(o: EvalOptions, benchmark: Benchmark) -> str:
     if not benchmark.protocols:
         if o.protocol:
             raise UsageError(f"--protocol is {o.protocol!r}; the benchmark {o.benchmark} has one way to score only")
         return benchmark.name
-    found = o.protocol or benchmark.protocols[0]
-    if found not in benchmark.protocols:
-        allowed = ", ".join(benchmark.protocols)
-        hint = did_you_mean(found, benchmark.protocols)
-        raise UsageError(f"--protocol is {found!r}; allowed: {allowed}", hint=hint)
+    found, allowed = o.protocol or benchmark.protocols[0], benchmark.protocols
+    if found not in allowed:
+        hint = did_you_mean(found, allowed)
+        raise UsageError(f"--protocol is {found!r}; allowed: {', '.join(allowed)}", hint=hint)
     return found
 
 
@@ -226,10 +213,9 @@ def _go_on(w: Work, file: Path) -> None:
     if w.plan.identity.get("protocol") != w.protocol:
         predict.claim(w.out, w.plan.identity | {"protocol": w.protocol})
     found = predict.read_predictions(file)
-    if len(found) < (state.get("asked") or {}).get("n", 0):
-        raise DataError(
-            f"{file} holds {len(found)} of {state['asked']['n']} answers", hint="run the generate stage to its end"
-        )
+    n = (state.get("asked") or {}).get("n", 0)
+    if len(found) < n:
+        raise DataError(f"{file} holds {len(found)} of {n} answers", hint="run the generate stage to its end")
     _take(w, [(str(file), record) for record in found.values()], str(file))
 
 
@@ -248,9 +234,8 @@ def _take(w: Work, records: list[tuple[str, dict]], source: str) -> None:
         raise DataError(what, details=missing[:5], hint="were the predictions made for another question set?")
     if missing:
         # A file without an answer key of its own says itself which questions it is about.
-        w.plan.warnings.append(
-            f"{source} has {len(found)} of the {len(known.questions)} questions: only those are scored"
-        )
+        part = f"{len(found)} of the {len(known.questions)} questions"
+        w.plan.warnings.append(f"{source} has {part}: only those are scored")
         w.asked = _chosen(w, known.only(lambda q: q.id in found))
     w.records = {
         q.id: {"id": q.id, **found[q.id], **{k: v for k, v in q.record().items() if v is not None}}
@@ -279,9 +264,6 @@ def _default_out(o: EvalOptions, protocol: str) -> Path:
     return Path("evals", "-".join(parts[-2:]) + suffix)
 
 
-# --- judging ---------------------------------------------------------------------------------------------------
-
-
 def _replies(w: Work, records: dict[str, dict]) -> dict[str, str | None]:
     """Question id -> the text to be judged, None where there is no answer."""
     return {
@@ -306,8 +288,6 @@ def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
     if o.judge == "rule":
         state["judge"] = {"kind": "rule", "judge_input": _judge_input(o), "reader": o.reader}
         return judgements.by_rule(w.benchmark, asked, replies, file)
-    from .hallusion import judge
-
     chat = _chat(o)
     # Written before the first call, so that a stage score after a kill knows whose verdicts these are.
     state["judge"] = {"kind": "chat", "model": o.judge_model, "base_url": o.judge_base_url}
@@ -319,12 +299,10 @@ def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
     return outcome
 
 
-def _chat(o: EvalOptions) -> Any:
-    from .hallusion.judge import LabelJudge, load_prompt
-
+def _chat(o: EvalOptions) -> judge.LabelJudge:
     model, key = o.judge_model or "", o.judge_api_key_env
     endpoint = Endpoint(o.judge_base_url, model, o.timeout_s, o.max_retries, o.concurrency, key, what="judge")
-    return LabelJudge(endpoint, load_prompt(o.judge_prompt))
+    return judge.LabelJudge(endpoint, judge.load_prompt(o.judge_prompt))
 
 
 def _estimate(w: Work) -> dict:
@@ -335,14 +313,9 @@ def _estimate(w: Work) -> dict:
         found["generate"] = predict.estimate(w.benchmark, w.plan, w.asked, file)
         records = predict.read_predictions(file)
     if w.o.asks_judge:
-        from .hallusion import judge
-
         replies = {id_: text for id_, text in _replies(w, records).items() if text is not None}
         found["judge"] = judge.estimate(w.asked.questions, replies, w.out / "judgements.jsonl", _chat(w.o))
     return found
-
-
-# --- a file judged elsewhere -----------------------------------------------------------------------------------
 
 
 def _score_judged(w: Work, files: list[Path]) -> dict:

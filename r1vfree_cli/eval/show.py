@@ -1,7 +1,5 @@
 """A result for people: tables on stdout, what makes it mean little before them."""
 
-from __future__ import annotations
-
 from ..core import console
 from ..core.errors import counted
 from .result import causes
@@ -29,18 +27,15 @@ def _scores(doc: dict) -> None:
         ["", *metrics],
         [
             ["count", *(f"{right}/{total}" for right, total in doc["counts"].values())],
-            ["percent", *(_percent(doc["metrics"][m]) for m in metrics)],
-            ["95 % interval", *(_interval(doc["intervals"][m]) for m in metrics)],
-            *(
-                [name.replace("_", "-"), *(_percent(base["metrics"][m]) for m in metrics)]
-                for name, base in doc["baselines"].items()
-            ),
+            ["percent", *_percents(doc)],
+            ["95 % interval", *map(_interval, doc["intervals"].values())],
+            *([name.replace("_", "-"), *_percents(base)] for name, base in doc["baselines"].items()),
         ],
     )
     if "diagnostics" in doc:
         _categories(doc)
     elif doc["by_part"]:
-        rows = [[name, *(_percent(part["metrics"][m]) for m in metrics)] for name, part in doc["by_part"].items()]
+        rows = [[name, *_percents(part)] for name, part in doc["by_part"].items()]
         console.emit_table("By part", ["", *metrics], rows)
     for line in _notes(doc):
         console.emit(line)
@@ -56,11 +51,9 @@ def _doubts(doc: dict) -> list[str]:
     f = doc.get("answer_format")
     if f and (f["unreadable_share"] or 0) > LARGE:
         found.append(f"{f['unreadable']} of {f['n']} replies unreadable: no answer could be found in them")
-    if doc["unanswered"]["n"]:
-        n = doc["unanswered"]["n"]
-        found.append(
-            f"{n} of {doc['n_questions']} questions have no answer and count as not right: {causes(doc['unanswered'])}"
-        )
+    if n := doc["unanswered"]["n"]:
+        why = causes(doc["unanswered"])
+        found.append(f"{n} of {doc['n_questions']} questions have no answer and count as not right: {why}")
     if n := doc.get("unclear_right"):
         right = doc["counts"]["aAcc"][0]
         found.append(f"{n} of {right} right answers are unclear replies, which text-only VS questions allow")
@@ -86,7 +79,7 @@ def _categories(doc: dict) -> None:
         "By category",
         ["", *(m.removesuffix("_aAcc") for m in metrics), "language", "illusion", "mixed"],
         [
-            [name, *(_percent(part["metrics"][m]) for m in metrics), *(part["diagnostics"][k] for k in kinds)]
+            [name, *_percents(part), *(part["diagnostics"][k] for k in kinds)]
             for name, part in {**doc["by_category"], **doc["by_subcategory"], "all": doc}.items()
             if any(value is not None for value in part["metrics"].values())
         ],
@@ -102,7 +95,7 @@ def _hallusion_notes(doc: dict) -> list[str]:
         f"yes/no bias: pct diff {d['yes_pct_diff']:+.3f}, fp ratio {fp}",
     ]
     if "mean" in doc:
-        lines.append(f"mean of aAcc, fAcc and qAcc, as VLMEvalKit's leaderboard shows it: {_percent(doc['mean'])}")
+        lines.append(f"mean of aAcc, fAcc and qAcc, as VLMEvalKit's leaderboard shows it: {_number(doc['mean'])}")
     return lines
 
 
@@ -117,36 +110,34 @@ def _notes(doc: dict) -> list[str]:
         cut = "not known" if f["cut_at_length"] is None else f["cut_at_length"]
         lines.append(
             f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags, cut at the length limit: {cut}, "
-            f"no answer readable: {f['unreadable']} ({_percent(100 * (f['unreadable_share'] or 0))} %)"
+            f"no answer readable: {f['unreadable']} ({_number(100 * (f['unreadable_share'] or 0))} %)"
         )
     if a := doc.get("judge_agreement"):
         lines.append(
             f"judge and rule agree on {a['agree']} of {a['n']} questions "
             f"({a['agree_readable']} of the {a['readable']} with a readable answer)"
         )
-    if "max_pixels" in doc["settings"]:
-        s = doc["settings"]
+    s = doc["settings"]
+    if "max_pixels" in s:
         lines.append(
             f"asked with {s['min_pixels']} to {s['max_pixels']} pixels, at most {s['max_new_tokens']} new tokens, "
             f"temperature {s['temperature']:g}"
         )
-    if n := doc["settings"].get("jpeg_images"):
-        lines.append(
-            f"{n} images went as JPEG of quality {doc['settings']['jpeg_quality']}: their PNG is above "
-            f"{doc['settings']['max_image_bytes']} bytes"
-        )
+    if n := s.get("jpeg_images"):
+        above = f"their PNG is above {s['max_image_bytes']} bytes"
+        lines.append(f"{n} images went as JPEG of quality {s['jpeg_quality']}: {above}")
     return lines
 
 
 def _comparison(c: dict) -> None:
-    metrics = list(c["metrics"])
+    found = c["metrics"].values()
     console.emit_table(
         f"Compared with {c['with']} (paired; {c['sets']} clusters, {c['draws']} draws)",
-        ["", *metrics],
+        ["", *c["metrics"]],
         [
-            ["difference", *(_signed(c["metrics"][m]["difference"]) for m in metrics)],
-            ["95 % interval", *(_interval(c["metrics"][m]["interval"]) for m in metrics)],
-            ["p (swap test)", *(_p(c["metrics"][m]["p_swap"]) for m in metrics)],
+            ["difference", *(_number(v["difference"], "+.2f") for v in found)],
+            ["95 % interval", *(_interval(v["interval"]) for v in found)],
+            ["p (swap test)", *(_p(v["p_swap"]) for v in found)],
         ],
     )
     m = c["mcnemar"]
@@ -160,12 +151,12 @@ def _estimate(e: dict) -> None:
             console.emit(f"{stage}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in e[stage].items()))
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
+def _percents(part: dict) -> list[str]:
+    return [_number(value) for value in part["metrics"].values()]
 
 
 def _interval(bounds: list[float] | None) -> str:

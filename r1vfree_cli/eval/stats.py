@@ -5,8 +5,6 @@ by a sum over clusters, so a cluster is fully described by its [numerator, denom
 swapping clusters is linear algebra.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `python -m r1vfree_cli.eval.worker RUN_DIR` is one rank; the launcher starts it.
 """
 
-from __future__ import annotations
-
 import io
 import random
 from collections import defaultdict

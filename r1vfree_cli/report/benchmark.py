@@ -1,13 +1,10 @@
 """The report's part on a benchmark: the table, its parts, paired comparisons, and the answers that changed."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from ..core.errors import counted
 from .changes import Comparison, changes, pair
 from .gallery import Album
 from .load import Eval
@@ -32,7 +29,7 @@ def view(evals: list[Eval], album: Album) -> dict[str, Any]:
         find_figures(evals[0], replies[evals[0].label])
     comparisons = [c for e in evals[1:] if (c := pair(evals[0], e, replies))]
     by_label = {e.label: e for e in evals}
-    tables = [_main(evals, comparisons), *_pairs(comparisons), _by_category(evals), _by_subcategory(evals)]
+    tables = [_main(evals, comparisons), _pairs(comparisons), _by_category(evals), _by_subcategory(evals)]
     return {
         "title": _title(evals),
         "lead": _lead(evals, comparisons),
@@ -46,10 +43,8 @@ def view(evals: list[Eval], album: Album) -> dict[str, Any]:
 
 
 def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
-    text = (
-        f"Protocol {evals[0].protocol}, {plain(evals[0].scores.get('n_questions'))} questions. Percent; below it the "
-        "count."
-    )
+    scores = evals[0].scores
+    text = f"Protocol {scores['protocol']}, {plain(scores.get('n_questions'))} questions. Percent; below it the count."
     if "hard_aAcc" in _metrics(evals):
         text += " easy and hard count (set, question) pairs, as the official leaderboard does in spite of their name."
     if comparisons:
@@ -64,14 +59,7 @@ def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
 
 
 def _notices(evals: list[Eval]) -> list[str]:
-    found = []
-    for e in evals:
-        found += [f"{e.label}: {w}" for w in e.scores.get("warnings", [])]
-        unjudged = e.scores.get("unjudged")
-        if unjudged and not any("unjudged" in line for line in found):
-            found.append(
-                f"{e.label}: {counted(unjudged, 'question is', 'questions are')} unjudged; what has no verdict counts as not right."
-            )
+    found = [f"{e.label}: {w}" for e in evals for w in e.scores.get("warnings", [])]
     for what, read in (
         ("judges", _judge),
         ("prompts", lambda e: str(_setting(e, "template_hash") or "")[:12]),
@@ -94,9 +82,6 @@ def _judge(e: Eval) -> str:
     shown = f"shown the {judge['judge_input']}" if judge.get("judge_input") else ""
     prompt = f"prompt {str(judge['prompt_sha256'])[:12]}" if judge.get("prompt_sha256") else ""
     return " ".join(str(part) for part in (judge.get("kind"), judge.get("model"), shown, prompt) if part)
-
-
-# --- tables ----------------------------------------------------------------------------------------------------
 
 
 def _score(part: dict | None, metric: str) -> tuple[float | None, str]:
@@ -156,17 +141,15 @@ def _difference(paired: dict) -> str:
     return f"{signed(paired['difference'])}\n[{signed(low)}, {signed(high)}]\n{p_value(paired.get('p_swap'))}"
 
 
-def _pairs(comparisons: list[Comparison]) -> list[Table]:
+def _pairs(comparisons: list[Comparison]) -> Table:
     rows = []
     for c in comparisons:
         found = c.result["mcnemar"]
         p = p_value(found["p"]).removeprefix("p ").removeprefix("= ")
         rows.append([Cell(c.label), Cell(str(found["gained"])), Cell(str(found["lost"])), Cell(p)])
     note = "McNemar's exact test takes questions as independent, which those of one set are not: read the swap test's p first."
-    reference = comparisons[0].reference if comparisons else ""
-    return [
-        Table(f"Questions gained and lost against {reference}", ["model", "gained", "lost", "McNemar p"], rows, note)
-    ]
+    title = "Questions gained and lost" + "".join(f" against {c.reference}" for c in comparisons[:1])
+    return Table(title, ["model", "gained", "lost", "McNemar p"], rows, note)
 
 
 def _by_category(evals: list[Eval]) -> Table:
@@ -174,9 +157,10 @@ def _by_category(evals: list[Eval]) -> Table:
     words = {"VD": "visual dependent", "VS": "visual supplement"}
     for key in ("by_category", "by_part"):
         for name in _parts(evals, key):
+            more = words.get(name, "")
             for e in evals:
-                whole = ", ".join(filter(None, (name, words.get(name))))
-                head = Cell(e.label, whole) if len(evals) > 1 else Cell(name, words.get(name, ""))
+                whole = f"{name}, {more}" if more else name
+                head = Cell(e.label, whole) if len(evals) > 1 else Cell(name, more)
                 rows.append([head, *_cells(e.scores.get(key, {}).get(name), _metrics(evals))])
     return Table("By category, %", ["category", *_metrics(evals).values()], rows)
 
@@ -189,8 +173,8 @@ def _parts(evals: list[Eval], key: str) -> list[str]:
 def _by_subcategory(evals: list[Eval]) -> Table:
     rows = []
     for name in _parts(evals, "by_subcategory"):
-        cells = (_cells(e.scores.get("by_subcategory", {}).get(name), ["aAcc"]) for e in evals)
-        rows.append([Cell(name.replace("_", " ")), *(cell for (cell,) in cells)])
+        found = (_cells(e.scores.get("by_subcategory", {}).get(name), ["aAcc"]) for e in evals)
+        rows.append([Cell(name.replace("_", " ")), *(cell for (cell,) in found)])
     return Table("aAcc by subcategory, %", ["subcategory", *[e.label for e in evals]], rows)
 
 
@@ -205,12 +189,7 @@ def _honest(evals: list[Eval]) -> Table:
         ("replies with no readable answer", "", "answer_format.unreadable", plain),
         ("judge agrees with the rule", "", "judge_agreement", _agreement),
         ("yes bias", "yes_pct_diff; 0 is unbiased", "diagnostics.yes_pct_diff", lambda v: signed(v, 3)),
-        (
-            "wrong answers where no was right",
-            "fp_ratio; 0.5 is unbiased",
-            "diagnostics.fp_ratio",
-            lambda v: percent(v, 3),
-        ),
+        ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", "diagnostics.fp_ratio", _thousandths),
         ("language hallucination", "", "diagnostics.language_hallucination", plain),
         ("visual illusion", "", "diagnostics.visual_illusion", plain),
         ("mixed", "", "diagnostics.mixed", plain),
@@ -239,6 +218,10 @@ def _at(document: Any, place: str) -> Any:
     return document
 
 
+def _thousandths(value: Any) -> str:
+    return percent(value, 3)
+
+
 def _agreement(found: dict | None) -> str:
     return f"{100 * found['agree'] / found['n']:.1f} %" if found and found["n"] else NONE
 
@@ -256,13 +239,9 @@ def _figures(evals: list[Eval]) -> list[Figure]:
     if parts := _parts(evals, "by_subcategory"):
         found = [e.scores.get("by_subcategory", {}) for e in evals]
         series = [Series(e.label, [], [_score(d.get(n), "aAcc")[0] for n in parts]) for e, d in zip(evals, found)]
-        figures.append(
-            dots("report-subcategories", "aAcc by subcategory", [n.replace("_", " ") for n in parts], series)
-        )
+        shown = [n.replace("_", " ") for n in parts]
+        figures.append(dots("report-subcategories", "aAcc by subcategory", shown, series))
     return figures
-
-
-# --- how it was made -------------------------------------------------------------------------------------------
 
 
 def _how(e: Eval) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """Two evals question by question: the paired comparison, and the questions gained and lost."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.errors import DataError, counted
 from ..core.prompts import parse
@@ -17,16 +14,12 @@ MAX_CHARS = 3000  # of one reply
 _VERDICTS = {0: ("wrong", "down"), 1: ("right", "up"), 2: ("unclear", ""), None: ("unjudged", "")}
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """`stats.compare` of an eval with the reference eval."""
 
     label: str
     reference: str
     result: dict
-
-    def to_dict(self) -> dict:
-        return {"label": self.label, "reference": self.reference, **self.result}
 
 
 def pair(reference: Eval, other: Eval, replies: dict[str, Replies]) -> Comparison | None:
@@ -87,10 +80,5 @@ def _said(e: Eval, found: Replies, key: str) -> dict[str, str]:
     reply = found.reply(key)
     answer = parse(reply).answer or reply.strip()[:160] or "(reply not kept)"
     verdict, tone = _VERDICTS[found.items[key].code]
-    return {
-        "who": e.label,
-        "verdict": verdict,
-        "tone": tone,
-        "answer": answer,
-        "reply": reply[:MAX_CHARS] or "(reply not kept)",
-    }
+    shown = reply[:MAX_CHARS] or "(reply not kept)"
+    return {"who": e.label, "verdict": verdict, "tone": tone, "answer": answer, "reply": shown}

@@ -1,7 +1,5 @@
 """Pictures of a report's rollouts and questions: found where the run's or eval's data lies, shrunk, stored once."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -45,30 +43,22 @@ class Album:
 
     def add(self, data: bytes | None, alt: str) -> Picture | None:
         """Shrink an encoded image and keep it; None when there is none or it cannot be decoded."""
-        shrunk = _shrink(data) if data else None
-        if shrunk is None:
+        try:
+            image = Image.open(io.BytesIO(normalise_image(data or b"")))
+        except RowProblem:  # the report goes on without the picture and says so
             return None
-        small, extension, (width, height) = shrunk
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Software", MARK)
+        out, extension = io.BytesIO(), "png"
+        image.save(out, "PNG", pnginfo=info, optimize=True)
+        if out.tell() > _PNG_BYTES:
+            out, extension = io.BytesIO(), "jpg"
+            image.save(out, "JPEG", quality=82, comment=MARK.encode())
+        small = out.getvalue()
         name = f"report-image-{hashlib.sha256(small).hexdigest()[:10]}.{extension}"
         self.files[name] = small
-        return Picture(name, small, width, height, alt)
-
-
-def _shrink(data: bytes) -> tuple[bytes, str, tuple[int, int]] | None:
-    try:
-        image = Image.open(io.BytesIO(normalise_image(data)))
-    except RowProblem:  # the report goes on without the picture and says so
-        return None
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", MARK)
-    out = io.BytesIO()
-    image.save(out, "PNG", pnginfo=info, optimize=True)
-    if out.tell() <= _PNG_BYTES:
-        return out.getvalue(), "png", image.size
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=82, comment=MARK.encode())
-    return out.getvalue(), "jpg", image.size
+        return Picture(name, small, *image.size, alt)
 
 
 def row_images(recipe: dict, ids: set[str]) -> tuple[dict[str, bytes], str | None]:

@@ -1,25 +1,21 @@
 """Read run dirs and eval dirs as they are: killed, partial or damaged ones too. What is not there is noted, never made up."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config.recipes import read_yaml
-from ..core.errors import DataError, UsageError, first_line
+from ..core.errors import DataError, UsageError, counted, first_line
 from ..core.files import read_object
 from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run.run_dir import RunDir
 
 REDACTED = "[redacted]"
-# Values under these keys are never shown.
-_HIDDEN = re.compile(r"(?i)^(env|environ|environment)$")
+_HIDDEN = ("env", "environ", "environment")  # values under these keys are never shown
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|passwd|credential)s?$")  # of environment variables
 _SECRET_FLAG = re.compile(
     r"(?i)((?:api[-_]?key|password|passwd|secret|authorization|(?:access|auth|hf|hub)[-_]?token)['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"
@@ -50,16 +46,9 @@ class Eval:
 
     path: Path
     label: str
-    scores: dict = field(default_factory=dict)
-    settings: dict = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def protocol(self) -> str:
-        return str(self.scores.get("protocol"))
-
-
-# --- values ----------------------------------------------------------------------------------------------------
+    scores: dict
+    settings: dict
+    notes: list[str]
 
 
 def number(value: Any) -> float | None:
@@ -69,32 +58,21 @@ def number(value: Any) -> float | None:
     return float(value)
 
 
-def clean(value: Any) -> Any:
+def clean(value: Any, secrets: list[str] | None = None) -> Any:
     """The same document, fit to be shown: secrets replaced, control characters and lone surrogates too."""
-    return _clean(value, _planted())
-
-
-def _clean(value: Any, secrets: list[str]) -> Any:
+    secrets = _planted() if secrets is None else secrets
     if isinstance(value, dict):
         return {
-            _clean_text(str(k), secrets): REDACTED if v and _secret_key(str(k)) else _clean(v, secrets)
+            clean(str(k), secrets): REDACTED if v and _secret_key(str(k)) else clean(v, secrets)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
         # In an argv the value follows its flag: --api-key VALUE.
         flags = [isinstance(v, str) and v.startswith("--") and _secret_key(v[2:]) for v in value]
-        return [REDACTED if i and flags[i - 1] else _clean(v, secrets) for i, v in enumerate(value)]
+        return [REDACTED if i and flags[i - 1] else clean(v, secrets) for i, v in enumerate(value)]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return _clean_text(str(value), secrets)
-
-
-def _secret_key(name: str) -> bool:
-    return bool(_HIDDEN.match(name) or SECRET_KEY.match(name))
-
-
-def _clean_text(text: str, secrets: list[str]) -> str:
-    text = _CONTROL.sub("\ufffd", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
+    text = _CONTROL.sub("\ufffd", str(value).replace("\r\n", "\n")).encode("utf-8", "replace").decode()
     for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = URL_LOGIN.sub(f"{REDACTED}@", text)
@@ -102,12 +80,13 @@ def _clean_text(text: str, secrets: list[str]) -> str:
     return _SECRET_FLAG.sub(rf"\1{REDACTED}", text)
 
 
+def _secret_key(name: str) -> bool:
+    return name.lower() in _HIDDEN or SECRET_KEY.match(name) is not None
+
+
 def _planted() -> list[str]:
     """Values of this process's environment that are secrets by their variable's name."""
     return [v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8 and v[0] != "/"]
-
-
-# --- dirs ------------------------------------------------------------------------------------------------------
 
 
 def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
@@ -146,11 +125,10 @@ def _neither(path: Path) -> DataError:
         names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
     except OSError as e:
         return DataError(f"cannot read {path}: {e.strerror}")
-    found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+    found = ", ".join(names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8)) or "nothing"
     hint = "a run dir holds recipe.yaml and status.json, an eval dir scores.json and eval.json"
-    return DataError(
-        f"{path} is neither a run dir nor an eval dir", details=[f"found in it: {clean(found)}"], hint=hint
-    )
+    details = [f"found in it: {clean(found)}"]
+    return DataError(f"{path} is neither a run dir nor an eval dir", details=details, hint=hint)
 
 
 def labels(paths: list[Path]) -> list[str]:
@@ -173,33 +151,53 @@ def read_run(path: Path, label: str) -> Run:
     Raises:
         DataError: `status.json` is damaged.
     """
-    files = RunDir(path)
-    run = Run(path, label)
-    run.status = clean(files.status)
-    run.recipe = _recipe(files.recipe, run.notes)
-    run.stage = "grpo" if "rewards" in run.recipe else "sft" if run.recipe else "unknown"
-    run.launch = _optional(files.launch, run.notes)
-    run.summary = _optional(files.summary, run.notes)
-    run.contract = _optional(files.final / "r1v.json", run.notes)
-    run.metrics = read_metrics(files.metrics, run.notes)
-    run.rollouts = files.rollout_files
+    files, notes = RunDir(path), list[str]()
+    status, recipe = clean(files.status), _recipe(files.recipe, notes)
+    run = Run(
+        path,
+        label,
+        stage="grpo" if "rewards" in recipe else "sft" if recipe else "unknown",
+        recipe=recipe,
+        status=status,
+        launch=_optional(files.launch, notes),
+        summary=_optional(files.summary, notes),
+        contract=_optional(files.final / "r1v.json", notes),
+        metrics=read_metrics(files.metrics, notes),
+        rollouts=files.rollout_files,
+        notes=notes,
+    )
     if run.stage == "grpo" and not run.rollouts:
-        run.notes.append("no rollouts were kept (rollouts/ is empty or not there)")
-    state = run.status.get("state")
+        notes.append("no rollouts were kept (rollouts/ is empty or not there)")
+    state, reason = status.get("state"), status.get("reason")
     if state != "finished":
-        reason = run.status.get("reason")
-        run.notes.append(f"the run is not finished: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
+        notes.append(f"the run is not finished: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
     return run
 
 
 def read_metrics(path: Path, notes: list[str]) -> list[dict]:
-    """Lines of metrics.jsonl by step, numbers only; a step that is there twice (a resume) counts once, the last wins."""
+    """Lines of metrics.jsonl by step, numbers only; a step that is there twice (a resume) counts once, the last wins.
+
+    Damaged lines and a cut last line (killed writer) are left out and noted.
+    """
+    if not path.is_file():
+        notes.append(f"{path.name} is not there")
+        return []
     lines: dict[float, dict] = {}
-    for line in json_lines(path, notes):
-        step = number(line.get("step"))
-        if step is not None:
+    damaged = 0
+    for text in path.read_bytes().splitlines(keepends=True):
+        try:
+            line = json.loads(text) if text.strip() else None
+        except (ValueError, RecursionError):
+            if text.endswith(b"\n"):
+                damaged += 1
+            else:
+                notes.append(f"{path.name}: the last line is cut (its writer was killed) and left out")
+            continue
+        if isinstance(line, dict) and (step := number(line.get("step"))) is not None:
             numbers = {clean(k): number(v) for k, v in line.items()}
             lines[step] = lines.get(step, {}) | {k: v for k, v in numbers.items() if v is not None}
+    if damaged:
+        notes.append(f"{path.name}: {counted(damaged, 'damaged line')} left out")
     return [lines[step] for step in sorted(lines)]
 
 
@@ -211,10 +209,8 @@ def read_eval(path: Path, label: str) -> Eval:
     """
     scores = clean(read_object(path / "scores.json"))
     if not isinstance(scores.get("metrics"), dict) or not scores.get("protocol"):
-        raise DataError(
-            f"{path / 'scores.json'} is no result of r1v eval: `protocol` and `metrics` are needed",
-            details=["found: " + ", ".join(list(scores)[:12])],
-        )
+        what = f"{path / 'scores.json'} is no result of r1v eval: `protocol` and `metrics` are needed"
+        raise DataError(what, details=["found: " + ", ".join(list(scores)[:12])])
     notes: list[str] = []
     return Eval(path, label, scores, _optional(path / "eval.json", notes), notes)
 
@@ -260,25 +256,3 @@ def _optional(path: Path, notes: list[str]) -> dict:
     except DataError as e:
         notes.append(f"{where} is damaged: {clean(e.message)}")
         return {}
-
-
-def json_lines(path: Path, notes: list[str]) -> Iterator[dict]:
-    """Objects of a JSONL file, not cleaned. Damaged lines and a cut last line (killed writer) are left out and noted."""
-    if not path.is_file():
-        notes.append(f"{path.name} is not there")
-        return
-    damaged = 0
-    with open(path, "rb") as f:
-        for line in f:
-            try:
-                document = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError):
-                if line.endswith(b"\n"):
-                    damaged += 1
-                else:
-                    notes.append(f"{path.name}: the last line is cut (its writer was killed) and left out")
-                continue
-            if isinstance(document, dict):
-                yield document
-    if damaged:
-        notes.append(f"{path.name}: {damaged} damaged line{'s' * (damaged > 1)} left out")

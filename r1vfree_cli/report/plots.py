@@ -4,13 +4,12 @@ Colours are of middle lightness and PNGs are transparent, so both stand on a lig
 in dash and dots in shape as well as in colour, for readers who do not tell the colours apart.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from html import escape
+from typing import Any, Literal
 
 MARK = "r1v report"  # written into every file of a report; how a later report knows its own
 SMOOTH_FROM = 20  # logged steps
@@ -47,7 +46,7 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
 
     A share's axis is 0 to 1; other axes span at least a tenth of the values, so that noise does not look like a trend.
     """
-    figure, axes = _axes(3.9, 2.5)
+    figure, axes = _axes(3.9, 2.5, title, "step", grid="y")
     for s in series:
         i = s.style
         y = _gaps(s.y)
@@ -59,10 +58,7 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
             axes.plot(s.x, _running_mean(s.y, max(len(y) // 25, 5)), label=s.label, **style)
         else:
             axes.plot(s.x, y, label=s.label, marker=_MARKERS[i % 6] if len(y) < 15 else None, markersize=4, **style)
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=8)
-    axes.set_xlabel("step", fontsize=9.5)
-    axes.set_ylabel(unit, fontsize=9.5)
-    axes.yaxis.label.set_color(_INK)
+    axes.set_ylabel(unit, fontsize=9.5, color=_INK)
     if share:
         axes.set_ylim(-0.03, 1.03)
     elif values := [
@@ -86,7 +82,7 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
 def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks: list[Series] | None = None) -> Figure:
     """Percentages side by side: a row each, one dot a series in each row; `marks` are thin ticks (baselines)."""
     legend_rows = (len(series) + len(marks or []) + 1) // 2
-    figure, axes = _axes(4.8, 0.3 * len(rows) + 0.2 * legend_rows + 0.85)
+    figure, axes = _axes(4.8, 0.3 * len(rows) + 0.2 * legend_rows + 0.85, title, "%", grid="x")
     for j, s in enumerate(marks or []):
         marker, size = ("|", 70) if j % 2 == 0 else ("x", 28)
         axes.scatter(_gaps(s.y), range(len(rows)), marker=marker, s=size, color=_INK, linewidths=1.3, label=s.label)
@@ -100,10 +96,6 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.grid(axis="x", color=_INK, alpha=0.25, linewidth=0.7)
-    axes.grid(axis="y", visible=False)
-    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=8)
-    axes.set_xlabel("%", fontsize=9.5)
     figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, frameon=False, labelcolor=_INK)
     said = []
     for s in [*series, *(marks or [])]:
@@ -111,20 +103,19 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     return _save(figure, name, f"{title}, in percent. " + "; ".join(said) + ".", title)
 
 
-def _axes(width: float, height: float):
+def _axes(width: float, height: float, title: str, x: str, *, grid: Literal["x", "y"]):
     from matplotlib.figure import Figure as Canvas  # not pyplot: no global state, no display, Agg or SVG on saving
 
     figure = Canvas(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.patch.set_alpha(0)
     figure.patch.set_alpha(0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(colors=_INK, labelsize=9)
-    axes.xaxis.label.set_color(_INK)
-    axes.grid(axis="y", color=_INK, alpha=0.25, linewidth=0.7)
+    axes.set_title(title, loc="left", fontsize=11, color=_INK, pad=8)
+    axes.set_xlabel(x, fontsize=9.5, color=_INK)
+    axes.grid(axis=grid, color=_INK, alpha=0.25, linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -158,8 +149,6 @@ def _save(figure, name: str, alt: str, caption: str) -> Figure:
 
 def _inline(document: str, name: str, alt: str) -> str:
     """An SVG document as one element of an HTML page: ids made unique, sizes fluid, ink in the page's colour."""
-    from html import escape
-
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)

@@ -1,10 +1,9 @@
 """`report()`: collect, view, render both templates, and only then write: a report is replaced atomically."""
 
-from __future__ import annotations
-
 import math
 import re
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
         "files": sorted(files),
         "runs": [_run_summary(r) for r in runs],
         "evals": [{"label": e.label, "path": str(e.path), "metrics": e.scores["metrics"]} for e in evals],
-        "comparisons": [c.to_dict() for c in view["comparisons"]],
+        "comparisons": [{"label": c.label, "reference": c.reference, **c.result} for c in view["comparisons"]],
         "missing": [{"where": who, "what": note} for who, note in view["missing"]],
     }
 
@@ -75,6 +74,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
     figures = training.curves(runs)
     run_views = [training.view(run, album) for run in runs]
     bench = benchmark.view(evals, album) if evals else {}
+    comparisons = bench.get("comparisons", [])
     missing = [(e.label, note) for e in evals for note in e.notes]
     missing += [(r["label"], note) for r in run_views for note in r["notes"]]
     names = [e.label for e in evals] + [r.label for r in runs]
@@ -83,10 +83,10 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "version": __version__,
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "title": "Report: " + (", ".join(names) if len(names) < 4 else f"{len(runs)} runs, {len(evals)} evals"),
-        "verdict": verdict(runs, bench.get("comparisons", [])),
+        "verdict": verdict(runs, comparisons),
         "notices": [*bench.get("notices", []), *_run_notices(runs)],
         "benchmark": bench,
-        "comparisons": bench.get("comparisons", []),
+        "comparisons": comparisons,
         "figures": figures,
         "all_figures": figures + bench.get("figures", []),
         "runs": run_views,
@@ -106,12 +106,14 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
             if before is not None and after is not None:
                 change = _change(before, after, run.summary.get("heldout_rows"))
                 said.append(f"{run.label}: held-out accuracy, {how}, {change}")
-        evaluated = None if accuracy else _evaluated(run)
-        said += [evaluated] if evaluated else []
-        ends = [run.summary.get("reward", {}).get(k) for k in ("first", "last")]
-        if not accuracy and not evaluated and None not in ends:
+        first, last = (run.summary.get("reward", {}).get(k) for k in ("first", "last"))
+        if accuracy:
+            continue
+        if evaluated := _evaluated(run):
+            said.append(evaluated)
+        elif first is not None and last is not None:
             said.append(
-                f"{run.label}: training reward {ends[0]:.3g} → {ends[1]:.3g}. It is the judge's own score: whether the "
+                f"{run.label}: training reward {first:.3g} → {last:.3g}. It is the judge's own score: whether the "
                 "answers are better, a benchmark tells."
             )
     for c in comparisons:
@@ -135,14 +137,14 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
 
 def _evaluated(run: Run) -> str | None:
     """The evaluation while training, first and last: the metric of `keep_best`, else the first."""
-    lines = [line for line in run.metrics if any(training.EVALUATION.fullmatch(key) for key in line)]
+    lines = [(line, keys) for line in run.metrics if (keys := [k for k in line if training.EVALUATION.fullmatch(k)])]
     if len(lines) < 2:
         return None
-    keys = [key for key in lines[0] if training.EVALUATION.fullmatch(key)]
+    keys = lines[0][1]
     best = (run.recipe.get("eval") or {}).get("keep_best")
     key = next((k for k in keys if k.endswith(f"/{best}")), keys[0])
     wanted = (key, f"{key}/low", f"{key}/high")
-    first, last = ([v for k in wanted if (v := line.get(k)) is not None] for line in (lines[0], lines[-1]))
+    first, last = ([v for k in wanted if (v := line.get(k)) is not None] for line, _ in (lines[0], lines[-1]))
     if len(first) < 3 or len(last) < 3:
         return None
     apart = last[1] > first[2] or last[2] < first[1]
@@ -170,14 +172,11 @@ def _run_notices(runs: list[Run]) -> list[str]:
     return found
 
 
-# --- HTML and Markdown -----------------------------------------------------------------------------------------
-
-
 def _environment(**options):
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("r1vfree_cli.report", "templates")
-    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=False, **options)
+    environment = Environment(loader=loader, undefined=StrictUndefined, **options)
     environment.filters |= {"scored": _scored, "tone": _tone, "signed": signed}
     return environment
 
@@ -218,12 +217,7 @@ def fence(text: Any) -> Raw:
 
 def attribute(text: Any) -> Raw:
     """A value for a double-quoted HTML attribute, on one line."""
-    from html import escape
-
     return Raw(re.sub(r"\s+", " ", escape(str(text))).replace("|", "&#124;"))
-
-
-# --- files -----------------------------------------------------------------------------------------------------
 
 
 def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
@@ -236,16 +230,12 @@ def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
             details=[f"in the way: {', '.join(sorted(foreign))}"],
             hint="--out names another folder, --overwrite replaces them",
         )
-    blocked = [name for name in foreign if (out / name).is_dir()]
-    if blocked:
-        raise UsageError(f"{out / blocked[0]} is a folder; a file of the report must stand there")
     # The pages last: they never name a picture that is not there yet.
     for name in sorted(files, key=lambda n: n.startswith("report.")):
         write_bytes(out / name, files[name])
-    for pattern in ("report-*.png", "report-*.jpg"):
-        for old in out.glob(pattern):
-            if old.name not in files and _is_ours(old):
-                old.unlink()
+    for old in [*out.glob("report-*.png"), *out.glob("report-*.jpg")]:
+        if old.name not in files and _is_ours(old):
+            old.unlink()
 
 
 def _is_ours(path: Path) -> bool:

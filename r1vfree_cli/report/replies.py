@@ -1,7 +1,5 @@
 """The questions of an eval dir one by one: what the model replied, how it was judged, which figure it saw."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rollouts of a step as gallery and viewer show them: groups of one question, and what marks each sample."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report's part on training: curves of all runs together; facts, rollouts and the contract of each."""
 
-from __future__ import annotations
-
 import math
 import re
 import shlex
@@ -156,9 +154,6 @@ def _commands(run: Run) -> list[tuple[str, str]]:
     found = [("typed", run.launch.get("command")), ("started", shlex.join(run.launch.get("argv", [])))]
     found += [("shows all rollouts", shlex.join(["r1v", "view", str(run.path)]))] * bool(run.rollouts)
     return [(name, command) for name, command in found if command]
-
-
-# --- rollouts --------------------------------------------------------------------------------------------------
 
 
 def gallery(run: Run, album: Album, notes: list[str]) -> list[dict]:

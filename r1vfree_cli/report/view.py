@@ -1,7 +1,5 @@
 """What both templates print: tables of cells, and how numbers are written."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -4,11 +4,10 @@ The page asks for one step, one question or one page of hits at a time; each is 
 thousands of steps open as quickly as one.
 """
 
-from __future__ import annotations
-
 import socket
 import webbrowser
 from collections.abc import Callable
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -38,7 +37,7 @@ class Rollouts:
         self._run: Run = read_run(path, label)
         if self._run.stage != "grpo":
             raise DataError(f"{path} is no run of r1v grpo: there are no rollouts to view", hint="give a run dir")
-        self._groups: dict[int, list[dict]] = {}
+        self.groups = lru_cache(64)(self._groups)
 
     def about(self) -> dict:
         """What the page's head shows; read again each time, the run may be going on."""
@@ -49,17 +48,13 @@ class Rollouts:
         """The steps that have a file now, ascending."""
         return list(self.files.rollout_files)
 
-    def groups(self, step: int) -> list[dict]:
-        """`read_groups` of a step; the last ones are kept.
+    def _groups(self, step: int) -> list[dict]:
+        """`read_groups` of a step.
 
         Raises:
             DataError: no such step, or its file is damaged.
         """
-        if step not in self._groups:
-            if len(self._groups) > 64:
-                self._groups.pop(next(iter(self._groups)))
-            self._groups[step] = read_groups(rollout_file(self.files, step), step, self._run.recipe)
-        return self._groups[step]
+        return read_groups(rollout_file(self.files, step), step, self._run.recipe)
 
     def _groups_of(self, step: int, columns: list[str], test: Callable[[str], bool]) -> list[dict]:
         """A step's groups where a value of the columns passes; else none of it is read but these."""
@@ -90,9 +85,6 @@ def _mentions(group: dict, wanted: str) -> bool:
     return any(wanted in t.casefold() for t in (group["question"], *(s["completion"] for s in group["samples"])))
 
 
-# --- the page --------------------------------------------------------------------------------------------------
-
-
 def app(runs: list[Rollouts]):
     """The Starlette application: `/` the page, `/api/...` JSON, `/image` a row's picture. Nothing writes."""
     from starlette.applications import Starlette
@@ -107,10 +99,10 @@ def app(runs: list[Rollouts]):
     policy += "script-src 'unsafe-inline'"
 
     def run_of(request: Request) -> Rollouts:
-        index = int(request.query_params.get("run", 0))
-        if not 0 <= index < len(runs):
+        index = text(request, "run") or "0"
+        if index not in map(str, range(len(runs))):
             raise DataError(f"there is no run {index}")
-        return runs[index]
+        return runs[int(index)]
 
     def answer(read):
         def endpoint(request: Request) -> Response:
@@ -122,7 +114,7 @@ def app(runs: list[Rollouts]):
         return endpoint
 
     def image(request: Request) -> Response:
-        data = run_of(request).image(request.query_params.get("id", ""))
+        data = run_of(request).image(text(request, "id"))
         kind = "image/png" if data and data[:4] == b"\x89PNG" else "image/jpeg"
         return Response(data, media_type=kind) if data else Response(status_code=404)
 
@@ -155,9 +147,8 @@ def view(dirs: list[Path], *, port: int | None, open_browser: bool) -> None:
     try:
         listening = socket.create_server(("127.0.0.1", port or 0))
     except OSError as e:
-        raise UsageError(
-            f"--port {port} cannot be used: {e.strerror}", hint="leave it out to take a free one"
-        ) from None
+        hint = "leave it out to take a free one"
+        raise UsageError(f"--port {port} cannot be used: {e.strerror}", hint=hint) from None
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     console.log(f"rollouts of {', '.join(run.label for run in runs)}: {url} (Ctrl-C ends it)")
     if open_browser:

@@ -26,7 +26,8 @@ from PIL import Image
 from tiny_models import draw, load_tiny, save_tiny
 
 from r1vfree_cli.core.prompts import build_messages
-from r1vfree_cli.eval.generate import Answer, Generator, Job
+from r1vfree_cli.eval.generate import Generator, Job
+from r1vfree_cli.judges.replies import Reply
 from r1vfree_cli.models import family
 
 
@@ -80,7 +81,7 @@ def main() -> int:
     def batched() -> dict[str, str]:
         texts: dict[str, str] = {}
 
-        def done(job: Job, answer: Answer) -> None:
+        def done(job: Job, answer: Reply) -> None:
             texts[job.id] = answer.text
 
         generator.run(asked, args.batch_size, done)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from r1vfree_cli.eval import stats
-from r1vfree_cli.eval.hallusion.score import METRICS, Item, counts, percent
+from r1vfree_cli.eval.benchmark import percent
+from r1vfree_cli.eval.hallusion.score import METRICS, Item, counts
 
 
 def questions(sets: int = 12, strata: int = 3) -> list[Item]:

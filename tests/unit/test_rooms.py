@@ -20,11 +20,11 @@ ROOMS = {
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
-    "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
-    "report": 1484,
-    "doctor": 400,
+    "eval": 3262,
+    "report": 1409,
+    "doctor": 393,
     "tiny": 450,
-    "cli": 500,
+    "cli": 499,
 }
 ORDER = list(ROOMS)
 

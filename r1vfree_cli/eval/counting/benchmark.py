@@ -4,8 +4,6 @@ The number is the one in `<answer>`, else the only number in the reply (its reas
 up to twenty. A reply that names several or none is unreadable.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

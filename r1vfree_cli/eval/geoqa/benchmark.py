@@ -4,8 +4,6 @@ The answer is what stands in `<answer>`, else in the last `\\boxed{}`; a reply w
 reference leaves out (degrees, cm) are left out of the reply too.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

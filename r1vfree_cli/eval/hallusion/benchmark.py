@@ -1,7 +1,5 @@
 """HallusionBench as a benchmark: two protocols, a rule and a chat judge, counts of pairs and figures inside sets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts
 from ..judgements import Outcome
 from ..questions import QuestionSet
 from ..records import Files, read_records
-from . import formats, judge, questions, score
+from . import formats, questions, score
 from .questions import Question
 from .score import Item
 
@@ -85,9 +83,6 @@ class Hallusion(Benchmark):
         question = known.get(score.record_id(record))
         said = {k: v for k, v in record.items() if v is not None and (v != "" or k == "model_prediction")}
         return (question.record() if question else {}) | said
-
-    def check_chat(self, asked: list[Question]) -> None:
-        judge.check_references(asked)
 
     def judged_record(self, record: dict, where: str) -> Item:
         return score.from_record(record, where)

@@ -1,7 +1,5 @@
 """HallusionBench's records as other tools write them, in the form of the official result file."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

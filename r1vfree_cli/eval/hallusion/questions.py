@@ -3,10 +3,7 @@
 Official JSON with an image folder or zip; the hub dataset's parquet (splits image, non_image); VLMEvalKit's TSV.
 """
 
-from __future__ import annotations
-
 import base64
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,9 +71,6 @@ class Question:
         }
 
 
-# --- records ---------------------------------------------------------------------------------------------------
-
-
 def from_record(record: dict, where: str) -> Question:
     """A question of any layout that `formats.official` knows.
 
@@ -90,9 +84,6 @@ def from_record(record: dict, where: str) -> Question:
         raise DataError(f"{where}: no question text")
     reference, filename = record.get("gt_answer_details"), record.get("filename")
     return Question(item, text, str(reference) if reference else None, str(filename) if filename else None)
-
-
-# --- loading ---------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -145,11 +136,10 @@ def _official(path: Path, images: Path | None, needed: Callable[[Question], bool
     if images is None and any(q.needs_image and needed(q) for q in questions):
         beside = path.parent / "hallusion_bench"
         images = beside if beside.is_dir() else path.parent
-    if images is not None:
-        figures = figure_readers(images)
-        readers = {
-            q.id: figures[key] for q in questions if q.needs_image and (key := _figure_key(q.filename)) in figures
-        }
+    figures = figure_readers(images) if images else {}
+    for q in questions:
+        if q.needs_image and (read := figures.get(_figure_key(q.filename))):
+            readers[q.id] = read
     return QuestionSet(questions, readers, str(path))
 
 
@@ -176,11 +166,8 @@ def figure_readers(images: Path) -> dict[str, Reader]:
         members = zip_members(images)
     else:
         raise UsageError(f"--images {images}: neither a folder nor a zip")
-    found: dict[str, Reader] = {}
-    for name, read in sorted(members.items()):
-        if key := _figure_key(name):
-            found.setdefault(key, read)
-    return found
+    # Of two with the same end of their path, the first by name.
+    return {key: read for name, read in sorted(members.items(), reverse=True) if (key := _figure_key(name))}
 
 
 def _parquet(folder: Path) -> QuestionSet:
@@ -190,7 +177,7 @@ def _parquet(folder: Path) -> QuestionSet:
 
     questions: list[Question] = []
     readers: dict[str, Reader] = {}
-    held: dict[str, bytes] = {}  # a figure comes once with each of its questions
+    held: dict[bytes, bytes] = {}  # a figure comes once with each of its questions
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise DataError(f"{folder} holds no parquet files", hint="give the official JSON with --questions")
@@ -202,8 +189,7 @@ def _parquet(folder: Path) -> QuestionSet:
             question = from_record(record, f"{file}, question {position + 1}")
             questions.append(question)
             if question.needs_image and (data := image.get("bytes")):
-                data = held.setdefault(hashlib.sha256(data).hexdigest(), data)
-                readers[question.id] = partial(bytes, data)
+                readers[question.id] = partial(bytes, held.setdefault(data, data))
     return QuestionSet(unique(questions, str(folder)), readers, str(folder))
 
 

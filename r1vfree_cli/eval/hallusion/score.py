@@ -1,14 +1,13 @@
 """HallusionBench's scores, to the count of the official script (tianyi-lab/HallusionBench, utils.py). Pure Python."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...core.errors import DataError
-from ..benchmark import RIGHT, UNCLEAR, WRONG, percent
+from ..benchmark import RIGHT, UNCLEAR, WRONG, scored
 from ..records import found_in
 
 OFFICIAL_COUNTS = {"aAcc": 1129, "qAcc": 455, "fAcc": 346, "easy_aAcc": 455, "hard_aAcc": 430}
@@ -68,9 +67,6 @@ class Item:
         return self.code == RIGHT or (self.code == UNCLEAR and self.category == "VS" and self.original)
 
 
-# --- reading records -------------------------------------------------------------------------------------------
-
-
 def whole(value: Any) -> int | None:
     """An integer given as int, float or string; None for null, NaN and the empty string.
 
@@ -107,17 +103,17 @@ def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
             raise DataError(f"{where}: {name} is {value!r}, allowed: {', '.join(map(str, allowed))}")
         return found
 
-    names = dict(zip(ID, _names(record)))
-    numbers = {"visual_input": number("visual_input", (0, 1, 2)), "gt": number("gt_answer", (0, 1))}
-    for name, value in {**names, "visual_input": numbers["visual_input"], "gt_answer": numbers["gt"]}.items():
+    names: dict[str, Any] = dict(zip(ID, _names(record)))
+    visual_input, gt = number("visual_input", (0, 1, 2)), number("gt_answer", (0, 1))
+    for name, value in {**names, "visual_input": visual_input, "gt_answer": gt}.items():
         if value is None or value == "":
             hint = "--questions HallusionBench.json has the answer key" if name == "gt_answer" else None
             raise DataError(f"{where}: no {name}", details=[found_in(record)], hint=hint)
     if names["category"] not in ("VD", "VS"):
         raise DataError(f"{where}: category is {names['category']!r}, allowed: VD, VS")
     if judged:
-        numbers |= {"code": number(CODE, (WRONG, RIGHT, UNCLEAR)), "same": number(SAME, (0, 1))}
-    return Item(**names, **numbers)  # type: ignore[arg-type]
+        names |= {"code": number(CODE, (WRONG, RIGHT, UNCLEAR)), "same": number(SAME, (0, 1))}
+    return Item(**names, visual_input=visual_input, gt=gt)  # type: ignore[arg-type]
 
 
 def record_id(record: dict) -> str:
@@ -130,15 +126,11 @@ def _names(record: dict) -> list[str]:
     found = []
     for name in ID:
         value = record.get(name)
-        try:
-            number = whole(value)
-        except (ValueError, OverflowError):
-            number = str(value).strip()  # type: ignore[assignment]
-        found.append("" if number is None else str(number))
+        with suppress(ValueError, OverflowError):
+            value = whole(value)
+        found.append("" if value is None else str(value).strip())
     return found
 
-
-# --- groups ----------------------------------------------------------------------------------------------------
 
 # What each metric counts: the group that a question belongs to, None when it belongs to none. A group is right when
 # all its questions are; no group crosses a set.
@@ -165,9 +157,6 @@ def counts(items: list[Item]) -> dict[str, list[int]]:
     """Metric -> [right, total]."""
     found = {metric: groups(metric, items).values() for metric in METRICS}
     return {metric: [sum(map(all, oks)), len(oks)] for metric, oks in found.items()}
-
-
-# --- diagnostics -----------------------------------------------------------------------------------------------
 
 
 def reads_same(item: Item, original: int | None) -> bool:
@@ -215,12 +204,11 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
     unlabelled = labels.count(None)
     n = len(items)
     figures = groups("fAcc", items).values()
+    names = {"language_hallucination": "language", "visual_illusion": "illusion", "mixed": "mixed"}
     return {
         "yes_pct_diff": (sum(int(i.ok) == i.gt for i in items) - sum(i.gt for i in items)) / n if n else None,
         "fp_ratio": sum(i.gt == 0 for i in wrong) / len(wrong) if wrong else None,
-        "language_hallucination": None if unlabelled else labels.count("language"),
-        "visual_illusion": None if unlabelled else labels.count("illusion"),
-        "mixed": None if unlabelled else labels.count("mixed"),
+        **{key: None if unlabelled else labels.count(name) for key, name in names.items()},
         "unlabelled": unlabelled,
         "consistency": {
             "correct": sum(map(all, figures)),
@@ -244,12 +232,10 @@ def score(items: list[Item], protocol: str = "official") -> dict:
     codes = originals(items)
 
     def part(some: list[Item]) -> dict:
-        found = counts(some)
-        return {"metrics": percent(found), "counts": found, "diagnostics": diagnostics(some, codes)}
+        return {**scored(counts(some)), "diagnostics": diagnostics(some, codes)}
 
     def baseline(answer: int) -> dict:
-        found = counts([replace(item, code=int(item.gt == answer)) for item in items])
-        return {"metrics": percent(found), "counts": found}
+        return scored(counts([replace(item, code=int(item.gt == answer)) for item in items]))
 
     strata = sorted({(item.category, item.subcategory) for item in items})
     every = part(items)

@@ -7,8 +7,6 @@ Yes is the positive class. A reply without a readable yes or no is not right, an
 as unreadable, and where the label is yes it is a miss. The authors' script takes every reply without "no" for a yes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
