@@ -32,6 +32,7 @@ _THOUGHT = re.compile(
 )
 _LETTERS = "ABCDEFGHIJKLMNOP"
 _LETTER = re.compile(r"\(?([A-P])(?:[).:]|$)")
+SPLIT_COLUMNS = ("split", "partition", "data_split", "data_subtype", "subset")
 _UNFILLED = ("<ref-object>", "<bbox>")  # ms-swift puts names and boxes from `objects` there
 
 
@@ -47,12 +48,12 @@ def is_record(document: Mapping) -> bool:
 
 
 def is_train(record: dict) -> bool | None:
-    """What a record's own `split` column says, verl's in `extra_info` too; None when it says nothing known."""
+    """What a record's own column of `SPLIT_COLUMNS` says, verl's in `extra_info` too; None when it says nothing known."""
     from .tables import split_of
 
     extra = parsed(record.get("extra_info"))
-    said = first(record, "split") or (extra.get("split") if isinstance(extra, dict) else None)
-    split = split_of(said) if isinstance(said, str) else None
+    said = [record.get(name) for name in SPLIT_COLUMNS] + [extra.get("split") if isinstance(extra, dict) else None]
+    split = next((found for text in said if isinstance(text, str) and (found := split_of(text))), None)
     return None if split is None else split == "train"
 
 

@@ -77,7 +77,8 @@ def clean_solution(value: Any) -> str | None:
     if isinstance(value, float) and math.isinf(value):
         raise RowProblem("solution is not finite")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        # A column of integers with gaps is read as floats.
+        value = str(int(value) if float(value).is_integer() and abs(value) < 2**53 else value)
     if value is None:
         return None
     if not isinstance(value, str):

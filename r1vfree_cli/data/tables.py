@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..core import console
 from ..core.errors import DataError, UsageError, first_line
 from .drops import RowProblem
-from .layouts import is_record
+from .layouts import SPLIT_COLUMNS, is_record
 from .sources import Table
 
 BATCH = 16  # records decoded together
@@ -29,8 +30,9 @@ _ALIASES |= dict.fromkeys(("val", "valid", "validate", "验证"), "validation")
 _ALIASES |= dict.fromkeys(("devel", "development"), "dev") | dict.fromkeys(("evaluate", "evaluation"), "eval")
 _WORDS = r"train|training|minitest|testing|test|testmini|testdev|val|valid|validation|validate|minival|dev|devel|"
 _WORDS += r"development|eval|evaluate|evaluation|h[eo]ld[-_ ]?out|训练|测试|验证"
-_NOUN = r"(?:[-_ ]?(?:set|split|data|file|rows)|集)?s?"  # what may follow the word: testset, tests, val_data
-_HUMP = re.compile(r"(?<=[a-z\d])(?=[A-Z])")  # between the words of `geoTest`
+_NOUN = r"(?:[-_ ]?(?:set|split|data|file|row|question|image|annotation|example|sample|pair|record|qa)s?|集|s)?"
+# ^ what may follow the word: testset, tests, val_data, testquestions
+_HUMP = re.compile(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # between the words of `geoTest`, `VQATest`
 _CELLS = {"": None, "NaN": None, "nan": None, "inf": math.inf, "-inf": -math.inf}
 _NOT_ROWS = {"data.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SAVED = ("dataset_dict.json", "state.json")
@@ -86,9 +88,9 @@ def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] 
 def counted_name(path: Path, file: Path) -> str:
     """The part of the name of a file in `path`, or of `path` itself, that may say its split.
 
-    Of a single file's folder the name's end counts: `my_test_set/rows.jsonl`, not `test_project/rows.jsonl`.
+    Of the folder of a single file, or of what `datasets` saved, the name's end counts: `my_test_set/rows.jsonl`, not `test_project/rows.jsonl`.
     """
-    if path.is_dir():
+    if path.is_dir() and file != path:
         return f"{path.name}/{file.relative_to(path)}"
     folder = _HUMP.sub("_", path.absolute().parent.name)
     end = rf"(.*[^a-zà-ɏ])?({_WORDS}){_NOUN}[\W\d_]*"
@@ -110,15 +112,20 @@ def data_files(folder: Path) -> list[Path]:
     Raises:
         DataError: a folder cannot be read.
     """
+    chosen: list[Path] = []
+    others: list[str] = []
     for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json", "*.csv", "*.tsv"):
         try:
             found = sorted(file for file in folder.rglob(pattern) if file.is_file() and file.name not in _NOT_ROWS)
         except OSError as e:
             raise DataError(f"cannot read {folder}: {e}") from None
         files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
-        if files:
-            return files
-    return []
+        if chosen:
+            others += [str(f.relative_to(folder)) for f in files if f not in chosen]
+        chosen = chosen or files
+    if others:
+        console.warn(f"{folder}: only {chosen[0].suffix} files are read; left out: {', '.join(others[:5])}")
+    return chosen
 
 
 def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
@@ -221,7 +228,7 @@ def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, 
     except Exception as e:  # its readers raise anything on a damaged folder
         raise DataError(f"cannot read {path}, saved by datasets: {first_line(e)}") from None
     if not isinstance(found, datasets.DatasetDict):
-        found = {split_of(path.name) or str(found.split or "train"): found}
+        found = {split_of(counted_name(path, path)) or str(found.split or "train"): found}
     return [
         (canonical(name), dataset_table(dataset, f"{path.name}/{name}", _roots(images, path)))
         for name, dataset in found.items()
@@ -291,6 +298,8 @@ def _document(path: Path) -> list | None:
         what = f"{path} holds an object with several lists: {', '.join(document)}"
         raise DataError(what, hint='want an array or {"data": [...]}')
     key = next(name for name, value in document.items() if value is lists[0])
-    if (split := split_of(key)) not in (None, "train", split_of(path.name)):
+    said = [key, *(document[name] for name in SPLIT_COLUMNS if isinstance(document.get(name), str))]
+    split = next((found for text in said if (found := split_of(text)) not in (None, "train")), None)
+    if split not in (None, split_of(path.name)):
         raise DataError(f"{path} holds records of {split}, which its name does not say", hint=f"call it {split}.json")
     return lists[0]

@@ -331,6 +331,8 @@ def read_vlmevalkit(text: str) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
+_SILENT = re.compile(r"</?[a-zA-Z][^<>]{0,40}>|<\|[^<>|]{1,40}\|>|\s")
+
 # --- codes -----------------------------------------------------------------------------------------------------
 
 Reader = Callable[[str], str | None]
@@ -345,9 +347,16 @@ def rule_code(text: str, gt: int, read: Reader = read_yes_no) -> int:
     return RIGHT if (reading == YES) == (gt == 1) else WRONG
 
 
-def judged_text(reply: str, judge_input: str) -> str:
-    """What a judge is shown: the whole reply, or its extracted answer (the whole reply where there is none)."""
-    if judge_input == "reply":
-        return reply
+def judged_text(reply: str, judge_input: str, reader: str = "r1v") -> str | None:
+    """What a judge is shown: the complete reply, or its answer (in tags; where there are none all but its reasoning).
+
+    None when nothing is said outside the reasoning, whichever is asked for: that is no answer to judge. VLMEvalKit's rule
+    reads reasoning too.
+    """
+    if reader == "vlmevalkit":
+        return reply if reply.strip() else None
     answer = parse(reply).answer
-    return reply if answer is None else answer
+    said = without_thinking(reply) if answer is None else answer
+    if not _SILENT.sub("", said):
+        return None
+    return reply if judge_input == "reply" else said

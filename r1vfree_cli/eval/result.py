@@ -95,7 +95,8 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
     unanswered = Counter(r["unanswered"] for id_ in texts if (r := found.records[id_]).get("unanswered"))
     doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
     answered = {id_: text for id_, text in texts.items() if not found.records[id_].get("unanswered")}
-    empty = Counter(found.records[id_].get("cause") or "empty" for id_, text in answered.items() if not text.strip())
+    shown = {id_: reading.judged_text(text, "answer", benchmark.reader) for id_, text in answered.items()}
+    empty = Counter(_cause(found.records[id_], answered[id_]) for id_, text in shown.items() if text is None)
     doc["empty"] = {"n": empty.total(), "causes": dict(empty)}
     if len(texts) == len(found.judged):
         judge = found.settings.get("judge") or {}
@@ -103,8 +104,9 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
         codes = {q.id: benchmark.code(q, answered[q.id]) for q in asked}
         doc["answer_format"] = answer_format(answered, found.records, codes)
         if judge.get("kind") != "rule":
-            shown = judge.get("judge_input", o.judge_input)
-            rule = {q.id: benchmark.code(q, reading.judged_text(answered[q.id], shown)) for q in asked}
+            what = judge.get("judge_input", o.judge_input)
+            read = {id_: reading.judged_text(text, what, benchmark.reader) for id_, text in answered.items()}
+            rule = {q.id: benchmark.code(q, text) for q in asked if (text := read[q.id]) is not None}
             doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in found.judged})
     doc["settings"] = found.settings
     doc["warnings"] = _first(doc) + found.warnings + benchmark.warnings(doc) + _empty(o, doc, len(texts))
@@ -115,6 +117,12 @@ def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, 
         if _who(other.judge) != _who(found.settings.get("judge")):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
+
+
+def _cause(record: dict, text: str) -> str:
+    """Why a reply says nothing: as its endpoint told, or cut in its reasoning, or nothing but reasoning."""
+    cut = "length" if record.get("finish") == "length" else "reasoning" if text.strip() else "empty"
+    return record.get("cause") or cut
 
 
 def _who(judge: Any) -> tuple:

@@ -267,7 +267,7 @@ def _default_out(o: EvalOptions, protocol: str) -> Path:
 def _replies(w: Work, records: dict[str, dict]) -> dict[str, str | None]:
     """Question id -> the text to be judged, None where there is no answer."""
     return {
-        id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], _judge_input(w.o))
+        id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], _judge_input(w.o), w.o.reader)
         for id_, r in records.items()
     }
 

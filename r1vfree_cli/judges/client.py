@@ -41,7 +41,9 @@ LIMITS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None}
 _NOT_KNOWN = re.compile(r"(?i)support|recogni[sz]ed|unknown|unexpected|permitted|not allowed|extra|deprecated|instead")
 _TOO_MANY = re.compile(r"(?i)too large|at most|maximum|exceed|context length")  # of the number, not of the name
 _NO_QUOTA = re.compile(r"(?i)insufficient_quota|exceeded_current_quota|billing|arrearage|insufficient_balance")
-_NO_MONEY = re.compile(r"(?i)insufficient (?:balance|credits?|funds)|credit balance is too low")
+_NO_MONEY = re.compile(
+    r"(?i)insufficient (?:balance|credits?|funds)|(?:balance|credits?) (?:is|are) (?:too low|insufficient|exhausted)"
+)
 _FORMAT_WORDS = re.compile(r"(?i)response_format|json_schema|json_object|structured|guided|grammar")
 
 
@@ -333,12 +335,12 @@ class Endpoint:
         details = [self.told(said)]
         if status == 407:
             return UsageError(f"the proxy refused access (407){proxy_before(self.url)}", details=details)
+        if status == 402 or _NO_QUOTA.search(code) or (400 <= status < 500 and _NO_MONEY.search(said)):
+            return UsageError(f"{at} has no quota left ({status})", details=details, hint="what is finished is kept")
         if status in (401, 403):
             hint = f"put its key in {self.api_key_env}" if self.api_key_env else "it wants a key"
             hint += ", or name another variable" if self.api_key_env else ": name its variable"
             return UsageError(f"{at} refused access ({status})", details=details, hint=hint)
-        if status == 402 or _NO_QUOTA.search(code) or (400 <= status < 500 and _NO_MONEY.search(said)):
-            return UsageError(f"{at} has no quota left ({status})", details=details, hint="what is finished is kept")
         if status == 404:
             hint = f"check the URL (OpenAI-compatible ones end in /v1) and the model's name {self.model!r}"
             return UsageError(f"{at} knows no such path or model (404)", details=details, hint=hint)

@@ -17,6 +17,11 @@ ENDS = (None, "", "stop", "length", "tool_calls", "function_call")
 OTHER_NAMES = {"eos": "stop", "eos_token": "stop", "stop_sequence": "stop", "end_turn": "stop", "max_tokens": "length"}
 FILTERED = ("content_filter", "safety", "recitation")  # Gemini's names for it too
 
+# Errors by name in a reply with status 200, as the status that OpenAI's server gives them.
+_STATUS = dict.fromkeys(("invalid_api_key", "authentication_error", "invalid_authentication_error"), 401)
+_STATUS |= {"permission_error": 403, "permission_denied": 403, "rate_limit_exceeded": 429, "rate_limit_error": 429}
+_STATUS |= dict.fromkeys(("model_not_found", "not_found_error", "invalid_model"), 404) | {"invalid_request_error": 400}
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -109,7 +114,9 @@ def status_in(error: Any) -> int:
     known = error if isinstance(error, dict) else {}
     code = next((known[name] for name in ("code", "status", "status_code", "error_code") if known.get(name)), None)
     code = int(code) if isinstance(code, str) and re.fullmatch(r"[45]\d\d", code) else code
-    return code if type(code) is int and 400 <= code < 600 else 429 if code == "rate_limit_exceeded" else 500
+    if type(code) is int and 400 <= code < 600:
+        return code
+    return next((_STATUS[name] for key in ("code", "type") if (name := str(known.get(key))) in _STATUS), 500)
 
 
 def read_reply(document: Any, asked: str) -> Reply:

@@ -59,6 +59,8 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
         raise DataError(f"the adapter in {folder} holds NaN or infinity", details=broken[:6])
     if not any(value.any() for key, value in weights.items() if "lora_A" not in key):
         console.warn(f"the adapter in {folder} is untrained: what it adds to its base is zero")
+    if not settings.lora_alpha:
+        console.warn(f"the adapter in {folder} has lora_alpha 0: what it adds to its base is zero")
     _translate(settings, model, weights)
     settings.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved
     try:

@@ -120,7 +120,13 @@ def kind_of(folder: Path) -> Kind:
     """
     if is_adapter(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would take a pickle instead
-            raise DataError(f"{folder} is an adapter without its weights: {ADAPTER_WEIGHTS} is missing")
+            pickled = next(folder.glob("adapter_model.[bp]*"), None)
+            hint = (
+                f"{pickled.name} is a pickle, which is not loaded: save the adapter again with PEFT"
+                if pickled
+                else None
+            )
+            raise DataError(f"{folder} is an adapter without its weights: {ADAPTER_WEIGHTS} is missing", hint=hint)
         return "adapter"
     if (folder / "config.json").is_file():
         if any(folder.glob("*.safetensors")):

@@ -239,7 +239,11 @@ def save_final(trainer, folder: Path) -> None:
         _move(staging, folder)
     trainer.accelerator.wait_for_everyone()
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except Exception as e:  # a network or a token that has gone since the start costs no run
+            upload = f"hf upload {trainer.args.hub_model_id or folder.parent.name} {folder}"
+            console.warn(f"the push to the hub failed: {first_line(e)}; once it is reached: {upload}")
 
 
 def _unsaved(trainer, folder: Path, staging: Path, error: Exception) -> DataError:

@@ -255,6 +255,10 @@ def test_what_would_answer_as_the_base_is_refused_or_said(plain, tmp_path, capsy
     capsys.readouterr()
     lora(plain, tmp_path / "zero")
     assert "is untrained: what it adds to its base is zero" in capsys.readouterr().err
+    save_file(weights, tmp_path / "zero" / "adapter_model.safetensors")
+    change(tmp_path / "zero", lora_alpha=0)
+    lora(plain, tmp_path / "zero")
+    assert "has lora_alpha 0: what it adds to its base is zero" in " ".join(capsys.readouterr().err.split())
     for named, told in (("Qwen/Qwen2-VL-2B-Instruct", True), (None, True), (f"/gone/{plain.name}", False)):
         change(tmp_path / "zero", base_model_name_or_path=named)
         lora(plain, tmp_path / "zero")

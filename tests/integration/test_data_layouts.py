@@ -376,6 +376,10 @@ def test_other_encodings_are_refused_as_a_file(name, encoding, folder, tmp_path)
         ("contest/rows.jsonl", None),
         ("trainees.csv", None),
         ("questions.jsonl", None),
+        ("VQATest2015.json", "test"),
+        ("testquestions.json", "test"),
+        ("val_annotations.json", "validation"),
+        ("testimony.jsonl", None),
     ],
 )
 def test_a_split_is_a_word_of_the_name(name, split):
@@ -430,10 +434,24 @@ def test_a_folder_key_or_column_that_says_test_keeps_rows_out_of_training(tmp_pa
     (tmp_path / "rows.json").write_text(json.dumps({"test": [record]}))
     with pytest.raises(DataError, match="holds records of test"):
         prepare("files", tmp_path / "out", input=str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text(json.dumps({"split": "test", "data": [record]}))
+    with pytest.raises(DataError, match="holds records of test"):
+        prepare("files", tmp_path / "out", input=str(tmp_path / "rows.json"))
     said = [{"split": "val"}, {"extra_info": {"split": "test"}}, {"split": "train"}, {"split": None}, {"split": "x"}]
+    said += [{"partition": "test"}, {"data_subtype": "val2014"}, {"data_subtype": "train2014"}, {"subset": "clevr"}]
     path = write_lines(tmp_path / "rows.jsonl", [record | more for more in said])
     summary = prepare("files", tmp_path / "column", input=str(path))
-    assert (summary["rows"], summary["dropped"]) == (3, {"record of another split": 2})
+    assert (summary["rows"], summary["dropped"]) == (5, {"record of another split": 4})
+
+
+def test_a_saved_dataset_in_a_folder_of_a_split_and_files_of_another_kind(tmp_path, capsys):
+    record = {"problem": "What?", "image": {"bytes": PNG}}
+    datasets.Dataset.from_list([record]).save_to_disk(tmp_path / "test" / "rows")
+    assert prepare("files", tmp_path / "a", input=str(tmp_path / "test" / "rows"))["splits"].keys() == {"test"}
+    write_lines(tmp_path / "x" / "test.jsonl", [{"problem": "What?", "image": B64}])
+    (tmp_path / "x" / "train.json").write_text(json.dumps([{"problem": "What?", "image": B64}]))
+    assert prepare("files", tmp_path / "b", input=str(tmp_path / "x"))["splits"].keys() == {"test"}
+    assert "only .jsonl files are read; left out: train.json" in " ".join(capsys.readouterr().err.split())
 
 
 # --- images ----------------------------------------------------------------------------------------------------

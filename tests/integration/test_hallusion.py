@@ -525,6 +525,34 @@ def test_chat_judge_asks_once_and_same_only_where_it_is_read(tmp_path, serve):
     assert any("hidden" in p for p in server.prompts[calls:]) and whole["settings"]["judge"]["judge_input"] == "reply"
 
 
+@pytest.mark.parametrize(
+    "reply", ["<think>yes</think>", "<think>The answer is yes", "<think>a</think><answer></answer>", " "]
+)
+def test_a_reply_that_says_nothing_is_never_right_and_never_judged(reply, tmp_path, serve):
+    """Unclear counts as right for a VS question without a figure: nothing but reasoning is no unclear answer."""
+    rows = [r | {"model_prediction": reply if i % 3 == 0 else "Yes"} for i, r in enumerate(records())]
+    write_json(tmp_path / "p.json", rows)
+    silent = sum(r["model_prediction"] == reply for r in rows)
+    options = {"predictions": tmp_path / "p.json", "max_empty": 100}
+    with pytest.raises(DataError, match=f"{silent} of {len(rows)} replies are empty"):
+        evaluate(EvalOptions(**options | {"max_empty": 10}, out=tmp_path / "refused"))
+    server = serve(lambda prompt, body: "unclear" if "a careful teacher marking" in prompt else "same")
+    for judge in ({}, chat(server), chat(server) | {"judge_input": "reply"}):
+        out = tmp_path / f"e{len(judge)}"
+        doc = evaluate(EvalOptions(**options, **judge, out=out))
+        assert doc["empty"]["n"] == silent and any("replies are empty" in w for w in doc["warnings"])
+        judged = BENCHMARK.load_judged(out / "judged.json")
+        assert {item.code for item, record in zip(*judged) if record["model_prediction"] == reply} == {score.WRONG}
+    assert server.prompts and not any(f"answer: {reply}" in p for p in server.prompts)
+
+
+def test_a_chat_judge_is_not_shown_reasoning_where_there_are_no_answer_tags(tmp_path, serve):
+    server = serve(judge_by_content)
+    file = prediction_file(tmp_path / "p.json", "<think>hidden</think> Yes {question}")
+    evaluate(EvalOptions(predictions=file, out=tmp_path / "e", **chat(server)))
+    assert server.prompts and not any("hidden" in p for p in server.prompts)
+
+
 def test_judging_again_keeps_what_was_spent_and_how_the_replies_were_made(bench, tmp_path, serve, monkeypatch):
     """Calls and tokens of all attempts are counted, scores of other verdicts go, the first command line stays."""
     broken = ["Number 01"]
@@ -882,6 +910,8 @@ def test_checkpoints_that_are_no_model(bench, tmp_path):
     lora.mkdir()
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     fails(3, local(bench, lora, tmp_path / "e"), "adapter without its weights")
+    (lora / "adapter_model.bin").touch()
+    fails(3, local(bench, lora, tmp_path / "e"), "adapter_model.bin is a pickle")
     (lora / "adapter_model.safetensors").touch()
     fails(3, local(bench, lora, tmp_path / "e"), "base")
 

@@ -211,6 +211,11 @@ def test_loopback_is_known_in_every_spelling():
         ({"code": "Arrearage", "message": "overdue"}, None, None),
         ({"error": {"type": "exceeded_current_quota_error"}}, None, None),
         ({"error": {"code": 400, "message": "Your credit balance is too low"}}, None, None),
+        ({"error": {"code": 403, "message": "Sorry, your account balance is insufficient"}}, None, None),
+        ({"error": {"code": "invalid_api_key"}}, "refused access", None),
+        ({"error": {"code": None, "type": "authentication_error"}}, "refused access", None),
+        ({"error": {"code": "model_not_found", "type": "invalid_request_error"}}, "no such path or model", None),
+        ({"error": {"type": "invalid_request_error", "message": "no"}}, "rejected", False),
         ({"choices": [{"message": {"content": "Yes"}}], "code": 0}, "value", None),
     ],
 )
@@ -220,8 +225,8 @@ def test_an_error_in_a_reply_of_status_200_is_one(said, kind, temporary):
         assert error is None
         return
     found = Endpoint("http://127.0.0.1:1/v1", "m")._refusal(status_in(error), json.dumps(said), {})
-    if kind is None:
-        assert isinstance(found, UsageError) and "no quota left" in found.message
+    if temporary is None:
+        assert isinstance(found, UsageError) and (kind or "no quota left") in found.message
     else:
         assert isinstance(found, Failure) and (found.kind, found.temporary) == (kind, temporary)
 

@@ -487,11 +487,14 @@ def test_metrics_that_were_edited_do_not_end_a_run_at_its_end(edit, tmp_path):
 
 
 def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", 0.5)
     shutil.copytree(tiny["qwen2_5_vl"], tmp_path / "model")
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     endless = "<|vision_start|><|image_pad|><|vision_end|>?{{ 'a ' * 10**7 }}"
-    for template, said in ((loop, "does not work: it took longer than 0.5"), (endless, "writes 20,000,0")):
+    for template, limit, said in (
+        (loop, 0.5, "does not work: it took longer than 0.5"),
+        (endless, 60, "writes 20,000,0"),
+    ):
+        monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", limit)
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
         with pytest.raises(DataError, match=f"chat template of model {tmp_path}/model {said}"):
             load_processor(make_recipe(tmp_path / "model", tmp_path).model)
@@ -547,6 +550,22 @@ def test_weights_that_the_run_dir_cannot_take_are_kept_elsewhere(what, tmp_path,
         checkpoints.save_final(trainer, run / "final")
     file = next(Path(word) for word in e.value.hint.split() if word.endswith(".safetensors"))
     assert file.is_relative_to(elsewhere) and file.stat().st_size > 4 * model.lm_head.weight.numel()
+
+
+def test_a_push_that_fails_at_the_end_costs_no_run(tmp_path, capsys):
+    model, _ = tiny_models.tiny_model()
+
+    def push():
+        raise OSError("no route to the hub")
+
+    args = SimpleNamespace(should_save=True, push_to_hub=True, hub_model_id="me/x", output_dir=str(tmp_path / "c"))
+    accelerator = SimpleNamespace(unwrap_model=lambda m: m, wait_for_everyone=lambda: None)
+    trainer = SimpleNamespace(model=model, accelerator=accelerator, args=args, contract={"schema": 1}, push_to_hub=push)
+    trainer.save_model = lambda folder, _internal_call: model.save_pretrained(folder)
+    checkpoints.save_final(trainer, tmp_path / "final")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no route to the hub" in said and f"hf upload me/x {tmp_path / 'final'}" in said.replace("final ", "final")
+    assert (tmp_path / "final" / "model.safetensors").is_file()
 
 
 def test_a_disk_without_room_for_the_model_is_known_before_the_first_step(tmp_path, monkeypatch):

@@ -370,6 +370,8 @@ def test_markers_in_long_white_space_take_no_quadratic_time():
         (" plain ", "plain"),
         (3, "3"),
         (2.5, "2.5"),
+        (3.0, "3"),
+        (1e300, "1e+300"),
         (None, None),
         ("", None),
         ("<answer> </answer>", None),

@@ -144,6 +144,10 @@ def test_judge_input():
     assert reading.judged_text(reply, "answer") == "Yes"
     assert reading.judged_text(reply, "reply") == reply
     assert reading.judged_text("plain", "answer") == "plain"
+    assert reading.judged_text("<think>so</think>No.", "answer").strip() == "No."
+    for silent in ("<think>yes</think>", "<think>yes", "<answer> </answer>", " \n", "<|im_end|>"):
+        assert reading.judged_text(silent, "answer") is None and reading.judged_text(silent, "reply") is None
+    assert reading.judged_text("<think>yes</think>", "reply", "vlmevalkit") == "<think>yes</think>"
 
 
 def test_agreement_counts_judged_questions_only():

@@ -1,7 +1,7 @@
 """Counting as in R1-V's SuperCLEVR evaluation: JSON Lines of {image_path, question, ground_truth}, an exact number.
 
 The number is the one in `<answer>`, else the only number in the reply (its reasoning left out), in digits or as a word
-up to twenty. A reply that names several or none is unreadable.
+up to twenty. A reply that names several, a bound or none is unreadable.
 """
 
 import re
@@ -19,7 +19,15 @@ _WORDS = re.findall(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty",
 )
-_NUMBER = re.compile(rf"(?<![\w.,-])-?\d+(?:\.\d+)?(?!\.?\d|[\w%]|,\d)|\b(?:{'|'.join(_WORDS)})\b")
+_ONE = rf"(?:(?<![\w.,-])-?\d+(?:\.\d+)?(?!\.?\d|[\w%]|,\d)|\b(?:{'|'.join(_WORDS)})\b)"
+_NUMBER = re.compile(_ONE)
+# A bound, what is denied, a label ("figure 1") and the pronoun name no number.
+_NO_NUMBER = re.compile(
+    r"\b(?:no|any|every|some|which|this|that|each|another|the\s+other)\s+one\b"
+    r"|(?:\b(?:at\s+(?:least|most)|(?:more|fewer|less|greater|other|rather)\s+than|not|up\s+to|over|under|above|below|minimum\s+of|"
+    rf"maximum\s+of|figure|fig\.|image|picture|option|question|step|table|scene)|n't|[<>≥≤~]=?)\s*(?:exactly\s+|be\s+)?{_ONE}"
+    rf"|{_ONE}\s*(?:\+|or\s+(?:more|fewer|less|so)\b)"
+)
 
 
 class Counting(Benchmark):
@@ -38,7 +46,8 @@ def read_number(reply: str) -> float | None:
     """The one number that a reply names; None when there is none, or several different ones."""
     answer = parse(reply).answer
     text = without_thinking(reply) if answer is None else answer
-    found = {float(_WORDS.index(w)) if w in _WORDS else float(w) for w in _NUMBER.findall(text.lower())}
+    said = _NO_NUMBER.sub(" ", text.lower())
+    found = {float(_WORDS.index(w)) if w in _WORDS else float(w) for w in _NUMBER.findall(said)}
     return found.pop() if len(found) == 1 else None
 
 
