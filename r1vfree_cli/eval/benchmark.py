@@ -232,7 +232,6 @@ def percent(counts: Counts) -> dict[str, float | None]:
 
 
 def scored(counts: Counts) -> dict:
-    """The scores of a part of a benchmark."""
     return {"metrics": percent(counts), "counts": counts}
 
 

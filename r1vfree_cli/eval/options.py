@@ -85,7 +85,6 @@ class EvalOptions(BaseModel):
 
     @property
     def asks_judge(self) -> bool:
-        """Whether a chat judge will be asked."""
         return self.judge == "chat" and not self.judged and self.stage in ("judge", "all")
 
     @property

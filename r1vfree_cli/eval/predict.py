@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..config.recipes import differences
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
 from ..core.errors import DataError, Interrupted, UsageError, counted
@@ -45,6 +46,10 @@ class Plan:
     runtime: dict = field(default_factory=dict)
     failures: dict[str, dict] = field(default_factory=dict)
     failed_before: set[str] = field(default_factory=set)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        return self.identity["min_pixels"], self.identity["max_pixels"]
 
 
 def plan(o: EvalOptions) -> Plan:
@@ -84,11 +89,9 @@ def plan(o: EvalOptions) -> Plan:
     } | ({"engine": "vllm"} if o.vllm else {})
     if o.vllm:
         vllm.executable()  # before anything is written
-    if o.vllm and found is not None and found.kind == "adapter":
-        raise UsageError(
-            f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter",
-            hint=f"first: {merge_command(found.path)}",
-        )
+    if o.vllm and found and found.kind == "adapter":
+        what = f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter"
+        raise UsageError(what, hint=f"first: {merge_command(found.path)}")
     return Plan(identity, found, warnings, prompt)
 
 
@@ -104,17 +107,14 @@ class Prediction(BaseModel, strict=True, extra="allow"):
 
 
 def read_predictions(path: Path) -> dict[str, dict]:
-    """`by_id` of `predictions.jsonl`."""
     return {id_: p.model_dump(exclude_unset=True) for id_, p in by_id(path, Prediction, "prediction").items()}
 
 
 def write_predictions(path: Path, records: dict[str, dict]) -> None:
-    """Replace `predictions.jsonl`."""
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
 
 
 def jobs(benchmark: Benchmark, planned: Plan, questions: QuestionSet) -> Iterator[Job]:
-    """All questions as they are asked."""
     for q in questions.questions:
         messages, image = benchmark.messages(q, planned.prompt), questions.image(q)
         key = content_key(planned.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
@@ -180,18 +180,13 @@ def _local(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., N
     with contextlib.redirect_stdout(sys.stderr):
         from .generate import Generator
 
+        asked = ("base", "revision", "max_new_tokens", "temperature", "device", "dtype", "seed")
         generator = Generator(
             planned.checkpoint.path,
-            base=o.base,
-            revision=o.revision,
             family=o.family or planned.checkpoint.contract.get("family"),
-            min_pixels=planned.identity["min_pixels"],
-            max_pixels=planned.identity["max_pixels"],
-            max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature,
-            device=o.device,
-            dtype=o.dtype,
-            seed=o.seed,
+            min_pixels=planned.pixels[0],
+            max_pixels=planned.pixels[1],
+            **{name: getattr(o, name) for name in asked},
         )
         where = {"device": str(generator.device), "dtype": generator.dtype}
         planned.runtime = where | {"figures_encoded_once": generator.reuse}
@@ -203,9 +198,8 @@ def _vllm(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., No
     assert planned.checkpoint is not None
     out.mkdir(parents=True, exist_ok=True)
     port = plans.free_port()
-    pixels = (planned.identity["min_pixels"], planned.identity["max_pixels"])
     model, on_cpu = planned.checkpoint.path, o.device == "cpu" or gpu_count() == 0
-    started = plans.vllm_policy_plan(model, o.revision, port, pixels=pixels, on_cpu=on_cpu, dtype=o.dtype)
+    started = plans.vllm_policy_plan(model, o.revision, port, pixels=planned.pixels, on_cpu=on_cpu, dtype=o.dtype)
     console.log(f"starting vLLM, its log in {out / 'vllm-server.log'}")
     with processes.server(started, port, out / "vllm-server.log", "vLLM server") as server:
         here = o.model_copy(update={"endpoint": f"{server.url}/v1", "model": vllm.POLICY, "api_key_env": "R1V_NO_KEY"})
@@ -220,7 +214,7 @@ def _remote(
     a second run too. `server`: r1v's own, which knows the pixel limits, and is waited for when it is started again."""
     endpoint = Endpoint(o.endpoint, o.model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env)
     endpoint.max_image_bytes = o.max_image_bytes
-    limits = (planned.identity["min_pixels"], planned.identity["max_pixels"]) if server is None else None
+    limits = planned.pixels if server is None else None
     if limits:
         _refuse_unsettled(todo, limits)
     left = {job.id: job for job in todo}
@@ -259,10 +253,8 @@ def _remote(
     if blocking:
         hint = "these may work the next time; what fails again then is counted as not right"
         if not counts:
-            hint = (
-                "the others are kept; the same command asks only for these again, and --count-unanswered-wrong counts"
-            )
-            hint += " what the endpoint refuses for good as not right"
+            hint = "the others are kept; the same command asks only for these again, and --count-unanswered-wrong "
+            hint += "counts what the endpoint refuses for good as not right"
         what = f"{len(blocking)} of {len(todo)} questions got no answer from {endpoint.where}"
         raise DataError(what, details=failure_lines(planned.failures), hint=hint)
     for line in failure_lines(planned.failures):
@@ -296,7 +288,7 @@ def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: 
         calls += 1
         text += sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4
         if job.image:
-            width, height = fitted(*size_of(job.image), planned.identity["min_pixels"], planned.identity["max_pixels"])
+            width, height = fitted(*size_of(job.image), *planned.pixels)
             images += width * height // FEWEST_PIXELS
     return {
         "calls": calls,
@@ -331,13 +323,8 @@ def claim(out: Path, identity: dict) -> None:
     before = document.get("identity") if isinstance(document, dict) else None
     if not isinstance(before, dict) or before == identity:
         return
-    differing = [
-        f"{key}: {before.get(key)!r} there, {identity.get(key)!r} now"
-        for key in {**before, **identity}
-        if before.get(key) != identity.get(key)
-    ]
     raise UsageError(
         f"{out} holds an evaluation of another model or with other settings",
-        details=differing,
+        details=differences(before, identity),
         hint=f"choose another --out, or delete that folder; --predictions {out / 'predictions.jsonl'} reuses its answers",
     )

@@ -21,7 +21,6 @@ def file_list(files: Files) -> list[Path]:
 
 
 def named(files: Files) -> str:
-    """The files, for a message."""
     return ", ".join(map(str, file_list(files)))
 
 

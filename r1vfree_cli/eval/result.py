@@ -17,8 +17,6 @@ WARN_EMPTY = 1.0  # percent of empty replies
 
 
 class Other(NamedTuple):
-    """A result to compare with."""
-
     path: Path
     judged: list[Any]
     judge: Any
