@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -50,6 +50,32 @@ class Plan:
     @property
     def pixels(self) -> tuple[int, int]:
         return self.identity["min_pixels"], self.identity["max_pixels"]
+
+
+class Other(NamedTuple):
+    """A result to compare with; `judge` is the settings of who judged it."""
+
+    path: Path
+    judged: list[Any]
+    judge: Any
+
+
+@dataclass
+class Work:
+    """One evaluation under way. `records` (question id -> reply) is None when they have to be generated."""
+
+    o: EvalOptions
+    benchmark: Benchmark
+    protocol: str
+    out: Path
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    asked: QuestionSet = field(default_factory=lambda: QuestionSet([]))
+    records: dict[str, dict] | None = None
+    other: Other | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.out / "predictions.jsonl"
 
 
 def plan(o: EvalOptions) -> Plan:
@@ -114,28 +140,27 @@ def write_predictions(path: Path, records: dict[str, dict]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
 
 
-def jobs(benchmark: Benchmark, planned: Plan, questions: QuestionSet) -> Iterator[Job]:
-    for q in questions.questions:
-        messages, image = benchmark.messages(q, planned.prompt), questions.image(q)
-        key = content_key(planned.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
+def jobs(w: Work) -> Iterator[Job]:
+    for q in w.asked.questions:
+        messages, image = w.benchmark.messages(q, w.plan.prompt), w.asked.image(q)
+        key = content_key(w.plan.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
         yield Job(q.id, messages, image, key, q.record())
 
 
-def generate(
-    o: EvalOptions, benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path
-) -> dict[str, dict]:
-    """Answer what is not in `path` yet; each answer is on disk as soon as its batch or call is finished.
+def generate(w: Work) -> dict[str, dict]:
+    """Answer what is not in `w.file` yet; each answer is on disk as soon as its batch or call is finished.
 
     Returns question id -> record: the question's, plus id, key, finish, token counts, `cause` of an empty reply, and
     `unanswered` (why) where there is none; such a question is asked again the next time.
 
     Raises:
-        UsageError: `path` holds answers made with other settings; or the endpoint is down.
+        UsageError: the file holds answers made with other settings; or the endpoint is down.
         DataError: some calls failed for good; the rest is kept, and a rerun asks only for these.
     """
+    path = w.file
     repair_tail(path)
     before = read_predictions(path)
-    asked = {job.id: job for job in jobs(benchmark, planned, questions)}
+    asked = {job.id: job for job in jobs(w)}
     answered = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
     stale = [id_ for id_, record in answered.items() if record.get("key") != asked[id_].key]
     if stale:
@@ -157,17 +182,17 @@ def generate(
         append_jsonl(path, found[job.id])
 
     try:
-        if todo and o.vllm:
-            _vllm(o, planned, todo, keep, path.parent)
-        elif todo and o.endpoint:
-            _remote(o, planned, todo, keep)
+        if todo and w.o.vllm:
+            _vllm(w.o, w.plan, todo, keep, w.out)
+        elif todo and w.o.endpoint:
+            _remote(w.o, w.plan, todo, keep)
         elif todo:
-            _local(o, planned, todo, keep)
+            _local(w.o, w.plan, todo, keep)
     except KeyboardInterrupt:
         told = f"interrupted: {len(found)} of {len(asked)} questions have their answer in {path}"
         raise Interrupted(told, hint="the same command asks the rest") from None
     if asked and all(found[id_].get("unanswered") for id_ in asked):
-        raise DataError(f"none of {len(asked)} questions got an answer from {o.endpoint}")
+        raise DataError(f"none of {len(asked)} questions got an answer from {w.o.endpoint}")
     answers = {id_: found[id_] for id_ in asked}
     if len(before) > len(answered):  # some were asked again: one line a question is left
         write_predictions(path, before | answers)
@@ -278,23 +303,23 @@ def failure_lines(failures: dict[str, dict]) -> list[str]:
     return [f"{f['n']} x {kind}: {f['example']}" for kind, f in failures.items()]
 
 
-def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path) -> dict:
+def estimate(w: Work) -> dict:
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
-    done = read_predictions(path)
+    done = read_predictions(w.file)
     text = images = calls = 0
-    for job in jobs(benchmark, planned, questions):
+    for job in jobs(w):
         if job.id in done and not done[job.id].get("unanswered"):
             continue
         calls += 1
         text += sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4
         if job.image:
-            width, height = fitted(*size_of(job.image), *planned.pixels)
+            width, height = fitted(*size_of(job.image), *w.plan.pixels)
             images += width * height // FEWEST_PIXELS
     return {
         "calls": calls,
         "prompt_tokens": text + images,
         "image_tokens": images,
-        "completion_tokens_at_most": calls * planned.identity["max_new_tokens"],
+        "completion_tokens_at_most": calls * w.plan.identity["max_new_tokens"],
     }
 
 

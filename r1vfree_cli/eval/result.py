@@ -2,9 +2,8 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..core.errors import DataError, UsageError, counted
 from ..core.files import read_json
@@ -12,14 +11,9 @@ from ..core.prompts import parse
 from . import reading, stats
 from .benchmark import UNCLEAR, Benchmark, content_key
 from .options import EvalOptions
+from .predict import Other, Work
 
 WARN_EMPTY = 1.0  # percent of empty replies
-
-
-class Other(NamedTuple):
-    path: Path
-    judged: list[Any]
-    judge: Any
 
 
 def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
@@ -61,56 +55,43 @@ def same_questions(judged: list[Any], other: Other) -> None:
         )
 
 
-@dataclass
-class Evidence:
-    """What a result rests on.
-
-    records: question id -> record with `model_prediction` (and `finish`, `cause`, `unanswered`), as far as there are.
-    unjudged: questions without a verdict, or without a part of it.
-    """
-
-    questions: list[Any]
-    judged: list[Any]
-    records: dict[str, dict]
-    settings: dict
-    warnings: list[str]
-    unjudged: int
-
-
-def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, other: Other | None) -> dict:
-    """The `--json` document.
+def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
+    """The `--json` document. `unjudged`: questions without a verdict, or without a part of it.
 
     Raises:
         DataError: more replies are empty than `--max-empty` allows.
     """
+    o, benchmark, questions, records = w.o, w.benchmark, w.asked.questions, w.records or {}
     doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
-    doc |= benchmark.document(found.judged, protocol)
-    doc["unjudged"] = found.unjudged
-    doc["questions_sha256"] = content_key(sorted(j.key for j in found.judged))
-    doc["intervals"] = stats.intervals(found.judged, benchmark.score, seed=o.seed)
-    replies = {q.id: found.records.get(q.id, {}).get("model_prediction") for q in found.questions}
+    doc |= benchmark.document(judged, w.protocol)
+    doc["unjudged"] = unjudged
+    doc["questions_sha256"] = content_key(sorted(j.key for j in judged))
+    doc["intervals"] = stats.intervals(judged, benchmark.score, seed=o.seed)
+    replies = {q.id: records.get(q.id, {}).get("model_prediction") for q in questions}
     texts = {id_: text for id_, text in replies.items() if isinstance(text, str)}
-    unanswered = Counter(r["unanswered"] for id_ in texts if (r := found.records[id_]).get("unanswered"))
+    unanswered = Counter(r["unanswered"] for id_ in texts if (r := records[id_]).get("unanswered"))
     doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
-    answered = {id_: text for id_, text in texts.items() if not found.records[id_].get("unanswered")}
-    empty = Counter(found.records[id_].get("cause") or "empty" for id_, text in answered.items() if not text.strip())
+    answered = {id_: text for id_, text in texts.items() if not records[id_].get("unanswered")}
+    empty = Counter(records[id_].get("cause") or "empty" for id_, text in answered.items() if not text.strip())
     doc["empty"] = {"n": empty.total(), "causes": dict(empty)}
-    if len(texts) == len(found.judged):
-        judge = found.settings.get("judge") or {}
-        asked = [q for q in found.questions if q.id in answered]
+    if len(texts) == len(judged):
+        judge = settings.get("judge") or {}
+        asked = [q for q in questions if q.id in answered]
         codes = {q.id: benchmark.code(q, answered[q.id]) for q in asked}
-        doc["answer_format"] = answer_format(answered, found.records, codes)
+        doc["answer_format"] = answer_format(answered, records, codes)
         if judge.get("kind") != "rule":
             shown = judge.get("judge_input", o.judge_input)
             rule = {q.id: benchmark.code(q, reading.judged_text(answered[q.id], shown)) for q in asked}
-            doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in found.judged})
-    doc["settings"] = found.settings
-    doc["warnings"] = _first(doc) + found.warnings + benchmark.warnings(doc) + _empty(o, doc, len(texts))
-    if other:
-        same_questions(found.judged, other)
-        compared = stats.compare(found.judged, other.judged, benchmark.score, seed=o.seed)
-        doc["comparison"] = {"with": str(other.path), **compared}
-        if _who(other.judge) != _who(found.settings.get("judge")):
+            doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in judged})
+    doc["settings"] = settings
+    doc["warnings"] = (
+        _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc) + _empty(o, doc, len(texts))
+    )
+    if w.other:
+        same_questions(judged, w.other)
+        compared = stats.compare(judged, w.other.judged, benchmark.score, seed=o.seed)
+        doc["comparison"] = {"with": str(w.other.path), **compared}
+        if _who(w.other.judge) != _who(settings.get("judge")):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
 
