@@ -16,7 +16,7 @@ from typing import Any
 from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.prompts import DEFAULT, Prompt, build_messages
 from ..core.user_code import load_named
-from .questions import Question, QuestionSet, unique
+from .questions import Question, QuestionSet, read_questions, unique
 from .records import Files, found_in, named, read_records
 
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
@@ -46,7 +46,7 @@ class Judged:
 
 
 class Benchmark:
-    """Base of a benchmark: `questions` and `judge` have to be given, the rest has defaults.
+    """Base of a benchmark: `question` or `questions`, and `judge`, have to be given; the rest has defaults.
 
     protocols: ways to score that are never compared with each other; the first is the default.
     """
@@ -62,6 +62,14 @@ class Benchmark:
 
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
         """Read the questions; the figures of those that are `asked` must be there."""
+        return read_questions(self.title or self.name, source, images, self.question, asked)
+
+    def question(self, record: dict, where: str, file: Path) -> Any:
+        """The question of a record in a question file.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
         raise NotImplementedError
 
     def wanted(self, question: Any, protocol: str) -> bool:
