@@ -7,7 +7,7 @@ resuming, endpoints, statistics, gates, comparisons and the report are the same 
 import hashlib
 import importlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,9 +156,7 @@ class Benchmark:
         """
         by_id = {q.id: q for q in known}
         found: dict[str, dict] = {}
-        unknown: list[str] = []
-        twice: list[str] = []
-        other: list[str] = []
+        wrong: dict[str, list[str]] = defaultdict(list)
         for where, raw in records:
             record = self.filled(raw, where, by_id)
             q = self.from_record(record, where)
@@ -166,20 +164,15 @@ class Benchmark:
                 wanted = "accepted: model_prediction (or prediction), a text: the reply"
                 raise DataError(f"{where}: no model_prediction", details=[found_in(raw), wanted])
             if q.id not in by_id:
-                unknown.append(q.id)
+                wrong["are not in the question set"].append(q.id)
             elif q.id in found:
-                twice.append(q.id)
+                wrong["come twice"].append(q.id)
             elif q.asked != by_id[q.id].asked:
-                other.append(q.id)
+                wrong["have another text or answer key than the question set"].append(q.id)
             found[q.id] = record
-        for ids, problem in (
-            (unknown, "are not in the question set"),
-            (twice, "come twice"),
-            (other, "have another text or answer key than the question set"),
-        ):
-            if ids:
-                hint = "were the predictions made for another question set?"
-                raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
+        for problem, ids in wrong.items():
+            hint = "were the predictions made for another question set?"
+            raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
         return found
 
     def load_judged(self, files: Files, known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
@@ -212,20 +205,18 @@ class Benchmark:
     def document(self, judged: list[Any], protocol: str) -> dict:
         """All scores: `protocol, n_questions, metrics` (percent), `counts`, `by_part`, `baselines`, `unjudged`."""
 
-        def part(some: list[Any]) -> dict:
-            return scored(self.score(some))
-
         names = dict.fromkeys(j.question.part for j in judged if j.question.part)
+        parts = {name: [j for j in judged if j.question.part == name] for name in names}
         constants = self.constants([j.question for j in judged])
+        always = {
+            name: [replace(j, code=self.code(j.question, reply)) for j in judged] for name, reply in constants.items()
+        }
         return {
             "protocol": protocol,
             "n_questions": len(judged),
-            **part(judged),
-            "by_part": {n: part([j for j in judged if j.question.part == n]) for n in names},
-            "baselines": {
-                name: part([replace(j, code=self.code(j.question, reply)) for j in judged])
-                for name, reply in constants.items()
-            },
+            **scored(self.score(judged)),
+            "by_part": {name: scored(self.score(some)) for name, some in parts.items()},
+            "baselines": {name: scored(self.score(some)) for name, some in always.items()},
             "unjudged": sum(j.code is None for j in judged),
         }
 

@@ -15,7 +15,7 @@ from ..config.recipes import differences
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
 from ..core.errors import DataError, Interrupted, UsageError, counted
-from ..core.files import append_jsonl, read_json, repair_tail, write_text
+from ..core.files import append_jsonl, read_object, repair_tail, write_text
 from ..core.process import gpu_count
 from ..judges.client import Endpoint
 from ..judges.protocol import JPEG_QUALITY, Failure
@@ -344,9 +344,8 @@ def claim(out: Path, identity: dict) -> None:
     # An attempt that failed before its first answer leaves nothing worth guarding.
     if not file.is_file() or not any((out / name).is_file() for name in ("predictions.jsonl", "judged.json")):
         return
-    document = read_json(file)
-    before = document.get("identity") if isinstance(document, dict) else None
-    if not isinstance(before, dict) or before == identity:
+    before = read_object(file).get("identity")
+    if before in (None, identity):
         return
     raise UsageError(
         f"{out} holds an evaluation of another model or with other settings",
