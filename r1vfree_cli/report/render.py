@@ -177,7 +177,11 @@ def _environment(**options):
 
     loader = PackageLoader("r1vfree_cli.report", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, **options)
-    environment.filters |= {"scored": _scored, "tone": _tone, "signed": signed}
+    environment.filters |= {
+        "scored": lambda value: "not scored" if value is None else f"{value:.3g}",
+        "tone": lambda advantage: "" if not advantage else "up" if advantage > 0 else "down",
+        "signed": signed,
+    }
     return environment
 
 
@@ -190,14 +194,6 @@ def _markdown(view: dict) -> str:
     environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
     environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
     return environment.get_template("report.md.j2").render(view)
-
-
-def _scored(value: float | None) -> str:
-    return "not scored" if value is None else f"{value:.3g}"
-
-
-def _tone(advantage: float | None) -> str:
-    return "" if not advantage else "up" if advantage > 0 else "down"
 
 
 def markdown(value: Any) -> str:
