@@ -17,7 +17,7 @@ from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.prompts import DEFAULT, Prompt, build_messages
 from ..core.user_code import load_named
 from .questions import Question, QuestionSet, read_questions, unique
-from .records import Files, found_in, named, read_records
+from .records import found_in, named, read_records
 
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
 Counts = dict[str, list[int]]  # metric -> [numerator, denominator]
@@ -132,13 +132,13 @@ class Benchmark:
             accepted = "accepted: question_id, question, answer, and filename where it has a figure"
             raise DataError(f"{where}: no question", details=[found_in(record), accepted]) from None
 
-    def records(self, files: Files) -> list[tuple[str, dict]]:
+    def records(self, files: list[Path]) -> list[tuple[str, dict]]:
         """(where, record) of files of predictions or verdicts, in the form that `from_record` takes.
 
         Raises:
             DataError: damaged, or in no form that is known.
         """
-        return list(read_records(files))
+        return list(read_records(*files))
 
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
         """Whether the records bring the right answers with them."""
@@ -175,7 +175,7 @@ class Benchmark:
             raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
         return found
 
-    def load_judged(self, files: Files, known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
+    def load_judged(self, files: list[Path], known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
         """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
 
         Raises:

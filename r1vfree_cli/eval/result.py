@@ -37,7 +37,7 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
             f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared",
             hint="score both by the same --protocol",
         )
-    judged, _ = benchmark.load_judged(file)
+    judged, _ = benchmark.load_judged([file])
     if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
     return Other(path, judged, (document.get("settings") or {}).get("judge"))

@@ -509,7 +509,7 @@ def test_chat_judge_asks_once_and_same_only_where_it_is_read(tmp_path, serve):
     assert len(shown) < n  # what is shown twice is asked once
     asked = [p for p in server.prompts if "two students" not in p]
     assert len(asked) == len(shown) and not any("hidden" in p for p in server.prompts)
-    items = {i.id: i for i in BENCHMARK.load_judged(tmp_path / "e" / "judged.json")[0]}
+    items = {i.id: i for i in BENCHMARK.load_judged([tmp_path / "e" / "judged.json"])[0]}
     codes = score.originals(items.values())
     assert any(score.reads_same(i, codes[i.pair_key]) for i in items.values())
     assert len(server.prompts) == len(asked) + 1  # all answers are equal texts here
