@@ -16,6 +16,7 @@ from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run.run_dir import RunDir
 
 REDACTED = "[redacted]"
+UNFINISHED = "the run is not finished"  # how its note begins
 _HIDDEN = ("env", "environ", "environment")  # values under these keys are never shown
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|passwd|credential)s?$")  # of environment variables
 _SECRET_FLAG = re.compile(
@@ -171,7 +172,7 @@ def read_run(path: Path, label: str) -> Run:
         notes.append("no rollouts were kept (rollouts/ is empty or not there)")
     state, reason = status.get("state"), status.get("reason")
     if state != "finished":
-        notes.append(f"the run is not finished: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
+        notes.append(f"{UNFINISHED}: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
     return run
 
 

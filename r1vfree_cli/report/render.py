@@ -12,7 +12,7 @@ from ..core.errors import DataError, UsageError
 from ..core.files import write_bytes
 from . import benchmark, training
 from .gallery import Album
-from .load import Eval, Run, collect
+from .load import UNFINISHED, Eval, Run, collect
 from .plots import MARK
 from .view import signed
 
@@ -75,6 +75,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
     run_views = [training.view(run, album) for run in runs]
     bench = benchmark.view(evals, album) if evals else {}
     comparisons = bench.get("comparisons", [])
+    unfinished = [f"{r.label}: {note}" for r in runs for note in r.notes if note.startswith(UNFINISHED)]
     missing = [(e.label, note) for e in evals for note in e.notes]
     missing += [(r["label"], note) for r in run_views for note in r["notes"]]
     names = [e.label for e in evals] + [r.label for r in runs]
@@ -84,7 +85,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "title": "Report: " + (", ".join(names) if len(names) < 4 else f"{len(runs)} runs, {len(evals)} evals"),
         "verdict": verdict(runs, comparisons),
-        "notices": [*bench.get("notices", []), *_run_notices(runs)],
+        "notices": [*bench.get("notices", []), *unfinished],
         "benchmark": bench,
         "comparisons": comparisons,
         "figures": figures,
@@ -161,15 +162,6 @@ def _change(before: float, after: float, n: float | None) -> str:
     half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
     word = "established" if abs(after - before) > half else "not established: the interval holds 0"
     return f"{text} ± {100 * half:.1f} ({n:.0f} rows, 95 %), {word}."
-
-
-def _run_notices(runs: list[Run]) -> list[str]:
-    found = []
-    for run in runs:
-        state, reason = run.status.get("state") or "of unknown state", run.status.get("reason")
-        if state != "finished":
-            found.append(f"Run {run.label} is {state}, not finished" + (f": {reason}" if reason else "."))
-    return found
 
 
 def _environment(**options):

@@ -21,7 +21,7 @@ ROOMS = {
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
     "eval": 3204,
-    "report": 1402,
+    "report": 1392,
     "doctor": 392,
     "tiny": 450,
     "cli": 489,
