@@ -43,15 +43,15 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
     return Other(path, judged, (document.get("settings") or {}).get("judge"))
 
 
-def same_questions(judged: list[Any], other: Other) -> None:
-    """Raises DataError when the other result is about other questions or has another answer key."""
-    here, there = ({j.key for j in some} for some in (judged, other.judged))
+def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
+    """Raises DataError when the judged questions of `source` are others than ours, or have another answer key."""
+    here, there = ({j.key for j in some} for some in (ours, theirs))
     if here != there:
         raise DataError(
-            f"{other.path} is about another question set: {len(there - here)} questions only there, "
+            f"{source} is about another question set: {len(there - here)} questions only there, "
             f"{len(here - there)} only here",
             details=[key[0] for key in sorted(here ^ there)[:5]],
-            hint="compare evaluations of the same questions, with the same --limit",
+            hint="both must be of the same questions, with the same answer key and the same --limit",
         )
 
 
@@ -88,7 +88,7 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
         _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc) + _empty(o, doc, len(texts))
     )
     if w.other:
-        same_questions(judged, w.other)
+        same_questions(judged, w.other.judged, w.other.path)
         compared = stats.compare(judged, w.other.judged, benchmark.score, seed=o.seed)
         doc["comparison"] = {"with": str(w.other.path), **compared}
         if _who(w.other.judge) != _who(settings.get("judge")):

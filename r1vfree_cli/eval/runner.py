@@ -62,7 +62,7 @@ def evaluate(o: EvalOptions) -> dict:
         if o.asks_judge:
             judge.check_references(w.asked.questions)  # known before anything is generated
         if w.other:
-            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other)
+            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other.judged, w.other.path)
         return {"estimate": _estimate(w)} if o.estimate else _stages(w)
 
 
@@ -216,9 +216,7 @@ def _take(w: Work, records: list[tuple[str, dict]], source: str) -> None:
         what = f"{source}: {counted(len(missing), 'question has', 'questions have')} no prediction"
         raise DataError(what, details=missing[:5], hint="were the predictions made for another question set?")
     if missing:
-        # A file without an answer key of its own says itself which questions it is about.
-        part = f"{len(found)} of the {len(known.questions)} questions"
-        w.plan.warnings.append(f"{source} has {part}: only those are scored")
+        w.plan.warnings.append(_part(source, len(found), len(known.questions)))
         w.asked = _chosen(w, known.only(lambda q: q.id in found))
     w.records = {
         q.id: {"id": q.id, **found[q.id], **{k: v for k, v in q.record().items() if v is not None}}
@@ -305,7 +303,13 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
     o, benchmark, path = w.o, w.benchmark, named(files)
     known = benchmark.questions(o.questions, None, lambda q: False).questions if o.questions else []
     judged, records = benchmark.load_judged(files, known)
-    w.plan.warnings += _same_set(benchmark, known, judged, files) if known else []
+    if known:
+        ours, asked = [benchmark.judged(q, None) for q in known], {j.id for j in judged}
+        if not benchmark.has_key(benchmark.records(files)):
+            ours = [j for j in ours if j.id in asked]
+        if len(ours) < len(known):
+            w.plan.warnings.append(_part(path, len(ours), len(known)))
+        same_questions(ours, judged, path)
     judged, records = judged[: o.limit], records[: o.limit]
     unjudged = sum(j.code is None for j in judged)
     if unjudged and not o.allow_unjudged:
@@ -329,16 +333,6 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
     return doc
 
 
-def _same_set(benchmark: Benchmark, questions: list[Any], judged: list[Any], files: list[Path]) -> list[str]:
-    """Warnings. Raises DataError unless the files are about exactly these questions, or have no answer key of their own
-    and are about some of them."""
-    known = {q.id: benchmark.judged(q, None) for q in questions}
-    wrong = [j.id for j in judged if j.id not in known or known[j.id].key != j.key]
-    missing = known.keys() - {j.id for j in judged}
-    if wrong or (missing and benchmark.has_key(benchmark.records(files))):
-        raise DataError(
-            f"{named(files)} is about another question set: {len(wrong)} questions unknown or different, "
-            f"{len(missing)} missing",
-            details=[*wrong[:3], *sorted(missing)[:3]],
-        )
-    return [f"{named(files)} has {len(judged)} of the {len(known)} questions: only those are scored"] if missing else []
+def _part(source: str, n: int, of: int) -> str:
+    """The warning of a file without an answer key of its own, which says itself which questions it is about."""
+    return f"{source} has {n} of the {of} questions: only those are scored"
