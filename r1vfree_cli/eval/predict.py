@@ -192,7 +192,7 @@ def generate(w: Work) -> dict[str, dict]:
         told = f"interrupted: {len(found)} of {len(asked)} questions have their answer in {path}"
         raise Interrupted(told, hint="the same command asks the rest") from None
     if asked and all(found[id_].get("unanswered") for id_ in asked):
-        raise DataError(f"none of {len(asked)} questions got an answer from {w.o.endpoint}")
+        raise DataError(f"none of {len(asked)} questions got an answer from {w.o.endpoint or 'vLLM'}")
     answers = {id_: found[id_] for id_ in asked}
     if len(before) > len(answered):  # some were asked again: one line a question is left
         write_predictions(path, before | answers)

@@ -781,6 +781,19 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(3, EvalOptions(judged=missing), "cannot read")
 
 
+def test_a_vllm_that_answers_no_question_is_named(bench, tiny, tmp_path, monkeypatch):
+    from r1vfree_cli.eval import predict
+
+    def refuse(o, planned, todo, keep, out):
+        for job in todo:
+            keep(job, None, unanswered="refused", reason="too long")
+
+    monkeypatch.setattr(predict, "_vllm", refuse)
+    monkeypatch.setattr(predict.vllm, "executable", lambda: "vllm")
+    options = local(bench, tiny, tmp_path / "e", vllm=True, count_unanswered_wrong=True, limit=2)
+    fails(3, options, "none of 2 questions got an answer from vLLM")
+
+
 def test_a_judge_that_cannot_be_asked_is_told_before_anything_is_generated(bench, tiny, tmp_path):
     out = tmp_path / "e"
     more = {"judge": "chat", "judge_model": "m"}
