@@ -34,7 +34,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show tracebacks and every failed call. Works at any place.")
+        bool, typer.Option("--debug", help="Tracebacks and every failed call. Works at any place.")
     ] = False,
 ) -> None:
     if version:
@@ -166,9 +166,7 @@ def merge(
     checkpoint: Annotated[Path, typer.Argument(help="A LoRA adapter, a run dir, or a checkpoint with ZeRO shards.")],
     out: Annotated[Path, typer.Option("--out", help="The model folder to write.")],
     base: Annotated[str | None, typer.Option("--base", help="The base of a LoRA adapter, when it moved.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32. Default: the base's.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; else the base's.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -214,9 +212,7 @@ def doctor(
 @app.command()
 def report(
     dirs: Annotated[list[Path], typer.Argument(help="Run dirs and eval dirs.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write report.md and report.html into.")] = Path(
-        "report"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="The folder to write the report into.")] = Path("report"),
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -264,9 +260,7 @@ _SERVER: dict[str, tuple] = {
 @app.command("serve-reward")
 @with_options(option(name, *told) for name, told in _SERVER.items())
 def serve_reward(
-    model: Annotated[
-        str, typer.Option("--model", help="A reward model or any vision-language model: folder or hub name.")
-    ],
+    model: Annotated[str, typer.Option("--model", help="A reward model or any VLM: folder or hub name.")],
     **options: Any,
 ) -> None:
     """One reward model for all ranks and hosts, over HTTP.
@@ -289,7 +283,7 @@ def _hinting() -> Iterator[None]:
             raise
         given = sys.argv[sys.argv.index(stage) + 1 :]
         if "--config" in given or (given and not given[0].startswith("-") and "=" not in given[0]):
-            name = given[0] if not given[0].startswith("-") else "NAME"
+            name = "NAME" if given[0].startswith("-") else given[0]
             hint = f"r1v {stage} --recipe {name} runs a recipe: a shipped name or the path of a YAML file"
         elif key := next((a for a in given if re.fullmatch(r"(--)?[a-z_.-]+(=.*)?", a) and _is_key(a)), None):
             hint = f"a key of the recipe is set by --set train.{key.lstrip('-').partition('=')[0].replace('-', '_').removeprefix('train.')}=VALUE"
@@ -300,14 +294,10 @@ def _hinting() -> Iterator[None]:
 
 
 def _is_key(word: str) -> bool:
-    name = word.lstrip("-").partition("=")[0]
-    return ("=" in word and not word.startswith("--")) or name.replace("-", "_").removeprefix("train.") in _trl_names()
-
-
-def _trl_names() -> set[str]:
     from ..config.trl_keys import trl_keys
 
-    return {*trl_keys("grpo"), *trl_keys("sft")}
+    name = word.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("train.")
+    return ("=" in word and not word.startswith("--")) or name in trl_keys("grpo") or name in trl_keys("sft")
 
 
 def main() -> None:

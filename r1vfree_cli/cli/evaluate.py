@@ -59,11 +59,9 @@ _EVAL_OPTIONS: dict[str, tuple] = {
 
 def _evaluate(
     benchmark: str,
-    checkpoint: Annotated[
-        str | None, typer.Argument(help="A model folder, a run dir, a hub name or a LoRA folder.")
-    ] = None,
+    checkpoint: Annotated[str | None, typer.Argument(help="A model folder, run dir, hub name or LoRA folder.")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="Options from recipes/eval/ or a YAML file; those given win.")
+        str | None, typer.Option("--recipe", "-r", help="A recipe's options; those given here win.")
     ] = None,
     set: Set = None,
     json: Json = False,

@@ -22,18 +22,18 @@ from ..launch.plan import module_plan
 from ..run import run_dir
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-# (distribution, lowest version that is known to work, needed by every run)
+# (distribution, lowest version that is known to work, the extra that brings it where not every run needs it)
 _PACKAGES = (
-    ("torch", "2.11", True),
-    ("transformers", "5.17", True),
-    ("trl", "1.16", True),
-    ("accelerate", "1.15", True),
-    ("datasets", "5", True),
-    ("deepspeed", "0.19", True),
-    ("peft", "0.19", True),
-    ("flash-attn", "2.8", False),
-    ("vllm", vllm.RELEASE, False),
-    ("wandb", "0.20", False),
+    ("torch", "2.11", None),
+    ("transformers", "5.17", None),
+    ("trl", "1.16", None),
+    ("accelerate", "1.15", None),
+    ("datasets", "5", None),
+    ("deepspeed", "0.19", None),
+    ("peft", "0.19", None),
+    ("flash-attn", "2.8", "flash"),
+    ("vllm", vllm.RELEASE, "vllm"),
+    ("wandb", "0.20", "wandb"),
 )
 
 
@@ -84,13 +84,12 @@ def _machine() -> list[Check]:
     python = ".".join(map(str, sys.version_info[:3]))
     fits = sys.version_info >= (3, 11)
     checks = [Check("python", OK if fits else ERROR, python, None if fits else "r1v needs Python 3.11 or newer")]
-    for package, lowest, needed in _PACKAGES:
+    for package, lowest, extra in _PACKAGES:
         try:
             found = version(package)
         except PackageNotFoundError:
-            extra = {"flash-attn": "[flash]", "vllm": "[vllm]", "wandb": "[wandb]"}.get(package, "")
-            hint = f"pip install -e '.{extra}'" if extra else "pip install -e ."
-            checks.append(Check(package, ERROR if needed else OK, "not installed", hint))
+            hint = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+            checks.append(Check(package, OK if extra else ERROR, "not installed", hint))
             continue
         hint = ""
         if package == "vllm" and _numbers(found)[:2] != _numbers(lowest):

@@ -25,7 +25,6 @@ from ..models.load import attention, auto_class, load_processor
 
 
 def cuda_checks() -> list[dict]:
-    """What torch sees of the GPUs."""
     if not torch.cuda.is_available():
         return [_check("cuda", "ok", f"not available to torch {torch.__version__}: CPU only")]
     checks = [_check("cuda", "ok", f"{torch.version.cuda}, torch {torch.__version__}")]

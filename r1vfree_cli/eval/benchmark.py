@@ -7,7 +7,7 @@ resuming, endpoints, statistics, gates, comparisons and the report are the same 
 import hashlib
 import importlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.prompts import DEFAULT, Prompt, build_messages
 from ..core.user_code import load_named
-from .questions import Question, QuestionSet, unique
-from .records import Files, found_in, named, read_records
+from .questions import Question, QuestionSet, read_questions, unique
+from .records import found_in, named, read_records
 
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
 Counts = dict[str, list[int]]  # metric -> [numerator, denominator]
@@ -46,7 +46,7 @@ class Judged:
 
 
 class Benchmark:
-    """Base of a benchmark: `questions` and `judge` have to be given, the rest has defaults.
+    """Base of a benchmark: `question` or `questions`, and `judge`, have to be given; the rest has defaults.
 
     protocols: ways to score that are never compared with each other; the first is the default.
     """
@@ -62,6 +62,14 @@ class Benchmark:
 
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
         """Read the questions; the figures of those that are `asked` must be there."""
+        return read_questions(self.title or self.name, source, images, self.question, asked)
+
+    def question(self, record: dict, where: str, file: Path) -> Any:
+        """The question of a record in a question file.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
         raise NotImplementedError
 
     def wanted(self, question: Any, protocol: str) -> bool:
@@ -124,13 +132,13 @@ class Benchmark:
             accepted = "accepted: question_id, question, answer, and filename where it has a figure"
             raise DataError(f"{where}: no question", details=[found_in(record), accepted]) from None
 
-    def records(self, files: Files) -> list[tuple[str, dict]]:
+    def records(self, files: list[Path]) -> list[tuple[str, dict]]:
         """(where, record) of files of predictions or verdicts, in the form that `from_record` takes.
 
         Raises:
             DataError: damaged, or in no form that is known.
         """
-        return list(read_records(files))
+        return list(read_records(*files))
 
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
         """Whether the records bring the right answers with them."""
@@ -148,9 +156,7 @@ class Benchmark:
         """
         by_id = {q.id: q for q in known}
         found: dict[str, dict] = {}
-        unknown: list[str] = []
-        twice: list[str] = []
-        other: list[str] = []
+        wrong: dict[str, list[str]] = defaultdict(list)
         for where, raw in records:
             record = self.filled(raw, where, by_id)
             q = self.from_record(record, where)
@@ -158,23 +164,18 @@ class Benchmark:
                 wanted = "accepted: model_prediction (or prediction), a text: the reply"
                 raise DataError(f"{where}: no model_prediction", details=[found_in(raw), wanted])
             if q.id not in by_id:
-                unknown.append(q.id)
+                wrong["are not in the question set"].append(q.id)
             elif q.id in found:
-                twice.append(q.id)
+                wrong["come twice"].append(q.id)
             elif q.asked != by_id[q.id].asked:
-                other.append(q.id)
+                wrong["have another text or answer key than the question set"].append(q.id)
             found[q.id] = record
-        for ids, problem in (
-            (unknown, "are not in the question set"),
-            (twice, "come twice"),
-            (other, "have another text or answer key than the question set"),
-        ):
-            if ids:
-                hint = "were the predictions made for another question set?"
-                raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
+        for problem, ids in wrong.items():
+            hint = "were the predictions made for another question set?"
+            raise DataError(f"{source}: {len(ids)} questions {problem}", details=ids[:5], hint=hint)
         return found
 
-    def load_judged(self, files: Files, known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
+    def load_judged(self, files: list[Path], known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
         """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
 
         Raises:
@@ -204,20 +205,18 @@ class Benchmark:
     def document(self, judged: list[Any], protocol: str) -> dict:
         """All scores: `protocol, n_questions, metrics` (percent), `counts`, `by_part`, `baselines`, `unjudged`."""
 
-        def part(some: list[Any]) -> dict:
-            return scored(self.score(some))
-
         names = dict.fromkeys(j.question.part for j in judged if j.question.part)
+        parts = {name: [j for j in judged if j.question.part == name] for name in names}
         constants = self.constants([j.question for j in judged])
+        always = {
+            name: [replace(j, code=self.code(j.question, reply)) for j in judged] for name, reply in constants.items()
+        }
         return {
             "protocol": protocol,
             "n_questions": len(judged),
-            **part(judged),
-            "by_part": {n: part([j for j in judged if j.question.part == n]) for n in names},
-            "baselines": {
-                name: part([replace(j, code=self.code(j.question, reply)) for j in judged])
-                for name, reply in constants.items()
-            },
+            **scored(self.score(judged)),
+            "by_part": {name: scored(self.score(some)) for name, some in parts.items()},
+            "baselines": {name: scored(self.score(some)) for name, some in always.items()},
             "unjudged": sum(j.code is None for j in judged),
         }
 
@@ -232,7 +231,6 @@ def percent(counts: Counts) -> dict[str, float | None]:
 
 
 def scored(counts: Counts) -> dict:
-    """The scores of a part of a benchmark."""
     return {"metrics": percent(counts), "counts": counts}
 
 

@@ -74,7 +74,6 @@ def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:
 
 
 def read(path: Path) -> dict[str, Judgement]:
-    """`by_id` of `judgements.jsonl`."""
     return by_id(path, Judgement, "judgement")
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..config import recipes
 from ..config.schema import FEWEST_PIXELS
 from ..core.errors import GateError, UsageError, counted, did_you_mean, nearest
 
 
-class EvalOptions(BaseModel):
+class EvalOptions(BaseModel, extra="forbid"):
     """One evaluation. Exactly one of `checkpoint`, `endpoint`, `predictions`, `judged` says what is evaluated; the
     stages judge and score alone go on with what is in `out`.
 
@@ -22,8 +22,6 @@ class EvalOptions(BaseModel):
     Raises:
         UsageError: unknown keys, wrong types, impossible values, all at once; or what contradicts itself.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     benchmark: str = "hallusion"  # a room, or my_bench.py:BENCHMARK
     checkpoint: str | None = None
@@ -79,13 +77,11 @@ class EvalOptions(BaseModel):
         try:
             return build(given)
         except ValidationError as e:
-            raise UsageError(
-                "the options of the evaluation are wrong", details=[_explain(x) for x in e.errors()]
-            ) from None
+            lines = [_explain(error) for error in e.errors()]
+            raise UsageError("the options of the evaluation are wrong", details=lines) from None
 
     @property
     def asks_judge(self) -> bool:
-        """Whether a chat judge will be asked."""
         return self.judge == "chat" and not self.judged and self.stage in ("judge", "all")
 
     @property
@@ -102,9 +98,8 @@ def _explain(error: Any) -> str:
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         near = nearest(key, EvalOptions.model_fields)
-        return f"{key}: unknown key" + (
-            f"; nearest is {near}" if near else f"; allowed: {', '.join(EvalOptions.model_fields)}"
-        )
+        told = f"nearest is {near}" if near else f"allowed: {', '.join(EvalOptions.model_fields)}"
+        return f"{key}: unknown key; {told}"
     found, message = error.get("input"), error["msg"]
     if error["type"] == "literal_error" and (near := nearest(str(found), re.findall(r"'([^']*)'", message))):
         message += f"; did you mean {near}?"
@@ -164,9 +159,8 @@ def check_gates(doc: dict, fail_under: Sequence[str]) -> None:
     for metric, least in parse_gates(fail_under, list(doc["metrics"])).items():
         found = doc["metrics"][metric]
         if found is None or found < least:
-            missed.append(
-                f"{metric} is {'not measured' if found is None else f'{found:.2f}'}, wanted at least {least:g}"
-            )
+            shown = "not measured" if found is None else f"{found:.2f}"
+            missed.append(f"{metric} is {shown}, wanted at least {least:g}")
     if missed:
         raise GateError(f"{counted(len(missed), 'gate is', 'gates are')} not met", details=missed)
 
@@ -178,9 +172,8 @@ def check(o: EvalOptions) -> None:
     _check_sources(o)
     if o.asks_judge:
         if o.protocol == "vlmevalkit":
-            raise UsageError(
-                "the protocol vlmevalkit extracts yes or no and asks no judge", hint="leave out --judge chat"
-            )
+            what = "the protocol vlmevalkit extracts yes or no and asks no judge"
+            raise UsageError(what, hint="leave out --judge chat")
         if not o.judge_model:
             raise UsageError("--judge chat needs --judge-model", hint="and --judge-base-url for your own endpoint")
     if o.reader != "r1v" and o.judge != "rule":
@@ -193,15 +186,11 @@ def check(o: EvalOptions) -> None:
 
 def _check_sources(o: EvalOptions) -> None:
     if len(o.sources) > 1:
-        raise UsageError(
-            f"{' and '.join(flag(s) for s in o.sources)} exclude each other",
-            hint="one of them says what is evaluated",
-        )
+        what = f"{' and '.join(flag(s) for s in o.sources)} exclude each other"
+        raise UsageError(what, hint="one of them says what is evaluated")
     if not o.sources and not (o.stage in ("judge", "score") and o.out):
-        raise UsageError(
-            "nothing to evaluate",
-            hint="give a checkpoint, --endpoint with --model, --predictions, --judged, or --stage judge with --out",
-        )
+        hint = "give a checkpoint, --endpoint with --model, --predictions, --judged, or --stage judge with --out"
+        raise UsageError("nothing to evaluate", hint=hint)
     if o.vllm and not o.checkpoint:
         raise UsageError("--vllm starts a server for a checkpoint, and none is given", hint="r1v eval NAME CKPT --vllm")
     if o.vllm and o.base:
@@ -213,7 +202,5 @@ def _check_sources(o: EvalOptions) -> None:
     if o.stage == "generate" and (o.predictions or o.judged):
         raise UsageError("there is nothing to generate for --predictions and --judged")
     if o.judged and o.protocol == "vlmevalkit":
-        raise UsageError(
-            "--judged holds a judge's verdicts, which the protocol vlmevalkit does not use",
-            hint="give the same file as --predictions: its model_prediction is read",
-        )
+        what = "--judged holds a judge's verdicts, which the protocol vlmevalkit does not use"
+        raise UsageError(what, hint="give the same file as --predictions: its model_prediction is read")

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from ..config.recipes import differences
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
 from ..core.errors import DataError, Interrupted, UsageError, counted
-from ..core.files import append_jsonl, read_json, repair_tail, write_text
+from ..core.files import append_jsonl, read_object, repair_tail, write_text
 from ..core.process import gpu_count
 from ..judges.client import Endpoint
 from ..judges.protocol import JPEG_QUALITY, Failure
@@ -45,6 +46,36 @@ class Plan:
     runtime: dict = field(default_factory=dict)
     failures: dict[str, dict] = field(default_factory=dict)
     failed_before: set[str] = field(default_factory=set)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        return self.identity["min_pixels"], self.identity["max_pixels"]
+
+
+class Other(NamedTuple):
+    """A result to compare with; `judge` is the settings of who judged it."""
+
+    path: Path
+    judged: list[Any]
+    judge: Any
+
+
+@dataclass
+class Work:
+    """One evaluation under way. `records` (question id -> reply) is None when they have to be generated."""
+
+    o: EvalOptions
+    benchmark: Benchmark
+    protocol: str
+    out: Path
+    plan: Plan = field(default_factory=lambda: Plan({}))
+    asked: QuestionSet = field(default_factory=lambda: QuestionSet([]))
+    records: dict[str, dict] | None = None
+    other: Other | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.out / "predictions.jsonl"
 
 
 def plan(o: EvalOptions) -> Plan:
@@ -84,11 +115,9 @@ def plan(o: EvalOptions) -> Plan:
     } | ({"engine": "vllm"} if o.vllm else {})
     if o.vllm:
         vllm.executable()  # before anything is written
-    if o.vllm and found is not None and found.kind == "adapter":
-        raise UsageError(
-            f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter",
-            hint=f"first: {merge_command(found.path)}",
-        )
+    if o.vllm and found and found.kind == "adapter":
+        what = f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter"
+        raise UsageError(what, hint=f"first: {merge_command(found.path)}")
     return Plan(identity, found, warnings, prompt)
 
 
@@ -104,38 +133,34 @@ class Prediction(BaseModel, strict=True, extra="allow"):
 
 
 def read_predictions(path: Path) -> dict[str, dict]:
-    """`by_id` of `predictions.jsonl`."""
     return {id_: p.model_dump(exclude_unset=True) for id_, p in by_id(path, Prediction, "prediction").items()}
 
 
 def write_predictions(path: Path, records: dict[str, dict]) -> None:
-    """Replace `predictions.jsonl`."""
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
 
 
-def jobs(benchmark: Benchmark, planned: Plan, questions: QuestionSet) -> Iterator[Job]:
-    """All questions as they are asked."""
-    for q in questions.questions:
-        messages, image = benchmark.messages(q, planned.prompt), questions.image(q)
-        key = content_key(planned.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
+def jobs(w: Work) -> Iterator[Job]:
+    for q in w.asked.questions:
+        messages, image = w.benchmark.messages(q, w.plan.prompt), w.asked.image(q)
+        key = content_key(w.plan.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
         yield Job(q.id, messages, image, key, q.record())
 
 
-def generate(
-    o: EvalOptions, benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path
-) -> dict[str, dict]:
-    """Answer what is not in `path` yet; each answer is on disk as soon as its batch or call is finished.
+def generate(w: Work) -> dict[str, dict]:
+    """Answer what is not in `w.file` yet; each answer is on disk as soon as its batch or call is finished.
 
     Returns question id -> record: the question's, plus id, key, finish, token counts, `cause` of an empty reply, and
     `unanswered` (why) where there is none; such a question is asked again the next time.
 
     Raises:
-        UsageError: `path` holds answers made with other settings; or the endpoint is down.
+        UsageError: the file holds answers made with other settings; or the endpoint is down.
         DataError: some calls failed for good; the rest is kept, and a rerun asks only for these.
     """
+    path = w.file
     repair_tail(path)
     before = read_predictions(path)
-    asked = {job.id: job for job in jobs(benchmark, planned, questions)}
+    asked = {job.id: job for job in jobs(w)}
     answered = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
     stale = [id_ for id_, record in answered.items() if record.get("key") != asked[id_].key]
     if stale:
@@ -157,17 +182,17 @@ def generate(
         append_jsonl(path, found[job.id])
 
     try:
-        if todo and o.vllm:
-            _vllm(o, planned, todo, keep, path.parent)
-        elif todo and o.endpoint:
-            _remote(o, planned, todo, keep)
+        if todo and w.o.vllm:
+            _vllm(w.o, w.plan, todo, keep, w.out)
+        elif todo and w.o.endpoint:
+            _remote(w.o, w.plan, todo, keep)
         elif todo:
-            _local(o, planned, todo, keep)
+            _local(w.o, w.plan, todo, keep)
     except KeyboardInterrupt:
         told = f"interrupted: {len(found)} of {len(asked)} questions have their answer in {path}"
         raise Interrupted(told, hint="the same command asks the rest") from None
     if asked and all(found[id_].get("unanswered") for id_ in asked):
-        raise DataError(f"none of {len(asked)} questions got an answer from {o.endpoint}")
+        raise DataError(f"none of {len(asked)} questions got an answer from {w.o.endpoint or 'vLLM'}")
     answers = {id_: found[id_] for id_ in asked}
     if len(before) > len(answered):  # some were asked again: one line a question is left
         write_predictions(path, before | answers)
@@ -180,18 +205,13 @@ def _local(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., N
     with contextlib.redirect_stdout(sys.stderr):
         from .generate import Generator
 
+        asked = ("base", "revision", "max_new_tokens", "temperature", "device", "dtype", "seed")
         generator = Generator(
             planned.checkpoint.path,
-            base=o.base,
-            revision=o.revision,
             family=o.family or planned.checkpoint.contract.get("family"),
-            min_pixels=planned.identity["min_pixels"],
-            max_pixels=planned.identity["max_pixels"],
-            max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature,
-            device=o.device,
-            dtype=o.dtype,
-            seed=o.seed,
+            min_pixels=planned.pixels[0],
+            max_pixels=planned.pixels[1],
+            **{name: getattr(o, name) for name in asked},
         )
         where = {"device": str(generator.device), "dtype": generator.dtype}
         planned.runtime = where | {"figures_encoded_once": generator.reuse}
@@ -203,9 +223,8 @@ def _vllm(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., No
     assert planned.checkpoint is not None
     out.mkdir(parents=True, exist_ok=True)
     port = plans.free_port()
-    pixels = (planned.identity["min_pixels"], planned.identity["max_pixels"])
     model, on_cpu = planned.checkpoint.path, o.device == "cpu" or gpu_count() == 0
-    started = plans.vllm_policy_plan(model, o.revision, port, pixels=pixels, on_cpu=on_cpu, dtype=o.dtype)
+    started = plans.vllm_policy_plan(model, o.revision, port, pixels=planned.pixels, on_cpu=on_cpu, dtype=o.dtype)
     console.log(f"starting vLLM, its log in {out / 'vllm-server.log'}")
     with processes.server(started, port, out / "vllm-server.log", "vLLM server") as server:
         here = o.model_copy(update={"endpoint": f"{server.url}/v1", "model": vllm.POLICY, "api_key_env": "R1V_NO_KEY"})
@@ -220,7 +239,7 @@ def _remote(
     a second run too. `server`: r1v's own, which knows the pixel limits, and is waited for when it is started again."""
     endpoint = Endpoint(o.endpoint, o.model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env)
     endpoint.max_image_bytes = o.max_image_bytes
-    limits = (planned.identity["min_pixels"], planned.identity["max_pixels"]) if server is None else None
+    limits = planned.pixels if server is None else None
     if limits:
         _refuse_unsettled(todo, limits)
     left = {job.id: job for job in todo}
@@ -259,10 +278,8 @@ def _remote(
     if blocking:
         hint = "these may work the next time; what fails again then is counted as not right"
         if not counts:
-            hint = (
-                "the others are kept; the same command asks only for these again, and --count-unanswered-wrong counts"
-            )
-            hint += " what the endpoint refuses for good as not right"
+            hint = "the others are kept; the same command asks only for these again, and --count-unanswered-wrong "
+            hint += "counts what the endpoint refuses for good as not right"
         what = f"{len(blocking)} of {len(todo)} questions got no answer from {endpoint.where}"
         raise DataError(what, details=failure_lines(planned.failures), hint=hint)
     for line in failure_lines(planned.failures):
@@ -286,23 +303,23 @@ def failure_lines(failures: dict[str, dict]) -> list[str]:
     return [f"{f['n']} x {kind}: {f['example']}" for kind, f in failures.items()]
 
 
-def estimate(benchmark: Benchmark, planned: Plan, questions: QuestionSet, path: Path) -> dict:
+def estimate(w: Work) -> dict:
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
-    done = read_predictions(path)
+    done = read_predictions(w.file)
     text = images = calls = 0
-    for job in jobs(benchmark, planned, questions):
+    for job in jobs(w):
         if job.id in done and not done[job.id].get("unanswered"):
             continue
         calls += 1
         text += sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4
         if job.image:
-            width, height = fitted(*size_of(job.image), planned.identity["min_pixels"], planned.identity["max_pixels"])
+            width, height = fitted(*size_of(job.image), *w.plan.pixels)
             images += width * height // FEWEST_PIXELS
     return {
         "calls": calls,
         "prompt_tokens": text + images,
         "image_tokens": images,
-        "completion_tokens_at_most": calls * planned.identity["max_new_tokens"],
+        "completion_tokens_at_most": calls * w.plan.identity["max_new_tokens"],
     }
 
 
@@ -327,17 +344,11 @@ def claim(out: Path, identity: dict) -> None:
     # An attempt that failed before its first answer leaves nothing worth guarding.
     if not file.is_file() or not any((out / name).is_file() for name in ("predictions.jsonl", "judged.json")):
         return
-    document = read_json(file)
-    before = document.get("identity") if isinstance(document, dict) else None
-    if not isinstance(before, dict) or before == identity:
+    before = read_object(file).get("identity")
+    if before in (None, identity):
         return
-    differing = [
-        f"{key}: {before.get(key)!r} there, {identity.get(key)!r} now"
-        for key in {**before, **identity}
-        if before.get(key) != identity.get(key)
-    ]
     raise UsageError(
         f"{out} holds an evaluation of another model or with other settings",
-        details=differing,
+        details=differences(before, identity),
         hint=f"choose another --out, or delete that folder; --predictions {out / 'predictions.jsonl'} reuses its answers",
     )

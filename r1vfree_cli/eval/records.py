@@ -13,16 +13,10 @@ from ..core.errors import DataError
 from ..core.files import parse_json, read_json, read_jsonl
 
 READ = "read are JSON, JSON Lines, CSV, TSV (UTF-8) and XLSX, each with a record a question"
-Files = Path | list[Path]
 
 
-def file_list(files: Files) -> list[Path]:
-    return [files] if isinstance(files, Path) else files
-
-
-def named(files: Files) -> str:
-    """The files, for a message."""
-    return ", ".join(map(str, file_list(files)))
+def named(files: list[Path]) -> str:
+    return ", ".join(map(str, files))
 
 
 def found_in(record: dict) -> str:
@@ -30,13 +24,13 @@ def found_in(record: dict) -> str:
     return f"found: {', '.join(map(str, record)) or 'nothing'}"
 
 
-def read_records(files: Files) -> Iterator[tuple[str, dict]]:
+def read_records(*files: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of all records of all files, in order. What a file is, its content says, not its name.
 
     Raises:
         DataError: no such file, damaged, or no list of objects.
     """
-    for path in file_list(files):
+    for path in files:
         try:
             yield from _records_of(path)
         except DataError as e:

@@ -2,9 +2,8 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..core.errors import DataError, UsageError, counted
 from ..core.files import read_json
@@ -12,16 +11,9 @@ from ..core.prompts import parse
 from . import reading, stats
 from .benchmark import UNCLEAR, Benchmark, content_key
 from .options import EvalOptions
+from .predict import Other, Work
 
 WARN_EMPTY = 1.0  # percent of empty replies
-
-
-class Other(NamedTuple):
-    """A result to compare with."""
-
-    path: Path
-    judged: list[Any]
-    judge: Any
 
 
 def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
@@ -45,76 +37,63 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
             f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared",
             hint="score both by the same --protocol",
         )
-    judged, _ = benchmark.load_judged(file)
+    judged, _ = benchmark.load_judged([file])
     if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
     return Other(path, judged, (document.get("settings") or {}).get("judge"))
 
 
-def same_questions(judged: list[Any], other: Other) -> None:
-    """Raises DataError when the other result is about other questions or has another answer key."""
-    here, there = ({j.key for j in some} for some in (judged, other.judged))
+def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
+    """Raises DataError when the judged questions of `source` are others than ours, or have another answer key."""
+    here, there = ({j.key for j in some} for some in (ours, theirs))
     if here != there:
         raise DataError(
-            f"{other.path} is about another question set: {len(there - here)} questions only there, "
+            f"{source} is about another question set: {len(there - here)} questions only there, "
             f"{len(here - there)} only here",
             details=[key[0] for key in sorted(here ^ there)[:5]],
-            hint="compare evaluations of the same questions, with the same --limit",
+            hint="both must be of the same questions, with the same answer key and the same --limit",
         )
 
 
-@dataclass
-class Evidence:
-    """What a result rests on.
-
-    records: question id -> record with `model_prediction` (and `finish`, `cause`, `unanswered`), as far as there are.
-    unjudged: questions without a verdict, or without a part of it.
-    """
-
-    questions: list[Any]
-    judged: list[Any]
-    records: dict[str, dict]
-    settings: dict
-    warnings: list[str]
-    unjudged: int
-
-
-def build(o: EvalOptions, benchmark: Benchmark, protocol: str, found: Evidence, other: Other | None) -> dict:
-    """The `--json` document.
+def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
+    """The `--json` document. `unjudged`: questions without a verdict, or without a part of it.
 
     Raises:
         DataError: more replies are empty than `--max-empty` allows.
     """
+    o, benchmark, questions, records = w.o, w.benchmark, w.asked.questions, w.records or {}
     doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
-    doc |= benchmark.document(found.judged, protocol)
-    doc["unjudged"] = found.unjudged
-    doc["questions_sha256"] = content_key(sorted(j.key for j in found.judged))
-    doc["intervals"] = stats.intervals(found.judged, benchmark.score, seed=o.seed)
-    replies = {q.id: found.records.get(q.id, {}).get("model_prediction") for q in found.questions}
+    doc |= benchmark.document(judged, w.protocol)
+    doc["unjudged"] = unjudged
+    doc["questions_sha256"] = content_key(sorted(j.key for j in judged))
+    doc["intervals"] = stats.intervals(judged, benchmark.score, seed=o.seed)
+    replies = {q.id: records.get(q.id, {}).get("model_prediction") for q in questions}
     texts = {id_: text for id_, text in replies.items() if isinstance(text, str)}
-    unanswered = Counter(r["unanswered"] for id_ in texts if (r := found.records[id_]).get("unanswered"))
+    unanswered = Counter(r["unanswered"] for id_ in texts if (r := records[id_]).get("unanswered"))
     doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
-    answered = {id_: text for id_, text in texts.items() if not found.records[id_].get("unanswered")}
-    shown = {id_: reading.judged_text(text, "answer", benchmark.reader) for id_, text in answered.items()}
-    empty = Counter(_cause(found.records[id_], answered[id_]) for id_, text in shown.items() if text is None)
+    answered = {id_: text for id_, text in texts.items() if not records[id_].get("unanswered")}
+    said = {id_: reading.judged_text(text, "answer", benchmark.reader) for id_, text in answered.items()}
+    empty = Counter(_cause(records[id_], answered[id_]) for id_, text in said.items() if text is None)
     doc["empty"] = {"n": empty.total(), "causes": dict(empty)}
-    if len(texts) == len(found.judged):
-        judge = found.settings.get("judge") or {}
-        asked = [q for q in found.questions if q.id in answered]
+    if len(texts) == len(judged):
+        judge = settings.get("judge") or {}
+        asked = [q for q in questions if q.id in answered]
         codes = {q.id: benchmark.code(q, answered[q.id]) for q in asked}
-        doc["answer_format"] = answer_format(answered, found.records, codes)
+        doc["answer_format"] = answer_format(answered, records, codes)
         if judge.get("kind") != "rule":
             what = judge.get("judge_input", o.judge_input)
             read = {id_: reading.judged_text(text, what, benchmark.reader) for id_, text in answered.items()}
             rule = {q.id: benchmark.code(q, text) for q in asked if (text := read[q.id]) is not None}
-            doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in found.judged})
-    doc["settings"] = found.settings
-    doc["warnings"] = _first(doc) + found.warnings + benchmark.warnings(doc) + _empty(o, doc, len(texts))
-    if other:
-        same_questions(found.judged, other)
-        compared = stats.compare(found.judged, other.judged, benchmark.score, seed=o.seed)
-        doc["comparison"] = {"with": str(other.path), **compared}
-        if _who(other.judge) != _who(found.settings.get("judge")):
+            doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in judged})
+    doc["settings"] = settings
+    doc["warnings"] = (
+        _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc) + _empty(o, doc, len(texts))
+    )
+    if w.other:
+        same_questions(judged, w.other.judged, w.other.path)
+        compared = stats.compare(judged, w.other.judged, benchmark.score, seed=o.seed)
+        doc["comparison"] = {"with": str(w.other.path), **compared}
+        if _who(w.other.judge) != _who(settings.get("judge")):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
 

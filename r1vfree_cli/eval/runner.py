@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,10 @@ from .benchmark import Benchmark, content_key, find
 from .hallusion import judge
 from .judgements import Outcome
 from .options import EvalOptions, check, parse_gates
+from .predict import Work
 from .questions import QuestionSet, unique
 from .records import named
-from .result import Evidence, Other, build, dump_judged, load_other, same_questions
-
-
-@dataclass
-class Work:
-    """One evaluation under way. `records` (question id -> reply) is None when they have to be generated."""
-
-    o: EvalOptions
-    benchmark: Benchmark
-    protocol: str
-    out: Path
-    plan: predict.Plan = field(default_factory=lambda: predict.Plan({}))
-    asked: QuestionSet = field(default_factory=lambda: QuestionSet([]))
-    records: dict[str, dict] | None = None
-    other: Other | None = None
+from .result import build, dump_judged, load_other, same_questions
 
 
 def evaluate(o: EvalOptions) -> dict:
@@ -76,7 +62,7 @@ def evaluate(o: EvalOptions) -> dict:
         if o.asks_judge:
             judge.check_references(w.asked.questions)  # known before anything is generated
         if w.other:
-            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other)
+            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other.judged, w.other.path)
         return {"estimate": _estimate(w)} if o.estimate else _stages(w)
 
 
@@ -87,17 +73,15 @@ def _stages(w: Work) -> dict:
         asked: dict[str, Any] = {"source": w.asked.source, "images": o.images and str(o.images)}
         asked |= {"n": len(w.asked.questions), "sha256": w.asked.sha256}
         trained = w.plan.checkpoint.contract if w.plan.checkpoint else {}
-        log.state |= {"contract": trained, "warnings": w.plan.warnings, "asked": asked}
+        log.state |= {"contract": trained, "asked": asked}
         log.save("generate")
         failed = log.state["failures"].get("generate", {})
         w.plan.failed_before = {id_ for kind in failed.values() for id_ in kind.get("questions", [])}
         try:
-            w.records = predict.generate(o, w.benchmark, w.plan, w.asked, out / "predictions.jsonl")
+            w.records = predict.generate(w)
         finally:
             log.state["runtime"] = w.plan.runtime or log.state.get("runtime", {})
             log.save("generate", w.plan.failures)
-    elif o.predictions:
-        log.state["warnings"] = w.plan.warnings
     if o.stage == "generate":
         return {"stage": "generate", "out": str(out), "n_questions": len(w.records)}
 
@@ -119,9 +103,7 @@ def _stages(w: Work) -> dict:
 
     settings = w.plan.identity | log.state.get("runtime", {})
     settings |= {"judge": log.state["judge"], "questions": w.asked.source}
-    warnings = list(log.state.get("warnings") or [])
-    found = Evidence(w.asked.questions, judged, w.records, settings, warnings, len(outcome.unjudged))
-    doc = build(o, w.benchmark, w.protocol, found, w.other)
+    doc = build(w, judged, settings, len(outcome.unjudged))
     doc |= {"times": log.state["times"], "out": str(out)}
     write_json(out / "scores.json", doc)
     return doc
@@ -138,6 +120,7 @@ class _Log:
             "schema": 1,
             "benchmark": w.o.benchmark,
             "identity": w.plan.identity,
+            "warnings": w.plan.warnings,
             "options": w.o.model_dump(mode="json"),
             "versions": contract.versions(),
             "git_commit": contract.git_commit(Path.cwd()),
@@ -183,13 +166,13 @@ def _state(out: Path) -> dict:
 
 def _open(w: Work) -> None:
     """Set plan, asked and records; the latter stay None when they have to be generated."""
-    o, file = w.o, w.out / "predictions.jsonl"
+    o = w.o
     if o.predictions:
         w.plan = predict.Plan(predict.identity_of_files(o.predictions) | {"protocol": w.protocol})
         predict.claim(w.out, w.plan.identity)
         _take(w, w.benchmark.records(o.predictions), named(o.predictions))
         if not o.estimate:
-            predict.write_predictions(file, w.records or {})
+            predict.write_predictions(w.file, w.records or {})
         return
     if o.sources:
         w.plan = predict.plan(o)
@@ -201,15 +184,15 @@ def _open(w: Work) -> None:
             asked = w.benchmark.questions(o.questions, o.images, lambda q: w.benchmark.wanted(q, w.protocol))
             w.asked = _chosen(w, asked)
             return
-    _go_on(w, file)
+    _go_on(w)
 
 
-def _go_on(w: Work, file: Path) -> None:
+def _go_on(w: Work) -> None:
     """What an earlier generate stage left in the eval dir."""
-    state = _state(w.out)
+    state, file = _state(w.out), w.file
     if not isinstance(state.get("identity"), dict) or not file.is_file():
         raise DataError(f"{w.out} holds no predictions", hint="run --stage generate first, or give --predictions")
-    w.plan = predict.Plan(state["identity"])
+    w.plan = predict.Plan(state["identity"], warnings=state.get("warnings") or [])
     if w.plan.identity.get("protocol") != w.protocol:
         predict.claim(w.out, w.plan.identity | {"protocol": w.protocol})
     found = predict.read_predictions(file)
@@ -233,9 +216,7 @@ def _take(w: Work, records: list[tuple[str, dict]], source: str) -> None:
         what = f"{source}: {counted(len(missing), 'question has', 'questions have')} no prediction"
         raise DataError(what, details=missing[:5], hint="were the predictions made for another question set?")
     if missing:
-        # A file without an answer key of its own says itself which questions it is about.
-        part = f"{len(found)} of the {len(known.questions)} questions"
-        w.plan.warnings.append(f"{source} has {part}: only those are scored")
+        w.plan.warnings.append(_part(source, len(found), len(known.questions)))
         w.asked = _chosen(w, known.only(lambda q: q.id in found))
     w.records = {
         q.id: {"id": q.id, **found[q.id], **{k: v for k, v in q.record().items() if v is not None}}
@@ -308,10 +289,10 @@ def _chat(o: EvalOptions) -> judge.LabelJudge:
 def _estimate(w: Work) -> dict:
     """Calls and tokens by stage; nothing is asked and nothing is written."""
     found: dict[str, Any] = {"n_questions": len(w.asked.questions)}
-    file, records = w.out / "predictions.jsonl", w.records
+    records = w.records
     if records is None:
-        found["generate"] = predict.estimate(w.benchmark, w.plan, w.asked, file)
-        records = predict.read_predictions(file)
+        found["generate"] = predict.estimate(w)
+        records = predict.read_predictions(w.file)
     if w.o.asks_judge:
         replies = {id_: text for id_, text in _replies(w, records).items() if text is not None}
         found["judge"] = judge.estimate(w.asked.questions, replies, w.out / "judgements.jsonl", _chat(w.o))
@@ -322,7 +303,13 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
     o, benchmark, path = w.o, w.benchmark, named(files)
     known = benchmark.questions(o.questions, None, lambda q: False).questions if o.questions else []
     judged, records = benchmark.load_judged(files, known)
-    warnings = _same_set(benchmark, known, judged, files) if known else []
+    if known:
+        ours, asked = [benchmark.judged(q, None) for q in known], {j.id for j in judged}
+        if not benchmark.has_key(benchmark.records(files)):
+            ours = [j for j in ours if j.id in asked]
+        if len(ours) < len(known):
+            w.plan.warnings.append(_part(path, len(ours), len(known)))
+        same_questions(ours, judged, path)
     judged, records = judged[: o.limit], records[: o.limit]
     unjudged = sum(j.code is None for j in judged)
     if unjudged and not o.allow_unjudged:
@@ -330,13 +317,13 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
             f"{path}: {counted(unjudged, 'question is', 'questions are')} unjudged (verdict missing or null), so there is no score",
             hint="--allow-unjudged counts them as not right",
         )
-    questions = [benchmark.from_record(r, path) for r in records]
+    w.asked = QuestionSet([benchmark.from_record(r, path) for r in records])
+    w.records = {j.id: r for j, r in zip(judged, records)}
+    w.plan.identity = {"model": files[0].stem, "judged": content_key(records), "protocol": w.protocol}
     settings = {"model": files[0].stem, "judged": path, "judge": {"kind": "file"}}
-    by_id = {j.id: r for j, r in zip(judged, records)}
-    doc = build(o, benchmark, w.protocol, Evidence(questions, judged, by_id, settings, warnings, unjudged), w.other)
+    doc = build(w, judged, settings, unjudged)
     if o.out:
         doc["out"] = str(o.out)
-        w.plan = predict.Plan({"model": files[0].stem, "judged": content_key(records), "protocol": w.protocol})
         predict.claim(o.out, w.plan.identity)
         log = _Log(w)
         log.state |= {"template_hash": template_hash(), "judge": settings["judge"]}
@@ -346,16 +333,6 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
     return doc
 
 
-def _same_set(benchmark: Benchmark, questions: list[Any], judged: list[Any], files: list[Path]) -> list[str]:
-    """Warnings. Raises DataError unless the files are about exactly these questions, or have no answer key of their own
-    and are about some of them."""
-    known = {q.id: benchmark.judged(q, None) for q in questions}
-    wrong = [j.id for j in judged if j.id not in known or known[j.id].key != j.key]
-    missing = known.keys() - {j.id for j in judged}
-    if wrong or (missing and benchmark.has_key(benchmark.records(files))):
-        raise DataError(
-            f"{named(files)} is about another question set: {len(wrong)} questions unknown or different, "
-            f"{len(missing)} missing",
-            details=[*wrong[:3], *sorted(missing)[:3]],
-        )
-    return [f"{named(files)} has {len(judged)} of the {len(known)} questions: only those are scored"] if missing else []
+def _part(source: str, n: int, of: int) -> str:
+    """The warning of a file without an answer key of its own, which says itself which questions it is about."""
+    return f"{source} has {n} of the {of} questions: only those are scored"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 DRAWS = 10_000
+LEVEL = 0.95  # of intervals
 _CELLS = 20_000_000  # draws x clusters in memory
 Score = Callable[[Sequence[Any]], dict[str, list[int]]]
 
@@ -51,19 +52,19 @@ def bootstrap_weights(strata: np.ndarray, draws: int, seed: int) -> np.ndarray:
     return weights
 
 
-def _quantiles(drawn: np.ndarray, level: float) -> list[float] | None:
+def _quantiles(drawn: np.ndarray) -> list[float] | None:
     drawn = drawn[np.isfinite(drawn)]
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     return [float(q) for q in np.quantile(drawn, [tail, 1 - tail])] if len(drawn) else None
 
 
-def intervals(judged: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95) -> dict:
+def intervals(judged: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0) -> dict:
     """Metric -> [low, high] in percent: percentile bootstrap over clusters within strata; None when it counts nothing."""
     table = cluster_table(judged, score)
     weights = bootstrap_weights(table.strata, _affordable(draws, table), seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = 100 * (weights @ table.right) / (weights @ table.total)
-    return {metric: _quantiles(drawn[:, m], level) for m, metric in enumerate(table.metrics)}
+    return {metric: _quantiles(drawn[:, m]) for m, metric in enumerate(table.metrics)}
 
 
 def _affordable(draws: int, table: ClusterTable) -> int:
@@ -102,9 +103,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def compare(
-    a: Sequence[Any], b: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0, level: float = 0.95
-) -> dict:
+def compare(a: Sequence[Any], b: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0) -> dict:
     """The paired comparison of two results over the same questions, `a` minus `b`.
 
     Returns:
@@ -128,7 +127,7 @@ def compare(
         counted = bool(np.isfinite(observed[m]))
         metrics[metric] = {
             "difference": float(observed[m]) if counted else None,
-            "interval": _quantiles(drawn[:, m], level),
+            "interval": _quantiles(drawn[:, m]),
             "p_swap": float(p[m]) if counted else None,
         }
     gained = [key for key in ok_a if ok_a[key] and not ok_b[key]]
@@ -141,5 +140,5 @@ def compare(
         "sets": len(table_a.clusters),
         "draws": draws,
         "seed": seed,
-        "level": level,
+        "level": LEVEL,
     }

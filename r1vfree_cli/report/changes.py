@@ -62,7 +62,6 @@ def changes(c: Comparison, reference: Eval, other: Eval, replies: dict[str, Repl
 
 
 def _changed(key: str, before: Replies, after: Replies, evals: tuple[Eval, Eval], album: Album) -> dict[str, Any]:
-    """A question that one eval has right and the other has not."""
     where, right, has_figure = benchmark_of(evals[1]).describe(after.items[key])
     question = clean(str(after.records[key].get("question") or key))
     return {
@@ -76,7 +75,6 @@ def _changed(key: str, before: Replies, after: Replies, evals: tuple[Eval, Eval]
 
 
 def _said(e: Eval, found: Replies, key: str) -> dict[str, str]:
-    """One eval's reply to a question."""
     reply = found.reply(key)
     answer = parse(reply).answer or reply.strip()[:160] or "(reply not kept)"
     verdict, tone = _VERDICTS[found.items[key].code]

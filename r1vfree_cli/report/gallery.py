@@ -100,8 +100,8 @@ def _scan(place: Path, split: str, ids: set[str]) -> dict[str, bytes]:
             if not {"id", column} <= names:
                 continue
             for group in range(shard.num_row_groups):
-                have = shard.read_row_group(group, columns=["id"])["id"].to_pylist()
-                wanted = [i for i, row_id in enumerate(have) if str(row_id) in ids and str(row_id) not in found]
+                have = list(map(str, shard.read_row_group(group, columns=["id"])["id"].to_pylist()))
+                wanted = [i for i, row_id in enumerate(have) if row_id in ids - found.keys()]
                 if not wanted:
                     continue
                 values = shard.read_row_group(group, columns=[column])[column].take(wanted).to_pylist()
@@ -109,7 +109,7 @@ def _scan(place: Path, split: str, ids: set[str]) -> dict[str, bytes]:
                     first = (value or [None])[0] if isinstance(value, list) else value
                     image = first.get("bytes") if isinstance(first, dict) else first
                     if isinstance(image, bytes):
-                        found[str(have[i])] = image
+                        found[have[i]] = image
         except (pa.ArrowException, OSError):
             continue  # a damaged shard: its images are counted as not found
     return found

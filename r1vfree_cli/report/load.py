@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run.run_dir import RunDir
 
 REDACTED = "[redacted]"
+UNFINISHED = "the run is not finished"  # how its note begins
 _HIDDEN = ("env", "environ", "environment")  # values under these keys are never shown
 _SECRET_NAME = re.compile(r"(?i)(key|token|secret|password|passwd|credential)s?$")  # of environment variables
 _SECRET_FLAG = re.compile(
@@ -152,7 +154,7 @@ def read_run(path: Path, label: str) -> Run:
         DataError: `status.json` is damaged.
     """
     files, notes = RunDir(path), list[str]()
-    status, recipe = clean(files.status), _recipe(files.recipe, notes)
+    status, recipe = clean(files.status), _optional(files.recipe, notes, _recipe)
     run = Run(
         path,
         label,
@@ -170,7 +172,7 @@ def read_run(path: Path, label: str) -> Run:
         notes.append("no rollouts were kept (rollouts/ is empty or not there)")
     state, reason = status.get("state"), status.get("reason")
     if state != "finished":
-        notes.append(f"the run is not finished: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
+        notes.append(f"{UNFINISHED}: {state or 'no status.json'}" + (f" ({reason})" if reason else ""))
     return run
 
 
@@ -234,25 +236,20 @@ def check_comparable(evals: list[Eval]) -> None:
             )
 
 
-def _recipe(path: Path, notes: list[str]) -> dict:
-    try:
-        document = read_yaml(path.read_text(encoding="utf-8"), "it")
-    except (OSError, ValueError, UsageError) as e:
-        notes.append(f"recipe.yaml cannot be read: {clean(first_line(e))}")
-        return {}
-    if not isinstance(document, dict):
-        notes.append("recipe.yaml holds no recipe")
-        return {}
-    return clean(document)
-
-
-def _optional(path: Path, notes: list[str]) -> dict:
+def _optional(path: Path, notes: list[str], read: Callable[[Path], dict] = read_object) -> dict:
     where = f"{path.parent.name}/{path.name}" if path.parent.name == "final" else path.name
     if not path.is_file():
         notes.append(f"{where} is not there")
         return {}
     try:
-        return clean(read_object(path))
-    except DataError as e:
-        notes.append(f"{where} is damaged: {clean(e.message)}")
+        return clean(read(path))
+    except (DataError, UsageError, OSError, ValueError) as e:
+        notes.append(f"{where} is damaged: {clean(first_line(e))}")
         return {}
+
+
+def _recipe(path: Path) -> dict:
+    document = read_yaml(path.read_text(encoding="utf-8"), "it")
+    if not isinstance(document, dict):
+        raise ValueError("it holds no recipe")
+    return document

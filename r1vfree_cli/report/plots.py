@@ -27,7 +27,6 @@ class Figure:
     svg: str
     png: bytes
     alt: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
         if known:
             (first_x, first), (last_x, last) = known[0], known[-1]
             parts.append(f"{s.label}: {first:.4g} at step {first_x:g}, {last:.4g} at step {last_x:g}")
-    return _save(figure, name, f"{title} over training steps. " + "; ".join(parts) + ".", title)
+    return _save(figure, name, f"{title} over training steps. " + "; ".join(parts) + ".")
 
 
 def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks: list[Series] | None = None) -> Figure:
@@ -100,7 +99,7 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     said = []
     for s in [*series, *(marks or [])]:
         said.append(f"{s.label}: " + ", ".join(f"{row} {v:.1f}" for row, v in zip(rows, s.y) if v is not None))
-    return _save(figure, name, f"{title}, in percent. " + "; ".join(said) + ".", title)
+    return _save(figure, name, f"{title}, in percent. " + "; ".join(said) + ".")
 
 
 def _axes(width: float, height: float, title: str, x: str, *, grid: Literal["x", "y"]):
@@ -134,7 +133,7 @@ def _running_mean(y: list[float | None], window: int) -> list[float]:
     return means
 
 
-def _save(figure, name: str, alt: str, caption: str) -> Figure:
+def _save(figure, name: str, alt: str) -> Figure:
     from matplotlib import rc_context
 
     # No mathtext: labels come from folder names, and a `$` in one must stay a `$`.
@@ -144,7 +143,7 @@ def _save(figure, name: str, alt: str, caption: str) -> Figure:
         figure.set_layout_engine("none")  # it is laid out now, and saving twice would do it twice more
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=160, metadata={"Software": MARK})
-    return Figure(name, _inline(svg.getvalue(), name, alt), png.getvalue(), alt, caption)
+    return Figure(name, _inline(svg.getvalue(), name, alt), png.getvalue(), alt)
 
 
 def _inline(document: str, name: str, alt: str) -> str:

@@ -12,7 +12,7 @@ from ..core.errors import DataError, UsageError
 from ..core.files import write_bytes
 from . import benchmark, training
 from .gallery import Album
-from .load import Eval, Run, collect
+from .load import UNFINISHED, Eval, Run, collect
 from .plots import MARK
 from .view import signed
 
@@ -75,6 +75,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
     run_views = [training.view(run, album) for run in runs]
     bench = benchmark.view(evals, album) if evals else {}
     comparisons = bench.get("comparisons", [])
+    unfinished = [f"{r.label}: {note}" for r in runs for note in r.notes if note.startswith(UNFINISHED)]
     missing = [(e.label, note) for e in evals for note in e.notes]
     missing += [(r["label"], note) for r in run_views for note in r["notes"]]
     names = [e.label for e in evals] + [r.label for r in runs]
@@ -84,7 +85,7 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "title": "Report: " + (", ".join(names) if len(names) < 4 else f"{len(runs)} runs, {len(evals)} evals"),
         "verdict": verdict(runs, comparisons),
-        "notices": [*bench.get("notices", []), *_run_notices(runs)],
+        "notices": [*bench.get("notices", []), *unfinished],
         "benchmark": bench,
         "comparisons": comparisons,
         "figures": figures,
@@ -163,21 +164,16 @@ def _change(before: float, after: float, n: float | None) -> str:
     return f"{text} ± {100 * half:.1f} ({n:.0f} rows, 95 %), {word}."
 
 
-def _run_notices(runs: list[Run]) -> list[str]:
-    found = []
-    for run in runs:
-        state, reason = run.status.get("state") or "of unknown state", run.status.get("reason")
-        if state != "finished":
-            found.append(f"Run {run.label} is {state}, not finished" + (f": {reason}" if reason else "."))
-    return found
-
-
 def _environment(**options):
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("r1vfree_cli.report", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, **options)
-    environment.filters |= {"scored": _scored, "tone": _tone, "signed": signed}
+    environment.filters |= {
+        "scored": lambda value: "not scored" if value is None else f"{value:.3g}",
+        "tone": lambda advantage: "" if not advantage else "up" if advantage > 0 else "down",
+        "signed": signed,
+    }
     return environment
 
 
@@ -190,14 +186,6 @@ def _markdown(view: dict) -> str:
     environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
     environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
     return environment.get_template("report.md.j2").render(view)
-
-
-def _scored(value: float | None) -> str:
-    return "not scored" if value is None else f"{value:.3g}"
-
-
-def _tone(advantage: float | None) -> str:
-    return "" if not advantage else "up" if advantage > 0 else "down"
 
 
 def markdown(value: Any) -> str:

@@ -50,7 +50,7 @@ def read_replies(e: Eval) -> Replies:
         e.notes.append("judged.json is not there: no questions one by one")
         return found
     try:
-        items, records = benchmark_of(e).load_judged(file)
+        items, records = benchmark_of(e).load_judged([file])
     except R1VError as error:
         what = "is damaged" if isinstance(error, DataError) else "cannot be read"
         e.notes.append(f"judged.json {what}: {clean(error.message)}")

@@ -38,7 +38,7 @@ def _group(step: int, group: int, row_id: str, members: list[dict], judges: set[
     samples = [
         {
             "completion": clean(text),
-            "answer": None if answer is None else clean(answer),
+            "answer": clean(answer),
             "format": parse(text).problem,
             "rewards": {k: number(v) for k, v in _under("rewards/", m).items()},
             "verdicts": _under("verdicts/", m),

@@ -48,13 +48,9 @@ def curves(runs: list[Run]) -> list[Figure]:
         if found := EVALUATION.fullmatch(key):
             unit = "percent" if found[1] != "heldout" else "share" if found[2] in ("accuracy", "format") else "mean"
             names[key] = (f"{found[1]}, greedy: {found[2]}", unit)
-    order = [
-        "reward",
-        *sorted(k for k in names if _REWARD.fullmatch(k)),
-        *[k for k in names if not _REWARD.fullmatch(k)],
-    ]
+    rewards = sorted(key for key in names if _REWARD.fullmatch(key))
     figures: list[Figure] = []
-    for key in dict.fromkeys(order):
+    for key in dict.fromkeys(["reward", *rewards, *names]):
         series = [
             Series(run.label, [x["step"] for x in points], [x.get(key) for x in points], _bounds(points, key), style=i)
             for i, run in enumerate(runs)
@@ -76,9 +72,8 @@ def _bounds(points: list[dict], key: str) -> list[tuple[float, float] | None]:
 
 def _is_logged(run: Run, line: dict, key: str) -> bool:
     # A step without the metric is a gap where its kind of line has it otherwise (a reward that nothing scored).
-    return key in line or (
-        "reward" in line and _REWARD.fullmatch(key) is not None and any(key in o for o in run.metrics)
-    )
+    is_reward = "reward" in line and _REWARD.fullmatch(key) is not None
+    return key in line or (is_reward and any(key in other for other in run.metrics))
 
 
 def view(run: Run, album: Album) -> dict[str, Any]:

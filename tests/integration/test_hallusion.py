@@ -509,7 +509,7 @@ def test_chat_judge_asks_once_and_same_only_where_it_is_read(tmp_path, serve):
     assert len(shown) < n  # what is shown twice is asked once
     asked = [p for p in server.prompts if "two students" not in p]
     assert len(asked) == len(shown) and not any("hidden" in p for p in server.prompts)
-    items = {i.id: i for i in BENCHMARK.load_judged(tmp_path / "e" / "judged.json")[0]}
+    items = {i.id: i for i in BENCHMARK.load_judged([tmp_path / "e" / "judged.json"])[0]}
     codes = score.originals(items.values())
     assert any(score.reads_same(i, codes[i.pair_key]) for i in items.values())
     assert len(server.prompts) == len(asked) + 1  # all answers are equal texts here
@@ -807,6 +807,19 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
     fails(2, EvalOptions(predictions=file, judge="chat", judge_model="m", out=tmp_path / "e"), "OPENAI_API_KEY")
     fails(2, EvalOptions(judged=file, compare_to=tmp_path / "nothing"), "--compare-to")
     fails(3, EvalOptions(judged=missing), "cannot read")
+
+
+def test_a_vllm_that_answers_no_question_is_named(bench, tiny, tmp_path, monkeypatch):
+    from r1vfree_cli.eval import predict
+
+    def refuse(o, planned, todo, keep, out):
+        for job in todo:
+            keep(job, None, unanswered="refused", reason="too long")
+
+    monkeypatch.setattr(predict, "_vllm", refuse)
+    monkeypatch.setattr(predict.vllm, "executable", lambda: "vllm")
+    options = local(bench, tiny, tmp_path / "e", vllm=True, count_unanswered_wrong=True, limit=2)
+    fails(3, options, "none of 2 questions got an answer from vLLM")
 
 
 def test_a_judge_that_cannot_be_asked_is_told_before_anything_is_generated(bench, tiny, tmp_path):

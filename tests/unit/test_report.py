@@ -215,7 +215,7 @@ def test_an_evaluation_is_one_curve_with_its_interval(tmp_path):
     ends = {"eval/hallusion/aAcc/low": 30.0, "eval/hallusion/aAcc/high": 50.0}
     metrics = [{"step": i, "eval/hallusion/aAcc": 40.0 + i} | ends for i in (0, 2)] + [{"step": 1, "reward": 0.1}]
     figures = training.curves([Run(tmp_path, "run", metrics=metrics)])
-    assert [f.caption for f in figures] == ["Reward", "hallusion, greedy: aAcc"]
+    assert [f.alt.split(" over ")[0] for f in figures] == ["Reward", "hallusion, greedy: aAcc"]
     assert "40 at step 0, 42 at step 2" in figures[1].alt and "fill-opacity: 0.15" in figures[1].svg
 
 

@@ -20,11 +20,11 @@ ROOMS = {
     "judges": 1866,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
-    "eval": 3300,
-    "report": 1409,
-    "doctor": 393,
+    "eval": 3240,
+    "report": 1392,
+    "doctor": 391,
     "tiny": 450,
-    "cli": 499,
+    "cli": 489,
 }
 ORDER = list(ROOMS)
 

@@ -5,14 +5,12 @@ up to twenty. A reply that names several, a bound or none is unreadable.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ...core.prompts import parse
 from ...core.thinking import without_thinking
 from ..benchmark import Benchmark
-from ..questions import Question, QuestionSet, read_questions
+from ..questions import Question
 
 _WORDS = re.findall(
     r"\w+",
@@ -34,8 +32,12 @@ class Counting(Benchmark):
     name = "counting"
     title = "Counting"
 
-    def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
-        return read_questions("counting", source, images, _question, asked)
+    def question(self, record: dict, where: str, file: Path) -> Question:
+        number = read_number(str(record["ground_truth"]))
+        if number is None:
+            raise ValueError(f"ground_truth is {record['ground_truth']!r}, wanted a number")
+        id_ = str(record.get("question_id", where.rpartition(" ")[2]))
+        return Question(id_, str(record["question"]), f"{number:g}", str(record["image_path"]))
 
     def judge(self, question: Question, reply: str) -> bool | None:
         number = read_number(reply)
@@ -49,14 +51,6 @@ def read_number(reply: str) -> float | None:
     said = _NO_NUMBER.sub(" ", text.lower())
     found = {float(_WORDS.index(w)) if w in _WORDS else float(w) for w in _NUMBER.findall(said)}
     return found.pop() if len(found) == 1 else None
-
-
-def _question(record: dict, where: str, file: Path) -> Question:
-    number = read_number(str(record["ground_truth"]))
-    if number is None:
-        raise ValueError(f"ground_truth is {record['ground_truth']!r}, wanted a number")
-    id_ = str(record.get("question_id", where.rpartition(" ")[2]))
-    return Question(id_, str(record["question"]), f"{number:g}", str(record["image_path"]))
 
 
 BENCHMARK = Counting()

@@ -5,14 +5,12 @@ reference leaves out (degrees, cm) are left out of the reply too.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ...core.prompts import parse
 from ...rewards.verify import equivalent
 from ..benchmark import Benchmark
-from ..questions import Question, QuestionSet, read_questions
+from ..questions import Question
 
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _UNIT = re.compile(r"\s*(?:°|\^\s*\{?\\circ\}?|\\degree|degrees?|cm|mm|m|units?)\s*\.?$", re.IGNORECASE)
@@ -22,8 +20,12 @@ class GeoQA(Benchmark):
     name = "geoqa"
     title = "GeoQA"
 
-    def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
-        return read_questions("GeoQA", source, images, _question, asked)
+    def question(self, record: dict, where: str, file: Path) -> Question:
+        answer = str(record["ground_truth"]).strip()
+        if not answer:
+            raise ValueError("ground_truth is empty")
+        id_ = str(record.get("question_id", where.rpartition(" ")[2]))
+        return Question(id_, str(record["question"]), read_answer(answer) or answer, str(record["image_path"]))
 
     def judge(self, question: Question, reply: str) -> bool | None:
         answer = read_answer(reply)
@@ -42,14 +44,6 @@ def read_answer(reply: str) -> str | None:
 
 def _plain(text: str) -> str:
     return _UNIT.sub("", text.strip().strip("$").strip())
-
-
-def _question(record: dict, where: str, file: Path) -> Question:
-    answer = str(record["ground_truth"]).strip()
-    if not answer:
-        raise ValueError("ground_truth is empty")
-    id_ = str(record.get("question_id", where.rpartition(" ")[2]))
-    return Question(id_, str(record["question"]), read_answer(answer) or answer, str(record["image_path"]))
 
 
 BENCHMARK = GeoQA()

@@ -9,7 +9,7 @@ from .. import reading
 from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts
 from ..judgements import Outcome
 from ..questions import QuestionSet
-from ..records import Files, read_records
+from ..records import read_records
 from . import formats, questions, score
 from .questions import Question
 from .score import Item
@@ -73,8 +73,8 @@ class Hallusion(Benchmark):
     def from_record(self, record: dict, where: str) -> Question:
         return questions.from_record(record, where)
 
-    def records(self, files: Files) -> list[tuple[str, dict]]:
-        return [(where, formats.official(record, where)) for where, record in read_records(files)]
+    def records(self, files: list[Path]) -> list[tuple[str, dict]]:
+        return [(where, formats.official(record, where)) for where, record in read_records(*files)]
 
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
         return any(record.get("gt_answer") not in (None, "") for _, record in records)

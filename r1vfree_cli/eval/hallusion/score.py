@@ -117,7 +117,6 @@ def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
 
 
 def record_id(record: dict) -> str:
-    """The id of the question that a record is about."""
     return "_".join(_names(record))
 
 

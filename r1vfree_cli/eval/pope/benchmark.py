@@ -8,13 +8,12 @@ as unreadable, and where the label is yes it is a miss. The authors' script take
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .. import reading
 from ..benchmark import RIGHT, WRONG, Benchmark, Counts, Judged
-from ..questions import Question, QuestionSet, read_questions
+from ..questions import Question
 
 PARTS = ("random", "popular", "adversarial")
 
@@ -25,8 +24,13 @@ class Pope(Benchmark):
     metrics = ("accuracy", "precision", "recall", "f1", "yes_rate")
     readers = ("r1v", "vlmevalkit")
 
-    def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
-        return read_questions("POPE", source, images, _question, asked)
+    def question(self, record: dict, where: str, file: Path) -> Question:
+        label = str(record["label"]).strip().lower()
+        if label not in ("yes", "no"):
+            raise ValueError(f"label is {record['label']!r}, allowed: yes, no")
+        part = record.get("category") or record.get("part") or _part_of(file)
+        id_ = str(record["question_id"])
+        return Question(f"{part}-{id_}" if part else id_, str(record["text"]), label, str(record["image"]), part)
 
     def judge(self, question: Question, reply: str) -> bool | None:
         said = reading.READERS[self.reader](reply)
@@ -47,15 +51,6 @@ class Pope(Benchmark):
 
     def constants(self, questions: Sequence[Question]) -> dict[str, str]:
         return {"always_yes": "yes", "always_no": "no"}
-
-
-def _question(record: dict, where: str, file: Path) -> Question:
-    label = str(record["label"]).strip().lower()
-    if label not in ("yes", "no"):
-        raise ValueError(f"label is {record['label']!r}, allowed: yes, no")
-    part = record.get("category") or record.get("part") or _part_of(file)
-    id_ = str(record["question_id"])
-    return Question(f"{part}-{id_}" if part else id_, str(record["text"]), label, str(record["image"]), part)
 
 
 def _part_of(file: Path) -> str | None:
