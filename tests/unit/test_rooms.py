@@ -20,7 +20,7 @@ ROOMS = {
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
     "training": 2775,  # 2390 before the room that a final save needs
-    "eval": 3198,
+    "eval": 3199,
     "report": 1392,
     "doctor": 391,
     "tiny": 450,
