@@ -78,7 +78,7 @@ class Generator:
             raise UsageError(f"device {device} cannot be used: no CUDA device", hint="--device cpu")
         self.device = torch.device(device)
         self.dtype = dtype if dtype != "auto" else "float32" if self.device.type == "cpu" else "bfloat16"
-        self.name, self.seed = name, seed
+        self.seed = seed
         local = Path(name).is_dir()
         adapter = name if is_adapter(name) or (base and not local) else None
         if is_adapter(name):
@@ -224,4 +224,4 @@ class Generator:
         kept = tokens[:end]
         text = self.processor.tokenizer.decode(kept, skip_special_tokens=True)
         finish, cause = "length" if end is None else "stop", None if text.strip() else "empty"
-        return Reply(text, self.name, finish, prompt.length, len(kept), cause)
+        return Reply(text, "", finish, prompt.length, len(kept), cause)

@@ -79,7 +79,8 @@ def _listed(document: Any, path: Path) -> list:
                 return [dict(zip(document, row)) for row in zip(*columns)]
         elif values and all(isinstance(v, dict) for v in values):
             return [{"index": key} | record for key, record in document.items()]
-        found = f"an object with {', '.join(map(str, list(document)[:8])) or 'nothing'}"
+        names = ", ".join(map(str, list(document)[:8])) + (", ..." if len(document) > 8 else "")
+        found = f"an object with {names or 'nothing'}"
     raise DataError(f"{path}: expected a list of records, found {found}")
 
 
