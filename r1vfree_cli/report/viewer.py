@@ -6,7 +6,9 @@ thousands of steps open as quickly as one.
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable
 from importlib.resources import files
@@ -23,6 +25,7 @@ from .load import Run, clean, labels, read_run
 from .rollouts import read_groups
 
 PAGE = 40  # groups in one reply of a search
+_SCREENS = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
 
 
 class Rollouts:
@@ -155,11 +158,9 @@ def view(dirs: list[Path], *, port: int | None, open_browser: bool) -> None:
     try:
         listening = socket.create_server(("127.0.0.1", port or 0))
     except OSError as e:
-        raise UsageError(
-            f"--port {port} cannot be used: {e.strerror}", hint="leave it out to take a free one"
-        ) from None
+        raise UsageError(f"--port {port}: {e.strerror}", hint="leave it out to take a free one") from None
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     console.log(f"rollouts of {', '.join(run.label for run in runs)}: {url} (Ctrl-C ends it)")
-    if open_browser:
+    if open_browser and (sys.platform != "linux" or os.environ.keys() & _SCREENS):  # a text browser would not return
         webbrowser.open(url)
     uvicorn.Server(uvicorn.Config(app(runs), log_level="warning")).run(sockets=[listening])
