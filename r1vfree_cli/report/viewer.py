@@ -31,8 +31,7 @@ _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
 class Rollouts:
     """The rollouts of one run dir, read when asked for.
 
-    Raises:
-        DataError: the folder holds no GRPO run.
+    Raises: DataError: the folder holds no GRPO run.
     """
 
     def __init__(self, path: Path, label: str):
@@ -40,7 +39,8 @@ class Rollouts:
         self.label = label
         self._run: Run = read_run(path, label)
         if self._run.stage != "grpo":
-            raise DataError(f"{path} is no run of r1v grpo: there are no rollouts to view", hint="give a run dir")
+            what = "is no run of r1v grpo: there are no rollouts to view" if path.exists() else "does not exist"
+            raise DataError(f"{path} {what}", hint="give a run dir")
         self._groups: dict[int, list[dict]] = {}
 
     def about(self) -> dict:

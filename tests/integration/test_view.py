@@ -103,6 +103,7 @@ def test_an_sft_run_and_a_taken_port_are_told(tmp_path):
         port = str(taken.getsockname()[1])
         for code, word, args in (
             (3, "no rollouts", [str(tmp_path / "sft")]),
+            (3, "does not exist", [str(tmp_path / "rnu")]),
             (2, "--port", [str(run), "--port", port]),
         ):
             command = [sys.executable, "-m", "r1vfree_cli.cli", "view", "--no-open", *args]
