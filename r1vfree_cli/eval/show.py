@@ -135,7 +135,7 @@ def _notes(doc: dict) -> list[str]:
             f"{n} images went as JPEG of quality {doc['settings']['jpeg_quality']}: their PNG is above "
             f"{doc['settings']['max_image_bytes']} bytes"
         )
-    return lines
+    return [*lines, f"all of it: {doc['out']}"] if "out" in doc else lines
 
 
 def _comparison(c: dict) -> None:
