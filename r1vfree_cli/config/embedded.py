@@ -144,8 +144,7 @@ def _parse(name: str) -> tuple[str, dict[str, str]]:
     if piece not in NAMES:
         known = [PREFIX + n for n in NAMES]
         raise UsageError(
-            f"no embedded model {name!r}",
-            details=["there are: " + ", ".join(known)],
+            f"no embedded model {name!r}; there are {', '.join(known)}",
             hint=did_you_mean(PREFIX + piece, known),
         )
     options = dict(parse_qsl(query, keep_blank_values=True))

@@ -84,7 +84,8 @@ def find(stage: str, name: str) -> Path:
     """
     if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
         if not os.path.isfile(name):
-            raise UsageError(f"no recipe file {name}", hint="r1v recipes list")
+            here = map(str, Path(name).parent.glob("*.y*ml"))
+            raise UsageError(f"no recipe file {name}", hint=did_you_mean(name, here, "r1v recipes list"))
         return Path(name)
     have = shipped(stage)
     key = name if "/" in name else f"{stage}/{name}"
@@ -93,11 +94,11 @@ def find(stage: str, name: str) -> Path:
     other = next((k for k in shipped() if k.split("/")[1] == name or k == name), None)
     if other:
         raise UsageError(f"recipe {other} is for `r1v {other.split('/')[0]}`, not for `r1v {stage}`")
-    names = [k.split("/")[1] for k in have]
+    names, own = [k.split("/")[1] for k in have], map(str, Path().glob("*.yaml"))
     raise UsageError(
         f"no recipe named {name!r} for {stage}",
         details=["shipped: " + ", ".join(names)],
-        hint=did_you_mean(key.split("/")[1], names, "r1v recipes list, or give the path of a YAML file"),
+        hint=did_you_mean(key.split("/")[1], [*names, *own], "r1v recipes list, or give the path of a YAML file"),
     )
 
 

@@ -78,7 +78,7 @@ class FeedbackReward(Reward):
     backend: Literal["local", "classify", "chat"] = "classify"
     model: str | None = None
     revision: str | None = None
-    base_url: str | None = None
+    base_url: str | None = Field(None, pattern="^https?://.+")
     serve: Serve | None = None
     prompt: Literal["auto", "judge", "conversation"] = "auto"  # for a classify server that does not say what it wants
     request: dict[str, Any] = Field(default_factory=dict)  # put into the request's JSON, over what r1v sends

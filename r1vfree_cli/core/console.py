@@ -94,7 +94,7 @@ def emit_table(title: str, columns: list[str], rows: list[list]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE, title_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE, pad_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
@@ -102,7 +102,7 @@ def emit_table(title: str, columns: list[str], rows: list[list]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 1000)  # a log has no edge, and a name cut in two cannot be searched for
-    console.print(table)
+    console.print(Text(title, style="italic", no_wrap=True, overflow="ignore"), table)
 
 
 class Progress:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import console
-from ..core.errors import DataError, UsageError
+from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.files import cannot_write, lock, sha256_file, staged, sync, write_json
 from . import layouts
 from .drops import Drops, RowProblem
@@ -81,7 +81,7 @@ def prepare(
             check_out(out, [], overwrite)
             splits = {name: _write_split(temporary, name, reader) for name, reader in readers.items()}
             if not any(s["rows"] for s in splits.values()):
-                raise _nothing_left(found, tables, drops)
+                raise _nothing_left(found, tables, drops, names)
             summary |= _counted(readers, drops, splits)
             write_json(temporary / SUMMARY, summary)
             for path in temporary.iterdir():
@@ -112,7 +112,8 @@ def _check_columns(names: dict[str, str], tables: dict[str, list[Table]]) -> Non
         first = [record for _, record in islice(table.read(None), 100) if isinstance(record, dict)]
         for column in names.values() if first else ():
             if all(layouts.column_of(record, column) is None for record in first):
-                raise UsageError(f"--columns: {table.name} has no column {column}; it has {', '.join(first[0])}")
+                has = f"--columns: {table.name} has no column {column}; it has {', '.join(first[0])}"
+                raise UsageError(has, hint=did_you_mean(column, first[0]))
 
 
 def digest(files: Iterable[dict]) -> str:
@@ -121,14 +122,14 @@ def digest(files: Iterable[dict]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops) -> DataError:
+def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops, named: Any) -> DataError:
     names = ", ".join(t.name for ts in tables.values() for t in ts)
     if not drops.total:
         return DataError(f"no records in {names}")
     first = next((r for ts in tables.values() for t in ts for _, r in t.read([0]) if isinstance(r, dict)), None)
     columns = [f"columns of the first record: {', '.join(map(str, first))}"] if first else []
     hint = None
-    unknown = first and source.hub is None and not layouts.is_record(first)
+    unknown = first and source.hub is None and not named and not layouts.is_record(first)
     columns += [f"accepted: {layout}" for layout in layouts.ACCEPTED] if unknown else []
     lacks = first and source.hub is None and drops.counts["no image"] + drops.counts["question missing"]
     if unknown or lacks:

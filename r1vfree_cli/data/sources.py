@@ -113,7 +113,8 @@ def find_source(name: str) -> Source:
     found = SOURCES.get(name) or BY_HUB.get(name)
     if found:
         return found
-    raise UsageError(f"unknown source {name!r}; known are {', '.join(SOURCES)}", hint=did_you_mean(name, SOURCES))
+    hint = f"r1v prepare-data files --input {name}" if os.path.exists(name) else did_you_mean(name, SOURCES)
+    raise UsageError(f"unknown source {name!r}; known are {', '.join(SOURCES)}", hint=hint)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------

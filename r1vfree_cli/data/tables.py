@@ -36,6 +36,7 @@ _HUMP = re.compile(r"(?<=[a-z\d])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # between
 _CELLS = {"": None, "NaN": None, "nan": None, "inf": math.inf, "-inf": -math.inf}
 _NOT_ROWS = {"data.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _SAVED = ("dataset_dict.json", "state.json")
+_WANTED = "want UTF-8, with a line of headers; a spreadsheet writes it as CSV UTF-8"
 _WRAPPED = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
@@ -133,7 +134,8 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
     if suffix == ".parquet":
         return parquet_table(path, name, roots)
     if suffix not in _WRAPPED:
-        raise UsageError(f"cannot read {path}: want {', '.join(_WRAPPED)} or a folder of these")
+        hint = "save the sheet as CSV UTF-8" if suffix in (".xlsx", ".xls", ".ods", ".numbers") else None
+        raise UsageError(f"cannot read {path}: want {', '.join(_WRAPPED)} or a folder of these", hint=hint)
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
@@ -144,7 +146,7 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
         hint = f"iconv -f {encoding} -t utf-8 {path.name} converts it"
         raise DataError(f"{path} is {encoding}, not UTF-8", hint=hint)
     if suffix in (".csv", ".tsv"):
-        return _in_turn(name, roots, lambda: _cells(path, "," if suffix == ".csv" else "\t"))
+        return _in_turn(name, roots, lambda: _cells(path, ",;\t" if suffix == ".csv" else "\t"))
     if suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         records = _document(path)
         if records is not None:
@@ -247,16 +249,19 @@ def _in_turn(name: str, roots: Sequence[Path], records: Callable[[], Iterator[di
     return Table(name, sum(1 for _ in records()), roots, read)
 
 
-def _cells(path: Path, separator: str) -> Iterator[dict | RowProblem]:
-    """Lines of CSV; all cells are text, but empty ones and NaN are none, and inf is the number."""
+def _cells(path: Path, separators: str) -> Iterator[dict | RowProblem]:
+    """Lines of CSV, separated by what the header has most of; all cells are text, but empty ones and NaN are none, and
+    inf is the number."""
     csv.field_size_limit(2**31 - 1)  # images may be among them, in base64
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for record in csv.DictReader(file, delimiter=separator):
+            header = re.sub(r'"[^"]*"', "", file.readline())
+            file.seek(0)
+            for record in csv.DictReader(file, delimiter=max(separators, key=header.count)):
                 cells = {k: _CELLS.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
                 yield RowProblem("line has more cells than the header") if None in record else cells
     except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"cannot read {path}: {first_line(e)}", hint="want UTF-8, with a line of headers") from None
+        raise DataError(f"cannot read {path}: {first_line(e)}", hint=_WANTED) from None
 
 
 def _lines(path: Path) -> Iterator[dict | RowProblem | None]:

@@ -61,7 +61,7 @@ def diagnose(name: str | None = None, overrides: list[str] | None = None, *, ste
         recipe = recipes.load(stage, name, overrides or [])
     elif step or overrides:
         raise UsageError("--step and --set are of a recipe", hint="name it with --recipe")
-    checks = [*_machine(), *_disk()]
+    checks = [*_machine(recipe), *_disk()]
 
     def well() -> bool:
         return not any(c.state == ERROR for c in checks)
@@ -80,7 +80,7 @@ def _stage_of(name: str) -> tuple[str, str]:
     return ("grpo", name) if f"grpo/{name}" in recipes.shipped("grpo") else recipes.stage_and_name(name, None)
 
 
-def _machine() -> list[Check]:
+def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[Check]:
     python = ".".join(map(str, sys.version_info[:3]))
     fits = sys.version_info >= (3, 11)
     checks = [Check("python", OK if fits else ERROR, python, None if fits else "r1v needs Python 3.11 or newer")]
@@ -106,7 +106,9 @@ def _machine() -> list[Check]:
     checks.append(_hub())
     if find_spec("wandb") is not None:
         known = bool(os.environ.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
-        checks.append(Check("wandb login", OK if known else WARNING, "found" if known else "none", "wandb login"))
+        used = recipe is not None and "wandb" in str((recipe.train.model_extra or {}).get("report_to"))
+        state = WARNING if used and not known else OK
+        checks.append(Check("wandb login", state, "found" if known else "none", "wandb login"))
     return checks
 
 
@@ -139,8 +141,8 @@ def _hub() -> Check:
     except urllib.error.HTTPError as e:
         return Check("hub", OK, f"reached ({e.code})")
     except (OSError, ValueError) as e:
-        hint = "local folders and cached models still work; HF_HUB_OFFLINE=1 avoids waiting for the network"
-        return Check("hub", WARNING, f"not reached: {getattr(e, 'reason', e)}", hint)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # else each check that follows waits for it, for minutes
+        return Check("hub", WARNING, f"not reached: {getattr(e, 'reason', e)}", "local folders and cached models work")
 
 
 def _disk() -> list[Check]:

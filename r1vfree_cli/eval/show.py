@@ -126,7 +126,7 @@ def _notes(doc: dict) -> list[str]:
     if n := s.get("jpeg_images"):
         above = f"their PNG is above {s['max_image_bytes']} bytes"
         lines.append(f"{n} images went as JPEG of quality {s['jpeg_quality']}: {above}")
-    return lines
+    return [*lines, f"all of it: {doc['out']}"] if "out" in doc else lines
 
 
 def _comparison(c: dict) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..config.rewards import FeedbackReward
+from ..core import console
 from ..core.prompts import PromptKind
 from .client import FIRST_PAUSE_S, LONGEST_PAUSE_S, Endpoint
 from .protocol import Failure, Question, Verdict
@@ -27,21 +28,14 @@ class HttpJudge:
 
     prompt: PromptKind = "judge"
     one_by_one = True
+    waiting = ""  # ": REASON" while questions wait for a judge that is down
 
     def __init__(self, reward: FeedbackReward, base_url: str, api_key: str | None, stopping: Callable[[], bool]):
         self.reward, self.base_url, self._stopping = reward, base_url.rstrip("/"), stopping
         self.identity: dict = {}
-        self.endpoint = Endpoint(
-            base_url,
-            reward.model or "",
-            reward.timeout_s,
-            reward.max_retries,
-            reward.concurrency,
-            reward.api_key_env,
-            api_key or "",
-            reward.requests_per_minute,
-            what="judge",
-        )
+        patience = (reward.timeout_s, reward.max_retries, reward.concurrency)
+        key = (reward.api_key_env, api_key or "", reward.requests_per_minute)
+        self.endpoint = Endpoint(base_url, reward.model or "", *patience, *key, what="judge")
 
     async def open(self) -> None:
         await self.endpoint.open()
@@ -67,10 +61,14 @@ class HttpJudge:
             try:
                 begin = time.monotonic()
                 verdict = await self.ask(question)
+                self.waiting = ""
                 return replace(verdict, seconds=time.monotonic() - begin)
             except Failure as failure:
                 if not failure.down or self._stopping():
                     return failure
+                if not (self.waiting or failure.status):
+                    console.log(f"waiting for the judge at {self.endpoint.where}: {failure}")
+                self.waiting = f": {failure}"
                 wait = failure.wait or pause
             await asyncio.sleep(wait * random.uniform(1, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE_S)

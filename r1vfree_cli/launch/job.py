@@ -77,7 +77,7 @@ def _interrupted(where: RunDir, before: int) -> Interrupted:
         new = step > before
         message = f"interrupted: checkpoint at step {step} saved" if new else f"interrupted after checkpoint {step}"
     again = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-    return Interrupted(message, hint=f"{shlex.join(['r1v', *again, '--resume'])} continues")
+    return Interrupted(message, hint=f"to go on: {shlex.join(['r1v', *again, '--resume'])}")
 
 
 def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: plans.Plan) -> dict:

@@ -4,7 +4,9 @@ The page asks for one step, one question or one page of hits at a time; each is 
 thousands of steps open as quickly as one.
 """
 
+import os
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,13 +24,13 @@ from .load import Run, clean, labels, read_run
 from .rollouts import read_groups
 
 PAGE = 40  # groups in one reply of a search
+_SCREENS = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
 
 
 class Rollouts:
     """The rollouts of one run dir, read when asked for.
 
-    Raises:
-        DataError: the folder holds no GRPO run.
+    Raises: DataError: the folder holds no GRPO run.
     """
 
     def __init__(self, path: Path, label: str):
@@ -36,7 +38,8 @@ class Rollouts:
         self.label = label
         self._run: Run = read_run(path, label)
         if self._run.stage != "grpo":
-            raise DataError(f"{path} is no run of r1v grpo: there are no rollouts to view", hint="give a run dir")
+            what = "is no run of r1v grpo: there are no rollouts to view" if path.exists() else "does not exist"
+            raise DataError(f"{path} {what}", hint="give a run dir")
         self.groups = lru_cache(64)(self._groups)
 
     def about(self) -> dict:
@@ -151,6 +154,6 @@ def view(dirs: list[Path], *, port: int | None, open_browser: bool) -> None:
         raise UsageError(f"--port {port} cannot be used: {e.strerror}", hint=hint) from None
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     console.log(f"rollouts of {', '.join(run.label for run in runs)}: {url} (Ctrl-C ends it)")
-    if open_browser:
+    if open_browser and (sys.platform != "linux" or os.environ.keys() & _SCREENS):  # a text browser would not return
         webbrowser.open(url)
     uvicorn.Server(uvicorn.Config(app(runs), log_level="warning")).run(sockets=[listening])

@@ -233,7 +233,7 @@ class Feedback:
         if errors:
             raise next((e for e in errors if isinstance(e, R1VError)), errors[0])
         for _ in pending:
-            self._failed(Failure("deadline", "no verdict before the step's deadline"))
+            self._failed(Failure("deadline", f"no verdict in time{getattr(self._backend, 'waiting', '')}"))
 
     async def _ask_part(self, part: dict[str, Question], found: dict[str, float]) -> None:
         async with self._slots:

@@ -18,7 +18,7 @@ import xxhash
 
 from ..config.embedded import is_embedded, resolve_model
 from ..config.recipes import read_yaml
-from ..core.errors import DataError, UsageError
+from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.files import read_object, sync, write_json
 from . import contract
 from .run_dir import RunDir
@@ -58,9 +58,12 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
     """
     path = Path(resolve_model(name, seed)) if is_embedded(name) else Path(os.path.expanduser(name))
     if not os.path.exists(path):  # False also for a name that cannot be one
+        hint: str | None = "give a model folder, a run dir, or a hub name like org/model"
         if _HUB.fullmatch(name):
-            return Checkpoint(name, name)
-        raise DataError(f"no checkpoint at {name}", hint="give a model folder, a run dir, or a hub name like org/model")
+            if not any(path.parent.glob("*/recipe.yaml")):  # runs/NAME, mistyped, is no name on the hub
+                return Checkpoint(name, name)
+            hint = did_you_mean(name, map(str, path.parent.iterdir()), hint)
+        raise DataError(f"no checkpoint at {name}", hint=hint)
     if not path.is_dir():
         raise DataError(f"{name} is a file; a model is a folder or a hub name")
     if not _is_model(path) and RunDir(path).holds_run:

@@ -228,10 +228,10 @@ def test_of_a_conversation_the_first_turn_is_taken_and_the_rest_is_counted(folde
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv"])
-def test_csv_cells_are_text_and_need_no_metadata_name(kind, folder, tmp_path, capsys, r1v):
+@pytest.mark.parametrize("kind, separator", [("csv", ","), ("csv", ";"), ("csv", "\t"), ("tsv", "\t")])
+def test_csv_cells_are_text_and_need_no_metadata_name(kind, separator, folder, tmp_path, capsys, r1v):
     text = io.StringIO()
-    writer = csv.writer(text, delimiter="," if kind == "csv" else "\t")
+    writer = csv.writer(text, delimiter=separator)
     cells = [["id", "picture", "q", "a"], ["007", "coco/0.png", 'What, "then"?\nNow', "NA"], ["8", B64, "Why?", ""]]
     writer.writerows([*cells, ["9", "coco/2.png", "How?", "nan"], ["10", "coco/2.png", "one", "cell", "more"]])
     (folder / f"mine.{kind}").write_text("\ufeff" + text.getvalue(), encoding="utf-8")
@@ -249,6 +249,26 @@ def test_csv_cells_are_text_and_need_no_metadata_name(kind, folder, tmp_path, ca
     summary = json.loads((tmp_path / "out" / "data.json").read_text())
     assert summary["columns"] == {"problem": "q", "images": "picture", "solution": "a"}
     assert summary["dropped"] == {"line has more cells than the header": 1}
+
+
+def test_a_sheet_that_cannot_be_read_is_told_with_what_mends_it(folder, tmp_path, capsys, r1v):
+    """A mistyped column or folder, another encoding, a workbook, and a file in place of the source."""
+    sheet = folder / "sheet.csv"
+
+    def said(*more, code, input=sheet, source="files"):
+        argv = ["prepare-data", source, "--input", str(input), "--out", str(tmp_path / "out"), *more]
+        assert r1v(*argv) == code
+        return capsys.readouterr().err
+
+    sheet.write_text('Photo;Question\nnowhere/0.png;"What; or who?"\n')
+    assert "did you mean Question?" in said("--columns", "problem=Qestion,image=Photo", code=2)
+    err = said("--columns", "problem=Question,image=Photo", code=3)
+    assert "hint: --images" in err and "accepted:" not in err
+    assert f"prepare-data files --input {sheet}" in said(source=str(sheet), code=2)
+    sheet.write_bytes("image,problem\ncoco/0.png,Où?\n".encode("cp1252"))
+    assert "CSV UTF-8" in said(code=3)
+    (folder / "sheet.xlsx").write_bytes(b"PK")
+    assert "CSV UTF-8" in said(input=folder / "sheet.xlsx", code=2)
 
 
 def test_an_image_that_belongs_to_another_turn_or_is_missing_is_never_the_first_ones(folder, tmp_path):

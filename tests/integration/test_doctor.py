@@ -1,5 +1,6 @@
 """`r1v doctor` through its own processes: a machine, a recipe that is ready, one that is not, a full disk; memory by hand."""
 
+import os
 import shutil
 from collections import namedtuple
 
@@ -70,6 +71,14 @@ def test_what_would_stop_the_run_is_an_error(recipe, monkeypatch):
     errors = lines(far, "error")
     assert "8 GPUs" in errors["preflight"] and "Qwen/Qwen2.5-VL-3B-Instruct" in errors["memory"], far
     assert not far["ready"] and "probe" not in errors
+
+
+def test_a_hub_out_of_reach_is_waited_for_once(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    result = diagnose()
+    assert "not reached" in lines(result, "warning")["hub"] and "wandb login" in lines(result, "ok")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"  # the libraries' word for it, in this process and in those it starts
 
 
 def test_the_canaries_that_failed_are_a_table(recipe, capsys):

@@ -269,6 +269,7 @@ def test_a_judge_that_stays_down_is_none_at_the_deadline(tmp_path, behave):
         assert call(judge, ["red", "blue"]) == [None, None]
         assert 2 < time.monotonic() - begin < 6
         assert len(server.requests) > 2 and judge.stats()["judge/failed/deadline"] == 2
+    assert all("no verdict in time: " in told and told.count(":") > 2 for told in judge.failures)  # and why
 
 
 def test_connection_refused_is_none_at_the_deadline(tmp_path):
@@ -277,7 +278,7 @@ def test_connection_refused_is_none_at_the_deadline(tmp_path):
     assert judge.stats()["judge/failed/connection"] == 1
 
 
-def test_a_judge_that_comes_back_within_the_deadline_costs_nothing(tmp_path):
+def test_a_judge_that_comes_back_within_the_deadline_costs_nothing(tmp_path, capsys):
     port = free_port()
     with js.JudgeServer(port=port) as server:
         judge = feedback(server.url, tmp_path, cache=False)
@@ -296,6 +297,7 @@ def test_a_judge_that_comes_back_within_the_deadline_costs_nothing(tmp_path):
     assert call(judge, ["red", "blue"]) == before
     assert time.monotonic() - begin > 1
     assert not [key for key in judge.stats() if "failed" in key]
+    assert capsys.readouterr().err.count("waiting for the judge at http://127.0.0.1:") == 1
     back.set()
     thread.join()
 

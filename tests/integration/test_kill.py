@@ -199,7 +199,7 @@ def test_the_command_resumes_after_a_kill_and_after_a_signal_to_all_its_processe
     log = Path(f"{run.path}.log").read_text()
     assert "holds an unfinished run of this recipe (interrupted): resuming it" in log
     assert "a checkpoint that was being written when the run ended is skipped" in log  # rank 0's words, repeated
-    assert f"interrupted: checkpoint at step {state['step']} saved" in log and "--resume continues" in log
+    assert f"interrupted: checkpoint at step {state['step']} saved" in log and "--resume\n" in log
     assert f"resuming from step {state['step']}: " in log
     assert read_json(run.summary)["seconds"]["grpo"] > 0
     assert not ranks.running(run.logs)

@@ -60,9 +60,11 @@ def desk(tmp_path_factory):
     at = tmp_path_factory.mktemp("desk")
     (at / "photos").mkdir()
     draw(0, (256, 192)).save(at / "photos" / "cat.png")
-    sample = re.search(r"^# rows\.jsonl: (.*)$", READMES[0].read_text(encoding="utf-8"), re.MULTILINE)
-    assert sample is not None
-    (at / "rows.jsonl").write_text(sample[1] + "\n")
+    (sheet,) = blocks(READMES[0], "csv")
+    (at / "rows.csv").write_text(sheet)
+    (at / "my_bench.py").write_text("".join(blocks(READMES[3], "python")))
+    question = re.search(r"JSON Lines of\n`(.*)`:$", READMES[3].read_text(encoding="utf-8"), re.MULTILINE)
+    (at / "questions.jsonl").write_text(question[1] + "\n")
     write_json(at / "HallusionBench.json", records())
     for i, name in enumerate(sorted({r["filename"] for r in records()} - {None})):
         file = at / "figures" / name
@@ -110,7 +112,8 @@ def ends_well(argv: list[str], at: Path, done: subprocess.CompletedProcess) -> N
 def test_each_command_runs(desk):
     given = commands()
     names = [argv[0] for argv in given]
-    assert set(names) == {"doctor", "grpo", "eval-hallusion", "report", "prepare-data", "recipes", "serve-reward"}
+    expected = {"doctor", "grpo", "eval", "eval-hallusion", "report", "prepare-data", "recipes", "serve-reward"}
+    assert set(names) == expected
     with JudgeServer(lambda handler, body: reply(handler, chat_reply("<think>I see it.</think><answer>sleeping</answer>"))) as teacher:  # fmt: skip
         for argv in given:
             if argv[0] == "grpo" and argv != ["grpo", "--recipe", "tiny"]:
@@ -125,6 +128,9 @@ def test_each_command_runs(desk):
                 argv[argv.index("--endpoint") + 1] = f"{teacher.url}"
             ends_well(argv, desk, run(argv, desk))
     assert (desk / "report" / "report.html").is_file() and (desk / "mine.yaml").is_file()
+    text = "".join(file.read_text(encoding="utf-8") for file in READMES)
+    told = set(re.findall(r"evals/runs-[\w-]+", text))
+    assert len(told) == 2 and all((desk / name / "scores.json").is_file() for name in told)
 
 
 def test_each_yaml_and_python_example_is_a_recipe(tmp_path):

@@ -1,8 +1,11 @@
 """`r1v view`: the page's data, its limits, and the page itself in a headless browser."""
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -100,12 +103,34 @@ def test_an_sft_run_and_a_taken_port_are_told(tmp_path):
         port = str(taken.getsockname()[1])
         for code, word, args in (
             (3, "no rollouts", [str(tmp_path / "sft")]),
+            (3, "does not exist", [str(tmp_path / "rnu")]),
             (2, "--port", [str(run), "--port", port]),
         ):
             command = [sys.executable, "-m", "r1vfree_cli.cli", "view", "--no-open", *args]
             command[1:3] = ["-c", "from r1vfree_cli.cli import main; main()"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
             assert done.returncode == code and word in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("screen", [None, "BROWSER"])
+def test_a_text_browser_does_not_take_the_terminal_of_a_machine_without_a_screen(tmp_path, screen):
+    run = make_run(tmp_path / "run", steps=24)
+    for name in ("www-browser", "links", "lynx", "w3m"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho $1 >{tmp_path}/opened\n")
+        (tmp_path / name).chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+    env |= {"TERM": "xterm", "PATH": f"{tmp_path}:{env['PATH']}"} | ({screen: str(tmp_path / "lynx")} if screen else {})
+    command = [sys.executable, "-c", "from r1vfree_cli.cli import main; main()", "view", str(run)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as viewer:
+        url = re.search(r"http://\S+", viewer.stderr.readline())[0]
+        for _ in range(100):
+            with contextlib.suppress(OSError), urllib.request.urlopen(url) as page:
+                assert b"rollouts" in page.read()
+                break
+            time.sleep(0.1)
+        viewer.send_signal(signal.SIGINT)
+        assert viewer.wait(30) in (0, 130)
+    assert (tmp_path / "opened").exists() == bool(screen)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")

@@ -31,6 +31,18 @@ def test_a_file_list_that_was_edited_is_damage(listed, tmp_path):
     assert checkpoint.damage(tmp_path) and checkpoint.lacking(tmp_path)
 
 
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    """`runs/tril` has the form of a hub name; where runs lie beside it, it is one of them."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "Qwen" / "Qwen2.5-VL-3B")  # models that were copied here do not hide the hub's
+    assert checkpoint.resolve("Qwen/Qwen2.5-VL-7B").kind == "hub"
+    make(tmp_path / "runs" / "trial" / "final")
+    (tmp_path / "runs" / "trial" / "recipe.yaml").write_text("")
+    with pytest.raises(DataError, match="no checkpoint at runs/tril") as told:
+        checkpoint.resolve("runs/tril")
+    assert told.value.hint == "did you mean runs/trial?"
+
+
 def test_every_meaning_of_a_name(tmp_path):
     model, adapter = make(tmp_path / "model"), make(tmp_path / "adapter", adapter=True)
     contract.write(model, {"schema": 1, "min_pixels": 784})

@@ -95,7 +95,7 @@ def test_an_interruption_says_what_is_kept_and_the_command_that_goes_on(tmp_path
     run = RunDir(tmp_path / "run")
     found = jobs._interrupted(run, 0)
     assert found.message == "interrupted before the first checkpoint"
-    assert found.hint == "r1v grpo --recipe 'my recipe.yaml' --set train.max_steps=9 --resume continues"
+    assert found.hint == "to go on: r1v grpo --recipe 'my recipe.yaml' --set train.max_steps=9 --resume"
     (run.checkpoints / "checkpoint-188").mkdir(parents=True)
     os.utime(run.checkpoints / "checkpoint-188", (1, 1))  # a clock that was set back
     assert jobs._interrupted(run, 94).message == "interrupted: checkpoint at step 188 saved"

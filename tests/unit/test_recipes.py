@@ -147,6 +147,7 @@ def test_all_errors_at_once_with_key_found_allowed_and_nearest(tmp_path):
         ({"rewards": []}, "rewards"),
         ({"rewards": [{"name": "feedback", "backend": "chat"}]}, "needs base_url and model"),
         ({"rewards": [{"name": "feedback", "backend": "classify"}]}, "exactly one of base_url"),
+        ({"rewards": [SLOW | {"base_url": "127.0.0.1:1"}]}, "'^https?://.+'; found '127.0.0.1:1'"),
         ({"launch": {"processes": 2}, "rewards": [SLOW]}, "must be below train.ddp_timeout (1800)"),
         ({"launch": {"processes": 2}, "rewards": [SLOW], "train": {"ddp_timeout": 1900}}, "ddp_timeout (1900)"),
         ({"train": None}, "train"),
@@ -195,6 +196,15 @@ def test_unknown_recipe_names_the_nearest():
     assert "qwen25vl-3b-rlhfv" in e.value.hint
     with pytest.raises(UsageError, match="for `r1v sft`"):
         recipes.find("grpo", "sft/qwen2vl-2b-clevr")
+
+
+def test_a_mistyped_path_of_ones_own_recipe_names_the_file_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("")
+    for name in ("mine", "mine.yml", "min.yaml", str(tmp_path / "mien.yaml")):
+        with pytest.raises(UsageError) as told:
+            recipes.find("grpo", name)
+        assert "mine.yaml?" in told.value.hint
 
 
 def test_the_prompt_limit_holds_an_image_at_the_pixel_limit_and_a_question(tmp_path):

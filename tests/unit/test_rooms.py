@@ -12,17 +12,17 @@ PACKAGE = Path(__file__).parents[2] / "r1vfree_cli"
 ROOMS = {
     "core": 842,  # 620 before users' code and staging had one place; 800 before a holder that ends while it is named, 805 before threads had time limits, 808 before what is read back was checked in one place
     "config": 1039,  # 960 before the texts that transformers and TRL know, 1027 before what they would refuse later
-    "run": 438,
-    "data": 1726,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
+    "run": 441,
+    "data": 1733,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
     "launch": 1292,  # 850 before vLLM servers; 1030 before every optimizer and tracker, 1280 before steps told what is new and edits were survived, 1288 before a command that cannot be run
     "models": 721,
     "shared_prefix": 1314,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
-    "judges": 1866,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
+    "judges": 1864,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
     "training": 2773,  # 2390 before the room that a final save needs
     "eval": 3235,
-    "report": 1392,
-    "doctor": 391,
+    "report": 1395,
+    "doctor": 393,
     "tiny": 430,
     "cli": 489,
 }
