@@ -22,8 +22,8 @@ from trl.models import unwrap_model_for_generation
 from ..core import console
 from ..core.errors import DataError
 from .attention import assert_installed, install, not_shared
-from .decode import Prompts, Sampler
-from .pack import Group, cut, find_groups, pack, split_by_groups
+from .decode import Sampler
+from .pack import Group, Tree, cut, find_groups, pack, split_by_groups
 from .prompts import (
     DistinctPrompts,
     PreparedProcessor,
@@ -183,14 +183,15 @@ class SharedPrefixMixin(_Trainer):
             images = model_images(
                 self._whole(model), fields.get("pixel_values"), fields.get("image_grid_thw"), encoded=prompts.encoded
             )
-            together = self._zero3 and not self.args.ds3_gather_for_generation
             sequences = model.generate(
                 input_ids=padded.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
                 custom_generate=self._sampler,
-                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images),
-                all_ranks=together,
+                trees=[Tree(ids, grid) for ids, grid in zip(prompts.ids, prompts.grids(), strict=True)],
+                sizes=prompts.sizes,
+                images=images,
+                all_ranks=self._zero3 and not self.args.ds3_gather_for_generation,
             )
         completions = sequences[:, padded.shape[1] :]
         ends = torch.isin(completions, torch.tensor(self.eos_token_ids, device=device)).int()

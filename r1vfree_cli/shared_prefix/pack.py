@@ -10,6 +10,8 @@ import torch
 
 from .attention import PackedLayout, Segment, no_mask
 
+IGNORED = -100  # the label of what is not predicted
+
 
 @dataclass
 class Group:
@@ -131,6 +133,48 @@ def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> tor
 
 
 @dataclass
+class Tree:
+    """A prefix that `branches` go on from; without any it ends in itself.
+
+    grid: (images, 3) `image_grid_thw` of its images, which all lie in the prefix; None for text alone.
+    """
+
+    prefix: list[int]
+    grid: torch.Tensor | None
+    branches: list[list[int]] = field(default_factory=list)
+
+
+def tree_of(rows: Sequence[list[int]], grid: torch.Tensor | None) -> Tree:
+    """What `rows` of token ids have in common, and at least the last token of each as its branch."""
+    pairs = zip(min(rows), max(rows), strict=False)  # in the order of lists, the two that differ first
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(min(rows)))
+    same = min(same, min(map(len, rows)) - 1)
+    return Tree(rows[0][:same], grid, [row[same:] for row in rows])
+
+
+def lay_out(core, trees: Sequence[Tree], device: torch.device) -> tuple[dict[str, Any], PackedLayout, torch.Tensor]:
+    """Token ids as one row: the model's inputs without images, the layout, and the places of all last tokens."""
+    segments, ids, positions, ends = [], list[int](), [], []
+    for tree in trees:
+        known = prompt_positions(core, tree.prefix, tree.grid)  # (3, P + 1)
+        segments.append(Segment(len(ids), len(tree.prefix), [len(branch) for branch in tree.branches]))
+        positions.append(known[:, :-1])
+        ids += tree.prefix
+        for branch in tree.branches:
+            positions.append(known[:, -1:] + torch.arange(len(branch)))
+            ids += branch
+            ends.append(len(ids) - 1)
+        if not tree.branches:
+            ends.append(len(ids) - 1)
+    inputs = {
+        "input_ids": torch.tensor(ids, device=device)[None],  # (1, L)
+        "position_ids": torch.cat(positions, dim=1)[:, None].to(device),  # (3, 1, L)
+        "attention_mask": no_mask(device),
+    }
+    return inputs, PackedLayout(segments, device), torch.tensor(ends, device=device)
+
+
+@dataclass
 class Packed:
     """Groups as one row for the model, and the way back.
 
@@ -174,113 +218,23 @@ def pack(
     width = input_ids.shape[1] - keep  # P
     prompts = attention_mask[:, :width].sum(dim=1).tolist()
     completions = attention_mask[:, width:].sum(dim=1).tolist()
-    row = _Row(width, keep)
+    trees = list[Tree]()
+    labels, source, target = list[int](), list[int](), list[int]()
+    rows = 0
     for group in groups:
-        length = prompts[group.start]
-        grid = None if image_grid_thw is None else image_grid_thw[group.grids]
-        known = prompt_positions(core, input_ids[group.start, width - length : width].tolist(), grid)  # (3, length + 1)
-        row.add_prompt(group.start, known[:, : length - 1])
+        *prefix, last = input_ids[group.start, width - prompts[group.start] : width].tolist()
+        tree = Tree(prefix, None if image_grid_thw is None else image_grid_thw[group.grids])
+        labels += [IGNORED] * len(prefix)
         for member in range(group.start, group.stop):
-            row.add_branch(member, completions[member], known[:, -2:])
-    return row.packed(input_ids, device)
-
-
-class _Row:
-    """A packed row in the making; `flat` below is the batch (B, P + C) as one dimension."""
-
-    def __init__(self, width: int, keep: int) -> None:
-        self.width, self.keep = width, keep
-        self.length = self.branches = 0
-        self.segments: list[Segment] = []
-        self.index: list[torch.Tensor] = []  # place in `flat` of each token
-        self.labels: list[torch.Tensor] = []  # place in `flat` of the token that it predicts, -1 for none
-        self.positions: list[torch.Tensor] = []  # (3, tokens)
-        self.source: list[torch.Tensor] = []
-        self.target: list[torch.Tensor] = []
-
-    def add_prompt(self, member: int, positions: torch.Tensor) -> None:
-        """The prompt of the batch's row `member` without its last token; positions (3, tokens)."""
-        tokens = positions.shape[1]
-        end = member * (self.width + self.keep) + self.width - 1
-        self.segments.append(Segment(self.length, tokens, []))
-        self._add(torch.arange(end - tokens, end), torch.full((tokens,), -1), positions)
-
-    def add_branch(self, member: int, tokens: int, last: torch.Tensor) -> None:
-        """The completion of the batch's row `member`.
-
-        Args:
-            last: (3, 2) positions of the prompt's last token and of the first one after it.
-        """
-        # A completion that is masked as a whole keeps one unscored token, so that no micro-batch becomes empty.
-        length = max(1, tokens)
-        start = member * (self.width + self.keep) + self.width
-        self.source.append(torch.arange(self.length, self.length + tokens))
-        self.target.append(torch.arange(self.branches * self.keep, self.branches * self.keep + tokens))
-        self.segments[-1].lengths.append(length)
-        self.branches += 1
-        labels = torch.arange(start, start + length) if tokens else torch.full((1,), -1)
-        positions = torch.cat([last[:, :1], last[:, 1:] + torch.arange(length - 1)], dim=1)
-        self._add(torch.arange(start - 1, start - 1 + length), labels, positions)
-
-    def _add(self, index: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> None:
-        self.index.append(index)
-        self.labels.append(labels)
-        self.positions.append(positions)
-        self.length += len(index)
-
-    def packed(self, input_ids: torch.Tensor, device: torch.device) -> Packed:
-        flat, labels = input_ids.reshape(-1), torch.cat(self.labels)
-        return Packed(
-            inputs={
-                "input_ids": flat[torch.cat(self.index)][None].to(device),  # (1, L)
-                "position_ids": torch.cat(self.positions, dim=1)[:, None].to(device),  # (3, 1, L)
-                "attention_mask": no_mask(device),
-                "shift_labels": torch.where(labels < 0, -100, flat[labels.clamp(min=0)])[None].to(device),
-            },
-            layout=PackedLayout(self.segments, device),
-            source=torch.cat(self.source).to(device),
-            target=torch.cat(self.target).to(device),
-            rows=self.branches,
-        )
-
-
-@dataclass
-class Tree:
-    """A prefix that `branches` go on from; without any it ends in itself.
-
-    grid: (images, 3) `image_grid_thw` of its images, which all lie in the prefix; None for text alone.
-    """
-
-    prefix: list[int]
-    grid: torch.Tensor | None
-    branches: list[list[int]] = field(default_factory=list)
-
-
-def tree_of(rows: Sequence[list[int]], grid: torch.Tensor | None) -> Tree:
-    """What `rows` of token ids have in common, and at least the last token of each as its branch."""
-    pairs = zip(min(rows), max(rows), strict=False)  # in the order of lists, the two that differ first
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(min(rows)))
-    same = min(same, min(map(len, rows)) - 1)
-    return Tree(rows[0][:same], grid, [row[same:] for row in rows])
-
-
-def lay_out(core, trees: Sequence[Tree], device: torch.device) -> tuple[dict[str, Any], PackedLayout, torch.Tensor]:
-    """Token ids as one row: the model's inputs without images, the layout, and the places of all last tokens."""
-    segments, ids, positions, ends = [], list[int](), [], []
-    for tree in trees:
-        known = prompt_positions(core, tree.prefix, tree.grid)  # (3, P + 1)
-        segments.append(Segment(len(ids), len(tree.prefix), [len(branch) for branch in tree.branches]))
-        positions.append(known[:, :-1])
-        ids += tree.prefix
-        for branch in tree.branches:
-            positions.append(known[:, -1:] + torch.arange(len(branch)))
-            ids += branch
-            ends.append(len(ids) - 1)
-        if not tree.branches:
-            ends.append(len(ids) - 1)
-    inputs = {
-        "input_ids": torch.tensor(ids, device=device)[None],  # (1, L)
-        "position_ids": torch.cat(positions, dim=1)[:, None].to(device),  # (3, 1, L)
-        "attention_mask": no_mask(device),
-    }
-    return inputs, PackedLayout(segments, device), torch.tensor(ends, device=device)
+            tokens = input_ids[member, width : width + completions[member]].tolist()
+            tree.branches.append([last, *tokens[:-1]])
+            source += range(len(labels), len(labels) + len(tokens))
+            target += range(rows * keep, rows * keep + len(tokens))
+            # A completion that is masked as a whole keeps one unscored token, so that no micro-batch becomes empty.
+            labels += tokens or [IGNORED]
+            rows += 1
+        trees.append(tree)
+    inputs, layout, _ = lay_out(core, trees, device)
+    inputs["shift_labels"] = torch.tensor(labels, device=device)[None]  # (1, L)
+    places = (torch.tensor(x, dtype=torch.long, device=device) for x in (source, target))
+    return Packed(inputs, layout, *places, rows)

@@ -15,15 +15,15 @@ ROOMS = {
     "run": 440,
     "data": 1725,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
     "launch": 1294,  # 850 before vLLM servers; 1030 before every optimizer and tracker, 1280 before steps told what is new and edits were survived, 1288 before a command that cannot be run
-    "models": 900,
-    "shared_prefix": 1350,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
+    "models": 719,
+    "shared_prefix": 1271,
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
-    "training": 2775,  # 2390 before the room that a final save needs
+    "training": 2769,
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
     "report": 1484,
     "doctor": 400,
-    "tiny": 450,
+    "tiny": 430,
     "cli": 500,
 }
 ORDER = list(ROOMS)
