@@ -87,7 +87,7 @@ class Sampler:
                         rows, live, tokens, running = rows[stay], live[stay], tokens[stay], running[stay]
                         forward.keep(stay)
             # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
-            if not _any_rank(not finished, input_ids.device) if all_ranks else finished:
+            if not any_rank(not finished, input_ids.device) if all_ranks else finished:
                 sequences[rows] = live
                 return sequences[:, : width + step]
             logits = forward(tokens, min(step - 1, max_new - 1))
@@ -247,7 +247,10 @@ def _weights_to_cast(model) -> tuple[int, int]:
     return sum(p.numel() for p in weights if on and p.dtype == torch.float32), sum(p.numel() for p in weights)
 
 
-def _any_rank(value: bool, device: torch.device) -> bool:
-    flag = torch.tensor(float(value), device=device)
-    dist.all_reduce(flag)
-    return bool(flag.item())
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any rank; every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told.item())

@@ -18,20 +18,19 @@ from accelerate.utils import is_peft_model
 from torch.utils.data import IterableDataset
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
 
 from ..core import console
 from ..core.errors import DataError
 from .attention import assert_installed, install, not_shared
-from .decode import Sampler
+from .decode import Sampler, any_rank
 from .pack import Group, Tree, cut, find_groups, pack, split_by_groups
 from .prompts import (
     DistinctPrompts,
     PreparedProcessor,
     RowsByReference,
     encode_images,
-    equal_prompts,
     has_image,
-    left_pad,
     model_images,
     same_frozen_vision,
 )
@@ -75,12 +74,7 @@ class SharedPrefixMixin(_Trainer):
         # Sharded weights are gathered in step on all ranks, but not all ranks have images at the same time.
         sharded = self._zero3 and (self.use_vllm or not self.args.ds3_gather_for_generation)
         once = same_frozen_vision(policy, reference) and not sharded
-        same = torch.tensor(float(once), device=self.accelerator.device)
-        self._encodes_once = self.accelerator.reduce(same).item() == self.accelerator.num_processes
-
-    @property
-    def _shares(self) -> bool:
-        return self.shared_prefix_off is None
+        self._encodes_once = not any_rank(not once, self.accelerator.device)
 
     def _whole(self, model):
         """The transformers model for conditional generation inside the wrappers of accelerate and PEFT."""
@@ -91,7 +85,7 @@ class SharedPrefixMixin(_Trainer):
 
     def get_train_dataloader(self):
         rows = self.train_dataset
-        if not self._shares or isinstance(rows, IterableDataset):
+        if self.shared_prefix_off or isinstance(rows, IterableDataset):
             return super().get_train_dataloader()
         self.train_dataset = RowsByReference(rows)
         try:
@@ -102,7 +96,7 @@ class SharedPrefixMixin(_Trainer):
     # --- generation: each distinct prompt is processed, encoded and prefilled once --------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._generate_and_score_completions(inputs)
         processor = self.processing_class
         # TRL processes all images a second time for the passes; the stand-in answers with what is already there.
@@ -118,7 +112,8 @@ class SharedPrefixMixin(_Trainer):
         self._encode(self.model)
         out = {k: v for k, v in prompts.fields.items() if k in ("pixel_values", "image_grid_thw")}
         if "mm_token_type_ids" in prompts.fields:
-            out["mm_token_type_ids"] = left_pad(prompts.repeat(prompts.fields["mm_token_type_ids"]), 0)[0]
+            types = prompts.repeat(prompts.fields["mm_token_type_ids"])
+            out["mm_token_type_ids"] = pad([torch.tensor(x) for x in types], padding_side="left")
         return out
 
     def _encode(self, model) -> None:
@@ -133,7 +128,7 @@ class SharedPrefixMixin(_Trainer):
         prompts.encoded = True
 
     def _tokenize_prompts(self, prompts: list):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._tokenize_prompts(prompts)
         if self._zero3 and not self._encodes_once and not all(map(has_image, prompts)):
             # Each rank must run the vision tower in every pass, because its weights are gathered from all ranks.
@@ -141,7 +136,7 @@ class SharedPrefixMixin(_Trainer):
                 "a prompt has no image, which ZeRO-3 cannot train on",
                 hint="leave out rows without an image, as r1v does when it loads them",
             )
-        starts = [i for i in range(len(prompts)) if i == 0 or not equal_prompts(prompts[i], prompts[i - 1])]
+        starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
         sizes = [b - a for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
         ids, images, fields = super()._tokenize_prompts([prompts[i] for i in starts])
         fields = {k: [list(map(int, x)) for x in v] if k.endswith("token_type_ids") else v for k, v in fields.items()}
@@ -150,20 +145,22 @@ class SharedPrefixMixin(_Trainer):
 
     def _generate(self, prompts: list):
         out = super()._generate(prompts)
-        if not self._shares:
+        if self.shared_prefix_off:
             return out
         *head, images, tool_images = out
         return *head, self._prompts.lead_images() if images is not None else None, tool_images
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
         prompts = self._prompts
         if self.use_vllm or not own_loop_can(self.generation_config):
             fields = prompts.repeated_fields()
             return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
         device = self.accelerator.device
-        padded, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
+        rows = [torch.tensor(ids) for ids in prompt_ids]
+        padded = pad(rows, self._tokenizer.pad_token_id, "left", self.pad_to_multiple_of)  # (B, P)
+        mask = pad([torch.ones_like(ids) for ids in rows], 0, "left", self.pad_to_multiple_of)
         config = copy.copy(self.generation_config)
         config.cache_implementation = None  # the loop keeps its own cache
         with (
@@ -206,7 +203,7 @@ class SharedPrefixMixin(_Trainer):
     # --- passes: groups stay together and are packed --------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch):
-        if not self._shares or not self.model.training:
+        if self.shared_prefix_off or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
@@ -224,26 +221,11 @@ class SharedPrefixMixin(_Trainer):
         return find_groups(prompt_ids, prompt_mask, num_images, image_grid_thw, merged)
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **kwargs,
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-                **kwargs,
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
         pixels, grid, num_images = (kwargs.get(k) for k in ("pixel_values", "image_grid_thw", "num_images"))
         whole = self._whole(model)
@@ -306,8 +288,7 @@ class SharedPrefixMixin(_Trainer):
     def _loses_gradient(self, loss: torch.Tensor) -> bool:
         """Whether on any rank the loss, whatever its terms are, has a gradient by the outputs of a skipped group."""
         grads = torch.autograd.grad(loss, self._idle, retain_graph=True, allow_unused=True) if self._idle else ()
-        lost = any(g is not None and bool(g.any()) for g in grads)
-        return bool(self.accelerator.reduce(torch.tensor(float(lost), device=loss.device)).item())
+        return any_rank(any(g is not None and bool(g.any()) for g in grads), loss.device)
 
     def _split_idle(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
         """Groups that have a gradient, and those that have none because all their advantages are zero.

@@ -236,5 +236,5 @@ def pack(
         trees.append(tree)
     inputs, layout, _ = lay_out(core, trees, device)
     inputs["shift_labels"] = torch.tensor(labels, device=device)[None]  # (1, L)
-    places = (torch.tensor(x, dtype=torch.long, device=device) for x in (source, target))
-    return Packed(inputs, layout, *places, rows)
+    scored, places = (torch.tensor(x, dtype=torch.long, device=device) for x in (source, target))
+    return Packed(inputs, layout, scored, places, rows)

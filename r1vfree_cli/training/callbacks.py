@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from ..core import console
 from ..core.errors import GuardStop, Interrupted, R1VError
 from ..core.files import append_jsonl
 from ..run.run_dir import RUNNING, RunDir
+from ..shared_prefix.decode import any_rank
 from .guard import CollapseGuard, Verdict, figures, offenders
 from .recorder import Recorder, Rollout, spread_over_groups, truncate_lines
 from .worker import stop_requested
@@ -177,12 +177,3 @@ def finite(value: float) -> float | None:
     if isinstance(value, int):
         return value
     return float(f"{value:.8g}") if math.isfinite(value) else None
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank; every rank must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    told = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-    return bool(told.item())

@@ -26,9 +26,9 @@ from ..models.sampling import (
 )
 from ..rewards.text import completion_text
 from ..run.checkpoint import lacking
+from ..shared_prefix.decode import any_rank
 from ..shared_prefix.mixin import SharedPrefixMixin
 from . import vllm_sampler
-from .callbacks import any_rank
 from .checkpoints import AtomicCheckpoints
 from .guard import offenders
 from .recorder import Recorder, Rollout
