@@ -22,7 +22,6 @@ from PIL import Image
 from ..core import console
 from ..core.prompts import judge_messages
 from ..data import shapes
-from ..training.judging import area_under_roc
 
 STEPS = 250
 IMAGES = 24  # a step
@@ -279,24 +278,3 @@ def _order_loss(scores: torch.Tensor, verdicts: Targets, packer: Packer) -> torc
     """
     pairs = [i for i, two in enumerate(zip(verdicts.ids, verdicts.ids[1:])) if two == (packer.yes, packer.no)]
     return -F.logsigmoid(scores[pairs] - scores[[i + 1 for i in pairs]]).mean()
-
-
-def areas(judge, rows: list[dict], seed: int = 0) -> dict[str, float]:
-    """How well `judge` (a `rewards.local.LocalJudge`) tells right from wrong answers: the area under the ROC curve.
-
-    One wrong answer of the same kind is drawn for each row. Returns {kind: area} and `all`; 0.5 is chance.
-    """
-    rng = random.Random(f"areas/{seed}")
-    scores: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in (*shapes.KINDS, "all")}
-    asked = [(kind, row) for row in rows if (kind := shapes.question_kind(row["problem"]))]
-    items = []
-    for kind, row in asked:
-        image = [Image.open(io.BytesIO(row["images"][0]))]
-        wrong = rng.choice([a for a in shapes.ANSWERS[kind] if a != row["solution"]])
-        items += [(image, row["problem"], row["solution"]), (image, row["problem"], wrong)]
-    found = judge.score(items)
-    for (kind, _), right, wrong in zip(asked, found[::2], found[1::2]):
-        for name in (kind, "all"):
-            scores[name][0].append(right)
-            scores[name][1].append(wrong)
-    return {name: area_under_roc(*both) for name, both in scores.items() if both[0]}

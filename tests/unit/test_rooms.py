@@ -23,7 +23,7 @@ ROOMS = {
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
     "report": 1484,
     "doctor": 400,
-    "tiny": 430,
+    "tiny": 411,
     "cli": 500,
 }
 ORDER = list(ROOMS)
