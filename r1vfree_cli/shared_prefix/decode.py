@@ -44,7 +44,6 @@ class Sampler:
         """Completions of all branches.
 
         Args:
-            model: the model for conditional generation.
             input_ids: the prompts of all branches, left-padded (B, P); only processors and criteria read them, which
                 must treat each row by itself.
             trees: the same prompts, each once.

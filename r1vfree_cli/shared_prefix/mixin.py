@@ -24,7 +24,7 @@ from ..core import console
 from ..core.errors import DataError
 from .attention import assert_installed, install, not_shared
 from .decode import Sampler, any_rank
-from .pack import Group, Tree, cut, find_groups, pack, split_by_groups
+from .pack import Group, Tree, cut, find_groups, pack, take_rows
 from .prompts import (
     DistinctPrompts,
     PreparedProcessor,
@@ -61,12 +61,12 @@ class SharedPrefixMixin(_Trainer):
         self._may_skip_idle = True
         self._encodes_once = False
         self._sampler = Sampler()
-        self.shared_prefix_off = unsupported(self) if self.shared_prefix else "switched off"
+        policy = self._whole(self.model)
+        self.shared_prefix_off = not_shared(policy) if self.shared_prefix else "switched off"
         if self.shared_prefix_off:
             if self.shared_prefix and self.accelerator.is_main_process:
                 console.warn(f"shared_prefix: {self.shared_prefix_off}; groups are processed as plain TRL does it")
             return
-        policy = self._whole(self.model)
         reference = None if self.ref_model is None else self._whole(self.ref_model)
         install(policy)
         if reference is not None:
@@ -213,7 +213,8 @@ class SharedPrefixMixin(_Trainer):
             )
             # TRL permutes samples here; groups are permuted instead, so that their samples meet in a micro-batch.
             order = torch.randperm(len(groups)).tolist()
-            self._buffered_inputs = split_by_groups(batch, [groups[i] for i in order], parts)
+            cuts = cut([groups[i] for i in order], len(batch["prompt_ids"]) // parts)
+            self._buffered_inputs = [take_rows(batch, part) for part in cuts[:parts]]
         return self._buffered_inputs[self._step % parts]
 
     def _groups(self, prompt_ids, prompt_mask, num_images, image_grid_thw) -> list[Group]:
@@ -317,17 +318,3 @@ def own_loop_can(config) -> bool:
         and (config.num_return_sequences or 1) == 1
         and config.guidance_scale in (None, 1)
     )
-
-
-def unsupported(trainer) -> str | None:
-    """Why the work of a trainer's groups cannot be shared, in words; None when it can."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            return "prompt-learning adapters are not supported"
-        model = model.get_base_model()
-    if trainer.tools or trainer.environment_factories is not None or trainer.rollout_func is not None:
-        return "tools, environments and rollout functions are not supported"
-    if trainer.is_fsdp_enabled:
-        return "FSDP is not supported"
-    return not_shared(model)

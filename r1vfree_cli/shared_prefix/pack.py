@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,6 @@ class Group:
     stop: int
     pixels: slice
     grids: slice
-
-    def part(self, start: int, stop: int) -> Group:
-        """The same prompt for the rows [start, stop) only."""
-        return Group(start, stop, self.pixels, self.grids)
 
 
 def find_groups(
@@ -102,16 +98,10 @@ def cut(groups: Sequence[Group], size: int) -> list[list[Group]]:
             if taken % size == 0:
                 parts.append([])
             stop = min(group.stop, start + size - taken % size)
-            parts[-1].append(group.part(start, stop))
+            parts[-1].append(replace(group, start=start, stop=stop))
             taken += stop - start
             start = stop
     return parts
-
-
-def split_by_groups(batch: dict[str, Any], groups: Sequence[Group], chunks: int) -> list[dict[str, Any]]:
-    """The batch in `chunks` parts of equal size, rows in the order of `groups`; a group may be cut at a boundary."""
-    size = sum(g.stop - g.start for g in groups) // chunks
-    return [take_rows(batch, part) for part in cut(groups, size)[:chunks]]
 
 
 def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> torch.Tensor:
@@ -210,7 +200,6 @@ def pack(
     then always the next one of the same branch, also for the first token of a completion.
 
     Args:
-        core: the model inside the one for conditional generation.
         input_ids, attention_mask: (B, P + C) on the host, prompts left-padded, completions right-padded.
         keep: C.
         image_grid_thw: (images, 3) of the complete batch, on the host.
