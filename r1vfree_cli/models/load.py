@@ -109,11 +109,9 @@ def load_model(
     """A model from safetensors, of the class that its config names (never its path), every weight of it from the files.
 
     Args:
-        where: folder or hub name.
         what: its name in errors, such as `model org/name`.
         loader: the auto class; by default the family's.
         foreign: beginnings of keys that may lie in the files beside the model's own.
-        options: further arguments of `from_pretrained`.
 
     Raises:
         DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another shape.
@@ -245,7 +243,10 @@ def check_size(where: str, config, auto: Any, what: str) -> None:
 
 
 def round_weights(policy, dtype: str) -> None:
-    """Weights held in float32 for the optimizer's sake, in the dtype that the finished model is stored in."""
+    """Weights held in float32 for the optimizer's sake, in the dtype that the finished model is stored in.
+
+    Parameters only: the rotary frequencies are computed, not stored, and do not survive a shorter type.
+    """
     for parameter in policy.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(getattr(torch, dtype))

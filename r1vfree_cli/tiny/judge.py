@@ -176,7 +176,6 @@ class Packer:
 
         Args:
             images: pixel values, [patches of all images, patch dimension].
-            groups: the claims about each image.
         """
         packed = [[self.branch(c.problem, c.answer) for c in group] for group in groups]
         length = self.shared + max(sum(len(b.ids) for b in branches) for branches in packed)
