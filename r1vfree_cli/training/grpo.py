@@ -24,9 +24,9 @@ from ..run import contract
 from ..run.attempt import Attempt
 from ..run.run_dir import RunDir
 from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback
-from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam
+from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam, measure
 from .guard import CollapseGuard
-from .heldout import heldout_rows, measure
+from .heldout import heldout_rows
 from .recorder import Rollout, summarise_metrics, truncate_lines, truncate_rollouts, update_summary
 from .run import Training
 from .trainer import R1VGRPOTrainer
@@ -93,24 +93,14 @@ class GrpoTraining(Training):
     def prepare(self, done: int) -> None:
         recipe, run = self.recipe, self.run
         _enough(self.rows, self.args)
-        self.rewards = build_rewards(
-            recipe.rewards,
-            seed=self.args.seed,
-            served_url=self.attempt.reward_url,
-            stopping=stop_requested,
-            pixels=(recipe.model.min_pixels, recipe.model.max_pixels),
-        )
+        pixels = recipe.model.min_pixels, recipe.model.max_pixels
+        common: dict[str, Any] = {"seed": self.args.seed, "stopping": stop_requested, "pixels": pixels}
+        self.rewards = build_rewards(recipe.rewards, served_url=self.attempt.reward_url, **common)
         self.judges: dict[str, Any] = {r.__name__: r for r in self.rewards if hasattr(r, "ask")}
         self.opened: list[Any] = list(self.rewards)
         if recipe.eval and recipe.eval.judge_holdout:
-            judge = build_feedback(
-                recipe.eval.judge_holdout,
-                seed=self.args.seed,
-                stopping=stop_requested,
-                pixels=(recipe.model.min_pixels, recipe.model.max_pixels),
-            )
-            self.judges[HOLDOUT] = judge
-            self.opened.append(judge)
+            self.judges[HOLDOUT] = build_feedback(recipe.eval.judge_holdout, **common)
+            self.opened.append(self.judges[HOLDOUT])
         on_main(lambda: [r.probe() for r in self.opened if hasattr(r, "probe")])
         if is_main():
             truncate_rollouts(run, done)
@@ -142,14 +132,15 @@ class GrpoTraining(Training):
         guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
         if guard is not None:
             self.trainer.carried["guard"] = guard
-        show = recipe.train.show_rollouts
         return [
             BeforeTraining(lambda: self._measure("before")),
-            RolloutCallback(recorder, self.run, show=show, guard=guard, table=self._table),
+            RolloutCallback(recorder, self.run, show=recipe.train.show_rollouts, guard=guard, table=self._table),
             *(PeriodicCheck(ask, every) for every, ask in self.canaries),
+            *super().callbacks(),
+            *self._evaluation(),
         ]
 
-    def evaluation(self) -> list[Any]:
+    def _evaluation(self) -> list[Evaluate]:
         settings, exam = self.recipe.eval, self.exam
         if settings is None:
             return []
@@ -183,12 +174,8 @@ class GrpoTraining(Training):
         console.log(f"answering {len(self.heldout)} held-out questions twice, greedy and sampled, {when} training")
         shares = measure(self.trainer, self.heldout, self.recipe.policy_prompt)
         if is_main():
-            accuracy, form = (
-                {how: {when: share} for how, share in shares[name].items()} for name in ("accuracy", "format")
-            )
-            update_summary(
-                self.run, {"heldout_accuracy": accuracy, "heldout_format": form, "heldout_rows": len(self.heldout)}
-            )
+            figures = {f"heldout_{name}": {how: {when: v} for how, v in shares[name].items()} for name in shares}
+            update_summary(self.run, figures | {"heldout_rows": len(self.heldout)})
             self.trackers.log({f"heldout_{name}_{how}": v for name in shares for how, v in shares[name].items()})
         self.clock.lap(f"held-out {when}")
 
@@ -211,12 +198,15 @@ def _canaries(
     """
 
     def ask(judge, settings, step: int | None) -> None:
-        report = canaries.check(judge, rows, settings, recipe.seed, recipe.policy_prompt)
-        lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
-        line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
-        append_jsonl(run.path / "canaries.jsonl", line)
-        if not report.ok:
-            raise report.error(step)
+        def check() -> None:
+            report = canaries.check(judge, rows, settings, recipe.seed, recipe.policy_prompt)
+            lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
+            line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
+            append_jsonl(run.path / "canaries.jsonl", line)
+            if not report.ok:
+                raise report.error(step)
+
+        on_main(check)
 
     found: list[tuple[int, Callable[[int | None], None]]] = []
     for reward in recipe.judges:
@@ -224,12 +214,8 @@ def _canaries(
             console.log(f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong")
             continue
         judge = next(r for r in rewards if r.__name__ == reward.key)
-        found.append((reward.canaries.every_steps, functools.partial(_on_main, ask, judge, reward.canaries)))
+        found.append((reward.canaries.every_steps, functools.partial(ask, judge, reward.canaries)))
     return found
-
-
-def _on_main(work: Callable[..., None], *args: Any) -> None:
-    on_main(lambda: work(*args))
 
 
 def _enough(rows, args: GRPOConfig) -> None:

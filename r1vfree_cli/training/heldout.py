@@ -1,11 +1,12 @@
-"""Accuracy on held-out rows with reference answers, greedy and sampled, measured without touching the training's RNG."""
+"""Held-out rows, and replies to questions while training, generated without touching the training's RNG."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import gather_object
@@ -16,11 +17,13 @@ from trl.data_utils import prepare_multimodal_messages
 from ..config import schema as config
 from ..config.embedded import with_seed
 from ..core.errors import DataError
-from ..core.prompts import DEFAULT, Prompt, build_messages, parse
+from ..core.prompts import Prompt
 from ..data.load import load_rows
 from ..models.lengths import drop_long_prompts
 from ..models.sampling import keyed_draws, watch_logits
 from .trainer import R1VGRPOTrainer
+
+Interval = tuple[float, float, float]  # value, low, high
 
 
 def heldout_rows(
@@ -48,43 +51,28 @@ def heldout_rows(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """`n` questions; `get(i)` is the conversation of one and its images."""
+class Scored:
+    """metrics: name -> value with its 95% interval. judged: judge -> its score of each reply, None where there is none."""
 
+    metrics: dict[str, Interval]
+    judged: dict[str, list[float | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """`n` questions; `get(i)` is the conversation of one and its images, `question(i)` is text for people.
+
+    `score` runs on rank 0 alone where a judge is asked.
+    """
+
+    name: str
     n: int
     get: Callable[[int], tuple[list[dict], list[Any]]]
+    score: Callable[[list[str]], Scored]
+    question: Callable[[int], str]
 
 
-def as_asked(rows, prompt: Prompt) -> Asked:
-    """Held-out rows, an image decoded when it is fetched."""
-
-    def get(i: int) -> tuple[list[dict], list[Any]]:
-        images = rows[i]["images"] or []
-        return build_messages(rows[i]["problem"], len(images), prompt), images
-
-    return Asked(len(rows), get)
-
-
-def measure(trainer: R1VGRPOTrainer, rows, prompt: Prompt = DEFAULT) -> dict[str, dict[str, float]]:
-    """{"accuracy": {greedy, sampled}, "format": {greedy, sampled}}, shares of 1 over all rows; all ranks must call it.
-
-    Sampled means the recipe's sampling, with the same random numbers at every call. An answer is right when it equals
-    the reference without regard to case and surrounding space. Plain TRL generation, whatever the trainer overrides.
-    """
-    result: dict[str, dict[str, float]] = {"accuracy": {}, "format": {}}
-    for how in ("greedy", "sampled"):
-        parsed = [parse(text) for text in replies(trainer, as_asked(rows, prompt), greedy=how == "greedy")]
-        right = [same(p.answer, s) for p, s in zip(parsed, rows["solution"], strict=True)]
-        result["accuracy"][how] = sum(right) / len(right)
-        result["format"][how] = sum(p.problem is None for p in parsed) / len(parsed)
-    return result
-
-
-def same(answer: str | None, solution: str) -> bool:
-    return answer is not None and answer.strip().casefold() == str(solution).strip().casefold()
-
-
-def replies(trainer: R1VGRPOTrainer, asked: Asked, *, greedy: bool) -> list[str]:
+def replies(trainer: R1VGRPOTrainer, exam: Exam, *, greedy: bool) -> list[str]:
     """One reply to each question, on every rank; all ranks must call it. Training's random numbers stay as they are."""
     model = trainer.model
     was_training = model.training
@@ -92,22 +80,22 @@ def replies(trainer: R1VGRPOTrainer, asked: Asked, *, greedy: bool) -> list[str]
     model.eval()
     try:
         with torch.random.fork_rng(devices):
-            return _generate_all(trainer, asked, greedy=greedy)
+            return _generate_all(trainer, exam, greedy=greedy)
     finally:
         model.train(was_training)
 
 
-def _generate_all(trainer: R1VGRPOTrainer, asked: Asked, *, greedy: bool) -> list[str]:
+def _generate_all(trainer: R1VGRPOTrainer, exam: Exam, *, greedy: bool) -> list[str]:
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    share = -(-asked.n // world)
+    share = -(-exam.n // world)
     size = trainer.args.per_device_train_batch_size * (trainer.args.steps_per_generation or 1)
     texts: list[str] = []
     for start in range(rank * share, (rank + 1) * share, size):
         # Under ZeRO-3 all ranks generate together, so the last ones repeat questions that are thrown away below.
         numbers = range(start, min(start + size, (rank + 1) * share))
-        batch = [asked.get(min(i, asked.n - 1)) for i in numbers]
+        batch = [exam.get(min(i, exam.n - 1)) for i in numbers]
         texts += _generate(trainer, batch, first=start, greedy=greedy)
-    return gather_object(texts)[: asked.n]
+    return gather_object(texts)[: exam.n]
 
 
 def _generate(
@@ -123,29 +111,11 @@ def _generate(
     return trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-@contextmanager
-def _greedy(trainer: R1VGRPOTrainer) -> Iterator[None]:
+def _greedy(trainer: R1VGRPOTrainer) -> AbstractContextManager:
     if trainer.use_vllm:
-        backend, names = trainer.vllm_generation, ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        old = {name: getattr(backend, name) for name in names}
-        backend.temperature, backend.top_p, backend.top_k, backend.min_p, backend.repetition_penalty = 0, 1, 0, 0, 1
-        try:
-            yield
-        finally:
-            for name, value in old.items():
-                setattr(backend, name, value)
-        return
+        backend = trainer.vllm_generation
+        return patch.multiple(backend, temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
     sampling = trainer.generation_config
-    trainer.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=sampling.eos_token_id,
-        pad_token_id=sampling.pad_token_id,
-        bos_token_id=sampling.bos_token_id,
-        suppress_tokens=sampling.suppress_tokens,
-        disable_compile=True,
-    )
-    try:
-        yield
-    finally:
-        trainer.generation_config = sampling
+    kept = ("max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens")
+    greedy = GenerationConfig(do_sample=False, disable_compile=True, **{name: getattr(sampling, name) for name in kept})
+    return patch.object(trainer, "generation_config", greedy)
