@@ -132,18 +132,15 @@ class AtomicCheckpoints(_Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with _readable(resume_from_checkpoint):
-            self._load_weights(resume_from_checkpoint, model)
-
-    def _load_weights(self, resume_from_checkpoint, model):
         model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel):  # an adapter
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        # Files keep the names that published checkpoints have, which for vision-language models are not the
-        # module's. Trainer reads them as they are and only warns that nothing fits; from_pretrained translates.
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict(), strict=True)
+        with _readable(resume_from_checkpoint):
+            if not isinstance(model, PreTrainedModel):  # an adapter
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            # Files keep the names that published checkpoints have, which for vision-language models are not the
+            # module's. Trainer reads them as they are and only warns that nothing fits; from_pretrained translates.
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+            model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def try_final_save(trainer) -> None:

@@ -70,20 +70,16 @@ class ExactResumeMixin(_Trainer):
         return super().training_step(*args, **kwargs)
 
     def _position(self) -> dict[str, Any]:
+        shared = (self.args.steps_per_generation or 1) * self.num_iterations  # micro-steps on one generated batch
         return {
             "global_step": self.state.global_step,
             "world_size": self.args.world_size,
             "micro_step": self._step,
-            "batch": self._buffered_inputs if self._step % self._cycle else None,
+            "batch": self._buffered_inputs if self._step % shared else None,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "loss_sum": self._tr_loss.clone(),
             "last_logged": self._globalstep_last_logged,
         }
-
-    @property
-    def _cycle(self) -> int:
-        """Micro-steps that share one generated batch."""
-        return (self.args.steps_per_generation or 1) * self.num_iterations
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

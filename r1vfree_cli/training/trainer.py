@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import is_async_callable
@@ -121,7 +122,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [N, R], all ranks
         self._raise_together()
-        training = self._is_training()
+        training = self.model.training
         masked = comparable(
             rewards, self.required, self.num_generations if training else self.num_generations_eval or 1
         )
@@ -133,7 +134,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         return masked
 
     def _generate_and_score_completions(self, inputs):
-        training = self._is_training()
+        training = self.model.training
         output = super()._generate_and_score_completions(inputs)
         if training:
             advantages = list(self._logs["advantages"])[-len(self.recorder.batch) :]
@@ -143,9 +144,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             if "sampling_per_token_logps" in output and "old_per_token_logps" in output:
                 self._report_sampler(output)
         return output
-
-    def _is_training(self) -> bool:
-        return bool(self.model.training)
 
     def _gather_rollouts(self, inputs, completions, completion_ids_list, rewards, masked) -> list[Rollout]:
         step = self.state.global_step + 1
@@ -165,7 +163,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         gathered = gather_object(local)
         weights = self.reward_weights.tolist()
         for i, rollout in enumerate(gathered):
-            scores = [_number(v) for v in rewards[i].tolist()]
+            scores = [None if math.isnan(v) else v for v in rewards[i].tolist()]
             rollout.rewards = dict(zip(self.reward_func_names, scores, strict=True))
             counted = [(w, v) for w, v in zip(weights, masked[i].tolist(), strict=True) if not math.isnan(v)]
             rollout.reward = sum(w * v for w, v in counted) if counted else None
@@ -192,17 +190,11 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
 
     def _raise_together(self) -> None:
         """Raise on every rank when a reward raised on any."""
-        own = next((w for w in self._watched if w.error is not None), None)
-        rank = self.accelerator.process_index
-        first = next((d for d in gather_object([own.document(rank) if own else None]) if d), None)
-        if first is None:
-            return
-        self.stopping = True
-        if own is None:
-            raise from_dict(first)
-        if isinstance(own.error, R1VError):
-            raise own.error
-        raise from_dict(own.document(rank)) from own.error
+        own = next((w.error for w in self._watched if w.error is not None), None)
+        first = next((d for d in gather_object([own.to_dict() if own else None]) if d), None)
+        if first is not None:
+            self.stopping = True
+            raise own or from_dict(first)
 
     def _stop_when_judge_fails(self, rewards: torch.Tensor) -> None:
         for i, (reward, name) in enumerate(zip(self._watched, self.reward_func_names, strict=True)):
@@ -256,7 +248,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     # --- figures -----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._is_training():
+        if "loss" in logs and self.model.training:
             logs.update(self._reward_stats())
         super().log(logs, start_time)
 
@@ -295,10 +287,6 @@ def comparable(rewards: torch.Tensor, required: Sequence[bool], num_generations:
     return grouped.masked_fill((left < 2)[:, None, None], torch.nan).view_as(rewards)
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 # --- rewards whose errors wait for all ranks -------------------------------------------------------------------
 
 
@@ -311,25 +299,20 @@ class Watched:
     def __init__(self, reward):
         self.reward = reward
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
-        self.error: Exception | None = None
+        self.error: R1VError | None = None
 
     async def __call__(self, completions, **kwargs) -> list:
         try:
             if is_async_callable(self.reward):
                 return await self.reward(completions=completions, **kwargs)
             return await asyncio.to_thread(self.reward, completions=completions, **kwargs)
+        except R1VError as e:
+            self.error = e
         except Exception as e:
-            return self.keep(e, len(completions))
-
-    def keep(self, error: Exception, n: int) -> list[None]:
-        self.error = error
-        return [None] * n
-
-    def document(self, rank: int) -> dict:
-        """The error in a form that travels between ranks."""
-        if isinstance(self.error, R1VError):
-            return self.error.to_dict()
-        return R1VError(f"reward {self.__name__} raised on rank {rank}: {self.error!r}").to_dict()
+            rank = PartialState().process_index
+            self.error = R1VError(f"reward {self.__name__} raised on rank {rank}: {e!r}")
+            self.error.__cause__ = e
+        return [None] * len(completions)
 
     def causes(self) -> list[str]:
         """Why scores failed on this rank, if the reward says."""
