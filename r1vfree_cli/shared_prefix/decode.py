@@ -41,7 +41,7 @@ class Sampler:
         all_ranks: bool = False,
         **_: Any,
     ) -> torch.Tensor:
-        """Completions of all branches.
+        """(B, P + new): the prompts of all branches and their completions, padded behind the end token.
 
         Args:
             input_ids: the prompts of all branches, left-padded (B, P); only processors and criteria read them, which
@@ -50,9 +50,6 @@ class Sampler:
             sizes: how many completions each has; they stand side by side.
             images: what the model needs to see the images of all prompts (`pixel_values` ..., or encoded images).
             all_ranks: go on until all ranks have finished (`generate` does not hand its own such switch to a loop).
-
-        Returns:
-            (B, P + new): prompts and completions, padded behind the end token.
         """
         assert_installed(model)
         batch, width = input_ids.shape
