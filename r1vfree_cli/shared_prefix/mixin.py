@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import is_peft_model
 from torch.utils.data import IterableDataset
-from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad
 
 from ..core import console
@@ -67,6 +66,7 @@ class SharedPrefixMixin(_Trainer):
             if self.shared_prefix and self.accelerator.is_main_process:
                 console.warn(f"shared_prefix: {self.shared_prefix_off}; groups are processed as plain TRL does it")
             return
+        self.use_transformers_continuous_batching = False  # it would leave the images out
         reference = None if self.ref_model is None else self._whole(self.ref_model)
         install(policy)
         if reference is not None:
@@ -87,36 +87,32 @@ class SharedPrefixMixin(_Trainer):
         rows = self.train_dataset
         if self.shared_prefix_off or isinstance(rows, IterableDataset):
             return super().get_train_dataloader()
-        self.train_dataset = RowsByReference(rows)
-        try:
+        with patch.object(self, "train_dataset", RowsByReference(rows)):
             return super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
 
     # --- generation: each distinct prompt is processed, encoded and prefilled once --------------------------------
 
     def _generate_and_score_completions(self, inputs):
         if self.shared_prefix_off:
             return super()._generate_and_score_completions(inputs)
-        processor = self.processing_class
         # TRL processes all images a second time for the passes; the stand-in answers with what is already there.
-        self.processing_class = PreparedProcessor(processor, self._prepared_inputs)
-        try:
-            return super()._generate_and_score_completions(inputs)
-        finally:
-            self.processing_class = processor
-            self.__dict__.pop("_prompts", None)
+        prepared = PreparedProcessor(self.processing_class, self._prepared_inputs)
+        with patch.object(self, "processing_class", prepared):
+            try:
+                return super()._generate_and_score_completions(inputs)
+            finally:
+                self.__dict__.pop("_prompts", None)
 
     def _prepared_inputs(self) -> dict[str, torch.Tensor]:
         prompts = self._prompts
-        self._encode(self.model)
+        self._encode()
         out = {k: v for k, v in prompts.fields.items() if k in ("pixel_values", "image_grid_thw")}
         if "mm_token_type_ids" in prompts.fields:
             types = prompts.repeat(prompts.fields["mm_token_type_ids"])
             out["mm_token_type_ids"] = pad([torch.tensor(x) for x in types], padding_side="left")
         return out
 
-    def _encode(self, model) -> None:
+    def _encode(self) -> None:
         """Run a frozen vision tower once for generation and all passes; `pixel_values` then holds its output."""
         prompts = self._prompts
         if not self._encodes_once or prompts.encoded or "pixel_values" not in prompts.fields:
@@ -124,7 +120,7 @@ class SharedPrefixMixin(_Trainer):
         device = self.accelerator.device
         with torch.no_grad(), self.accelerator.autocast():
             pixels, grid = prompts.fields["pixel_values"].to(device), prompts.fields["image_grid_thw"].to(device)
-            prompts.fields["pixel_values"] = encode_images(self._whole(model), pixels, grid)
+            prompts.fields["pixel_values"] = encode_images(self._whole(self.model), pixels, grid)
         prompts.encoded = True
 
     def _tokenize_prompts(self, prompts: list):
@@ -157,43 +153,28 @@ class SharedPrefixMixin(_Trainer):
         if self.use_vllm or not own_loop_can(self.generation_config):
             fields = prompts.repeated_fields()
             return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
-        device = self.accelerator.device
-        rows = [torch.tensor(ids) for ids in prompt_ids]
-        padded = pad(rows, self._tokenizer.pad_token_id, "left", self.pad_to_multiple_of)  # (B, P)
-        mask = pad([torch.ones_like(ids) for ids in rows], 0, "left", self.pad_to_multiple_of)
-        config = copy.copy(self.generation_config)
-        config.cache_implementation = None  # the loop keeps its own cache
-        with (
-            profiling_context(self, "transformers.generate"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            self.accelerator.autocast(),  # around all steps: it casts float32 weights once and not once a token
-        ):
-            self._encode(model)
-            fields = {k: v.to(device) for k, v in prompts.fields.items() if isinstance(v, torch.Tensor)}
-            images = model_images(
-                self._whole(model), fields.get("pixel_values"), fields.get("image_grid_thw"), encoded=prompts.encoded
-            )
-            sequences = model.generate(
-                input_ids=padded.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                custom_generate=self._sampler,
-                trees=[Tree(ids, grid) for ids, grid in zip(prompts.ids, prompts.grids(), strict=True)],
-                sizes=prompts.sizes,
-                images=images,
-                all_ranks=self._zero3 and not self.args.ds3_gather_for_generation,
-            )
-        completions = sequences[:, padded.shape[1] :]
-        ends = torch.isin(completions, torch.tensor(self.eos_token_ids, device=device)).int()
-        lengths = ((ends.cumsum(dim=1) - ends) == 0).sum(dim=1)  # up to the first end token, and that one
-        return [row[:n] for row, n in zip(completions.tolist(), lengths.tolist(), strict=True)], None
+        whole, device = self._whole(self.model), self.accelerator.device
+        generate = whole.generate
+
+        def shared(generation_config, **inputs: Any) -> torch.Tensor:
+            config = copy.copy(generation_config)
+            config.cache_implementation = None  # the loop keeps its own cache
+            with self.accelerator.autocast():  # around all steps: it casts float32 weights once and not once a token
+                self._encode()
+                fields = {k: v.to(device) for k, v in prompts.fields.items() if isinstance(v, torch.Tensor)}
+                pixels, grid = fields.get("pixel_values"), fields.get("image_grid_thw")
+                return generate(
+                    generation_config=config,
+                    custom_generate=self._sampler,
+                    trees=[Tree(ids, own) for ids, own in zip(prompts.ids, prompts.grids(), strict=True)],
+                    sizes=prompts.sizes,
+                    images=model_images(whole, pixels, grid, encoded=prompts.encoded),
+                    all_ranks=self._zero3 and not self.args.ds3_gather_for_generation,
+                    **inputs,
+                )
+
+        with patch.object(whole, "generate", shared):  # inside TRL's preparations, and before it cuts completions
+            return super()._generate_single_turn(prompt_ids, images, {}, num_generations, **kwargs)
 
     @property
     def _zero3(self) -> bool:

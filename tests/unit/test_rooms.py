@@ -16,7 +16,7 @@ ROOMS = {
     "data": 1725,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
     "launch": 1294,  # 850 before vLLM servers; 1030 before every optimizer and tracker, 1280 before steps told what is new and edits were survived, 1288 before a command that cannot be run
     "models": 710,
-    "shared_prefix": 1200,
+    "shared_prefix": 1179,
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
     "training": 2641,
