@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -214,15 +214,9 @@ def check_template(processor, what: str) -> None:
         raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
 
 
-@contextmanager
-def unsharded() -> Iterator[None]:
+def unsharded() -> AbstractContextManager:
     """Load a complete model also where ZeRO-3 is on, which would cut it over the ranks as it cuts the policy."""
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+    return patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None)
 
 
 def check_size(where: str, config, auto: Any, what: str) -> None:

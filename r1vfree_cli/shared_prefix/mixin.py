@@ -47,9 +47,6 @@ class SharedPrefixMixin(_Trainer):
 
     shared_prefix: bool = True
     shared_prefix_off: str | None = None
-
-    train_dataset: Any
-    processing_class: Any
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -29,11 +29,7 @@ from ..run.attempt import Attempt
 from ..run.checkpoint import checkpoints, lacking, seal
 from .worker import on_main
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
+_Trainer: Any = object  # for type checkers: the attributes are Trainer's
 STAGING = ".writing"
 
 

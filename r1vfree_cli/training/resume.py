@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
@@ -17,10 +17,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ..core import console
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Trainer
-else:
-    _Trainer = object
+_Trainer: Any = object  # for type checkers: the attributes are GRPOTrainer's
 
 
 class EpochSampler(RepeatSampler):
@@ -49,14 +46,8 @@ class ExactResumeMixin(_Trainer):
     `torch.load` reads without a pickle); filled before `train()`.
     """
 
-    args: Any
     carried: dict[str, Stateful]
     _at_step_begin: dict[str, Any] | None = None
-    ref_model: Any
-    _step: int
-    _buffered_inputs: Any
-    _tr_loss: torch.Tensor
-    _globalstep_last_logged: int
 
     def _get_train_sampler(self, dataset=None):
         trl: Any = super()._get_train_sampler(dataset)

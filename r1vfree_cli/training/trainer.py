@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
 from ..config.schema import Guard
@@ -57,12 +57,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         kwargs: GRPOTrainer's own; `model` is a loaded model, `processing_class` a processor.
     """
 
-    # Narrower than declared by TRL: always set here.
-    args: GRPOConfig
-    model: Any
-    num_generations: Any
-    max_completion_length: Any
-
     def __init__(
         self, *, reward_funcs: Sequence[Any], guard: Guard | None = None, shared_prefix: bool = False, **kwargs
     ):
@@ -91,8 +85,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm:
-            ours: Any = self.vllm_generation
-            if any_rank(not ours.answers(), self.accelerator.device):
+            if any_rank(not self.vllm_generation.answers(), self.accelerator.device):
                 self.stopping = True
                 raise GuardStop(
                     f"the vLLM server does not answer before step {self.state.global_step + 1}",

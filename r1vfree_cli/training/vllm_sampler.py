@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -43,8 +42,6 @@ class VLLMSampler(VLLMGeneration):
     Args:
         engine: keyword arguments of `vllm.LLM` that TRL does not pass; of a server they are its command's.
     """
-
-    processing_class: Any  # a processor
 
     def __init__(self, *args, engine: dict, **kwargs):
         self._engine = engine

@@ -15,11 +15,11 @@ ROOMS = {
     "run": 440,
     "data": 1725,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
     "launch": 1294,  # 850 before vLLM servers; 1030 before every optimizer and tracker, 1280 before steps told what is new and edits were survived, 1288 before a command that cannot be run
-    "models": 710,
-    "shared_prefix": 1179,
+    "models": 704,
+    "shared_prefix": 1177,
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
-    "training": 2641,
+    "training": 2621,
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
     "report": 1484,
     "doctor": 400,
