@@ -47,8 +47,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     - every rollout of all ranks goes to `recorder`;
     - a resume is exact (`AtomicCheckpoints`, `ExactResumeMixin`).
 
-    A new sampling backend or loss needs no change here: everything that is not named is TRL's.
-
     Args:
         reward_funcs: TRL's; each may have `required: bool`, `max_failed_fraction: float`, `failures`, and
             `stats() -> dict[str, float]`, counted since the last call.
@@ -67,7 +65,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         self.carried = {f"reward/{w.__name__}": w.reward for w in self._watched if hasattr(w.reward, "state_dict")}
         self.recorder = Recorder()
         self.carried["rollouts"] = self.recorder
-        self._raw: torch.Tensor | None = None
         self.stopping = False  # set on all ranks by an error that all of them raise in the same place
         # Without its table of completions TRL would still gather its images in every step, and ranks that have some
         # would wait for ever for one that has text alone.
@@ -120,7 +117,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             rewards, self.required, self.num_generations if training else self.num_generations_eval or 1
         )
         if training:
-            self._raw = rewards
+            self._raw = rewards  # before what may not be compared became NaN
             batch = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
             self.recorder.add(batch, self.num_generations)
             self._stop_when_judge_fails(rewards)
@@ -165,7 +162,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _report_raw_rewards(self) -> None:
         """A reward's mean and spread over every sample it scored, those that another reward threw out included."""
         metrics = self._metrics["train"]
-        assert self._raw is not None
         for i, name in enumerate(self.reward_func_names):
             scored = self._raw[:, i][~torch.isnan(self._raw[:, i])]
             metrics[f"rewards/{name}/mean"][-1] = scored.mean().item() if len(scored) else math.nan
