@@ -18,7 +18,7 @@ from ..config.schema import GrpoRecipe
 from ..core.errors import UsageError
 from ..run.attempt import Attempt
 from ..training import grpo
-from ..training.heldout import Exam, Scored
+from ..training.exam import Exam, Scored
 from ..training.worker import worker
 from . import stats
 from .benchmark import Benchmark, find, percent

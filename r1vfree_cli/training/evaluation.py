@@ -16,7 +16,7 @@ from ..config.schema import Evaluation
 from ..core import console
 from ..core.errors import GuardStop, R1VError, UsageError, counted
 from ..core.prompts import Prompt, build_messages, parse
-from .heldout import Exam, Interval, Scored, replies
+from .exam import Exam, Interval, Scored, replies
 from .trainer import R1VGRPOTrainer
 from .worker import is_main, on_main
 

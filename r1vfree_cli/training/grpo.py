@@ -13,10 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
+from ..config.embedded import with_seed
 from ..config.schema import GrpoRecipe
 from ..core import console
-from ..core.errors import UsageError, counted
+from ..core.errors import DataError, UsageError, counted
 from ..core.files import append_jsonl
+from ..data.load import load_rows
 from ..models.lengths import drop_long_prompts
 from ..rewards import canaries
 from ..rewards.registry import build_feedback, build_rewards
@@ -26,7 +28,6 @@ from ..run.run_dir import RunDir
 from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback
 from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam, measure
 from .guard import CollapseGuard
-from .heldout import heldout_rows
 from .recorder import Rollout, summarise_metrics, truncate_lines, truncate_rollouts, update_summary
 from .run import Training
 from .trainer import R1VGRPOTrainer
@@ -82,13 +83,24 @@ class GrpoTraining(Training):
         return grpo_config(self.recipe, self.run)
 
     def select(self, rows) -> tuple[Any, dict[str, int]]:
-        limit, heldout, prompt = self.recipe.data.max_prompt_tokens, self.recipe.data.heldout, self.recipe.policy_prompt
+        limit, prompt = self.recipe.data.max_prompt_tokens, self.recipe.policy_prompt
         rows, dropped = drop_long_prompts(rows, self.processor, limit, prompt, longest_first=self.attempt.longest_first)
-        judged = bool(self.recipe.eval and self.recipe.judges)
-        self.heldout = (
-            heldout_rows(heldout, self.processor, limit, self.args.seed, prompt, judged=judged) if heldout else None
-        )
+        self.heldout = self._heldout_rows() if self.recipe.data.heldout else None
         return rows, {f"prompt longer than {limit} tokens": dropped} if dropped else {}
+
+    def _heldout_rows(self):
+        """Those with a reference answer that fit the prompt limit; where no row has one and judges score them, all.
+
+        Raises:
+            DataError: there are none.
+        """
+        recipe, heldout = self.recipe, self.recipe.data.heldout
+        rows = load_rows(with_seed(heldout.path, self.args.seed), heldout.split, heldout.limit)
+        answered = [i for i, s in enumerate(rows["solution"]) if s is not None and str(s).strip()]
+        if not answered and not (recipe.eval and recipe.judges):
+            raise DataError(f"data.heldout {heldout.path}, split {heldout.split}, has no row with a solution")
+        rows = rows.select(answered) if answered else rows
+        return drop_long_prompts(rows, self.processor, recipe.data.max_prompt_tokens, recipe.policy_prompt)[0]
 
     def prepare(self, done: int) -> None:
         recipe, run = self.recipe, self.run
@@ -107,9 +119,39 @@ class GrpoTraining(Training):
             truncate_lines(run.path / "canaries.jsonl", done)
         if recipe.judges:
             console.log("asking the judges questions whose answers are known")
-        self.canaries = _canaries(recipe, self.rewards, self.rows, run, done)
+        self.canaries = self._canary_checks(done)
         for _, ask in self.canaries:
             ask(None)
+
+    def _canary_checks(self, done: int) -> list[tuple[int, Callable[[int | None], None]]]:
+        """For each judge: every how many steps, and what asks it its canaries, on rank 0; raises on every rank if it fails.
+
+        Each report is a line of canaries.jsonl. `done`: steps of earlier attempts.
+        """
+
+        recipe = self.recipe
+
+        def ask(judge, settings, step: int | None) -> None:
+            def check() -> None:
+                report = canaries.check(judge, self.rows, settings, recipe.seed, recipe.policy_prompt)
+                lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
+                line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
+                append_jsonl(self.run.path / "canaries.jsonl", line)
+                if not report.ok:
+                    raise report.error(step)
+
+            on_main(check)
+
+        found: list[tuple[int, Callable[[int | None], None]]] = []
+        for reward in recipe.judges:
+            if reward.canaries is None:
+                console.log(
+                    f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong"
+                )
+                continue
+            judge = next(r for r in self.rewards if r.__name__ == reward.key)
+            found.append((reward.canaries.every_steps, functools.partial(ask, judge, reward.canaries)))
+        return found
 
     def make_trainer(self, **common: Any) -> R1VGRPOTrainer:
         return R1VGRPOTrainer(
@@ -187,35 +229,6 @@ class GrpoTraining(Training):
 def main(recipe: GrpoRecipe, attempt: Attempt, exam: Exam | None = None) -> None:
     """`GrpoTraining.main` on every rank; `exam` is asked while it trains, by default held-out rows."""
     GrpoTraining(recipe, attempt, exam).main()
-
-
-def _canaries(
-    recipe: GrpoRecipe, rewards: list, rows, run: RunDir, done: int
-) -> list[tuple[int, Callable[[int | None], None]]]:
-    """For each judge: every how many steps, and what asks it its canaries, on rank 0; raises on every rank if it fails.
-
-    Each report is a line of canaries.jsonl. `rows` are those trained on. `done`: steps of earlier attempts.
-    """
-
-    def ask(judge, settings, step: int | None) -> None:
-        def check() -> None:
-            report = canaries.check(judge, rows, settings, recipe.seed, recipe.policy_prompt)
-            lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
-            line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
-            append_jsonl(run.path / "canaries.jsonl", line)
-            if not report.ok:
-                raise report.error(step)
-
-        on_main(check)
-
-    found: list[tuple[int, Callable[[int | None], None]]] = []
-    for reward in recipe.judges:
-        if reward.canaries is None:
-            console.log(f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong")
-            continue
-        judge = next(r for r in rewards if r.__name__ == reward.key)
-        found.append((reward.canaries.every_steps, functools.partial(ask, judge, reward.canaries)))
-    return found
 
 
 def _enough(rows, args: GRPOConfig) -> None:

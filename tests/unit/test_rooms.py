@@ -19,7 +19,7 @@ ROOMS = {
     "shared_prefix": 1177,
     "judges": 1850,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
-    "training": 2618,
+    "training": 2602,
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
     "report": 1484,
     "doctor": 400,

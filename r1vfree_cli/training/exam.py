@@ -1,4 +1,4 @@
-"""Held-out rows, and replies to questions while training, generated without touching the training's RNG."""
+"""What is asked of the current weights while training, and their replies, generated without touching the training's RNG."""
 
 from __future__ import annotations
 
@@ -14,40 +14,10 @@ from transformers import GenerationConfig
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
-from ..config import schema as config
-from ..config.embedded import with_seed
-from ..core.errors import DataError
-from ..core.prompts import Prompt
-from ..data.load import load_rows
-from ..models.lengths import drop_long_prompts
 from ..models.sampling import keyed_draws, watch_logits
 from .trainer import R1VGRPOTrainer
 
 Interval = tuple[float, float, float]  # value, low, high
-
-
-def heldout_rows(
-    heldout: config.Heldout,
-    processor,
-    max_prompt_tokens: int | None,
-    seed: int,
-    prompt: Prompt,
-    *,
-    judged: bool = False,
-):
-    """The rows to measure on: those with a reference answer that fit the prompt limit; with `judged`, where no row has
-    one, all of them.
-
-    Raises:
-        DataError: there are none.
-    """
-    path = with_seed(heldout.path, seed)
-    rows = load_rows(path, heldout.split, heldout.limit)
-    answered = [i for i, s in enumerate(rows["solution"]) if s is not None and str(s).strip()]
-    if not answered and not judged:
-        raise DataError(f"data.heldout {heldout.path}, split {heldout.split}, has no row with a solution")
-    rows, _ = drop_long_prompts(rows.select(answered) if answered else rows, processor, max_prompt_tokens, prompt)
-    return rows
 
 
 @dataclass(frozen=True)
