@@ -22,6 +22,7 @@ from PIL import Image
 from ..core import console
 from ..core.prompts import judge_messages
 from ..data import shapes
+from ..shared_prefix.pack import prompt_positions
 
 STEPS = 250
 IMAGES = 24  # a step
@@ -146,9 +147,8 @@ class Packer:
         a, b = (self._tokens(*claim)[0] for claim in (("How", "1"), ("What", "red")))
         self.shared = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
         self.prefix = torch.tensor([a[: self.shared]])
-        types = (self.prefix == processor.image_token_id).int()
-        positions, _ = model.model.get_rope_index(self.prefix, mm_token_type_ids=types, image_grid_thw=self.grid)
-        self.positions = positions[:, 0]  # [3, shared]: time, height, width
+        # [3, shared + 1]: time, height, width; the last is that of a branch's first token
+        self.positions = prompt_positions(model.model, self.prefix[0].tolist(), self.grid)
         self._branches: dict[tuple[str, str], Branch] = {}
 
     def _tokens(self, problem: str, answer: str) -> tuple[list[int], list[tuple[int, int]], str]:
@@ -204,8 +204,8 @@ class Packer:
                 verdicts.at.append(flat + len(branch.ids) - 1)
                 verdicts.ids.append(verdict)
                 at = here.stop
-        positions = (self.positions[0, -1] + 1 + steps).expand(3, -1, -1).clone()
-        positions[:, :, : self.shared] = self.positions[:, None]
+        positions = (self.positions[0, -1] + steps).expand(3, -1, -1).clone()
+        positions[:, :, : self.shared] = self.positions[:, None, :-1]
         sees = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)  # [B, query, key]
         sees &= torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
