@@ -16,8 +16,7 @@ from ..config.schema import GrpoRecipe
 from ..core.errors import UsageError
 from ..run.attempt import Attempt
 from ..training import grpo
-from ..training.evaluation import Exam, Scored
-from ..training.heldout import Asked
+from ..training.exam import Exam, Scored
 from ..training.worker import worker
 from . import stats
 from .benchmark import Benchmark, find, percent
@@ -57,7 +56,7 @@ def benchmark_exam(recipe: GrpoRecipe) -> Exam:
         values, intervals = percent(benchmark.score(judged)), stats.intervals(judged, benchmark.score, draws=DRAWS)
         return Scored({m: (v, *intervals[m]) for m, v in values.items() if v is not None and intervals[m]})
 
-    return Exam(benchmark.name, Asked(len(questions), get), score, lambda i: questions[i].text)
+    return Exam(benchmark.name, len(questions), get, score, lambda i: questions[i].text)
 
 
 def _some(benchmark: Benchmark, questions: list[Any], limit: int | None) -> list[Any]:

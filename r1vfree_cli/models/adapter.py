@@ -28,7 +28,6 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
     """The PEFT model of `model` with the LoRA adapter of a folder (or of the hub) on it.
 
     Args:
-        model: the adapter's base, loaded.
         base: the name that `model` was loaded by, for messages and to notice another base of the same shape.
 
     Raises:

@@ -22,9 +22,6 @@ def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
     """Tokens of each row's complete prompt: chat template, question, instruction and images after the processor's resize.
 
     Only image headers are read. Cached by the rows' fingerprint and everything of the processor that matters.
-
-    Args:
-        rows: a `datasets.Dataset` with `images` and `problem`.
     """
     cache = cache_dir("lengths", f"{_key(rows, processor, prompt)}.json")
 
@@ -44,22 +41,15 @@ def _all_lengths(rows, processor, prompt: Prompt) -> list[int]:
         console.log(f"counting the tokens of {len(plain):,} prompts")
     for start in range(0, len(plain), _BATCH):
         batch = plain[start : start + _BATCH]
-        lengths += _batch_lengths(batch["problem"], batch["images"], processor, prompt)
-    return lengths
-
-
-def _batch_lengths(problems: list[str], images: list, processor, prompt: Prompt) -> list[int]:
-    texts = [
-        render(processor, build_messages(problem, len(found or []), prompt))
-        for problem, found in zip(problems, images, strict=True)
-    ]
-    # The template writes one placeholder an image; the processor repeats it for each of the image's tokens.
-    lengths = [len(ids) for ids in processor.tokenizer(texts)["input_ids"]]
-    for row, found in enumerate(images):
-        if found:
-            sizes = [_size(image) for image in found]
-            tokens = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
-            lengths[row] += sum(tokens) - len(found)
+        texts = [
+            render(processor, build_messages(problem, len(found or []), prompt))
+            for problem, found in zip(batch["problem"], batch["images"], strict=True)
+        ]
+        # The template writes one placeholder an image; the processor repeats it for each of the image's tokens.
+        for ids, found in zip(processor.tokenizer(texts)["input_ids"], batch["images"], strict=True):
+            sizes = [_size(image) for image in found or []]
+            tokens = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+            lengths.append(len(ids) + sum(tokens) - len(sizes))
     return lengths
 
 
@@ -81,10 +71,9 @@ def _key(rows, processor, prompt: Prompt) -> str:
 
 
 def drop_long_prompts(rows, processor, limit: int | None, prompt: Prompt = DEFAULT, *, longest_first: bool = False):
-    """Keep rows whose prompt has at most `limit` tokens (all for None); `longest_first`: what fits first fits later.
+    """(rows whose prompt has at most `limit` tokens, all for None; number dropped).
 
-    Returns:
-        (rows that fit, number dropped).
+    `longest_first`: in that order; what fits first fits later.
 
     Raises:
         DataError: nothing is left.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -109,11 +109,9 @@ def load_model(
     """A model from safetensors, of the class that its config names (never its path), every weight of it from the files.
 
     Args:
-        where: folder or hub name.
         what: its name in errors, such as `model org/name`.
         loader: the auto class; by default the family's.
         foreign: beginnings of keys that may lie in the files beside the model's own.
-        options: further arguments of `from_pretrained`.
 
     Raises:
         DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another shape.
@@ -216,15 +214,9 @@ def check_template(processor, what: str) -> None:
         raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
 
 
-@contextmanager
-def unsharded() -> Iterator[None]:
+def unsharded() -> AbstractContextManager:
     """Load a complete model also where ZeRO-3 is on, which would cut it over the ranks as it cuts the policy."""
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
+    return patch.object(deepspeed, "_hf_deepspeed_config_weak_ref", None)
 
 
 def check_size(where: str, config, auto: Any, what: str) -> None:
@@ -245,7 +237,10 @@ def check_size(where: str, config, auto: Any, what: str) -> None:
 
 
 def round_weights(policy, dtype: str) -> None:
-    """Weights held in float32 for the optimizer's sake, in the dtype that the finished model is stored in."""
+    """Weights held in float32 for the optimizer's sake, in the dtype that the finished model is stored in.
+
+    Parameters only: the rotary frequencies are computed, not stored, and do not survive a shorter type.
+    """
     for parameter in policy.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(getattr(torch, dtype))

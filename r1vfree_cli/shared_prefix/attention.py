@@ -43,16 +43,13 @@ class Segment:
 
 
 class Layout:
-    """What travels to every layer as `shared_prefix=`, and counts the layers that it reached."""
+    """What travels to every layer as `shared_prefix=`, and counts the layers that it reached.
+
+    A layer of attention calls its `attend`, one of linear attention its `scan`, where `run(hidden, states)` is the
+    layer's own forward.
+    """
 
     layers_seen = 0
-
-    def attend(self, module, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
-        raise NotImplementedError
-
-    def scan(self, module, run, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
-        """What `attend` is to attention, to a layer of linear attention; `run(hidden, states)` is its own forward."""
-        raise NotImplementedError
 
     def assert_used(self, layers: int) -> None:
         """Raise when a forward pass did not go through this layout in each of its `layers` text layers."""
@@ -73,37 +70,16 @@ class PackedLayout(Layout):
 
     segments: list[Segment]
     device: torch.device
-    _masks: list[torch.Tensor | None] = field(default_factory=list)
-    _scatter: list[torch.Tensor | None] = field(default_factory=list)
-    _gather: list[torch.Tensor | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for seg in self.segments:
-            if not seg.lengths:
-                self._masks.append(None)
-                self._scatter.append(None)
-                self._gather.append(None)
-                continue
-            width, count = max(seg.lengths), len(seg.lengths)
-            own = torch.ones(width, width, dtype=torch.bool, device=self.device).tril()  # (C, C)
-            self._masks.append(torch.cat([own.new_ones(width, seg.prompt), own], dim=1))  # (C, P + C)
-            if min(seg.lengths) == width:
-                self._scatter.append(None)
-                self._gather.append(None)
-                continue
-            lengths = torch.tensor(seg.lengths)
-            inside = torch.arange(width)[None] < lengths[:, None]  # (G, C)
-            flat = torch.zeros(count, width, dtype=torch.long)
-            flat[inside] = torch.arange(int(lengths.sum()))  # padding repeats the first token; nobody sees it
-            self._scatter.append(flat.view(-1).to(self.device))
-            self._gather.append(inside.view(-1).nonzero()[:, 0].to(self.device))
+        self._branches = [_branches(seg, self.device) for seg in self.segments]
 
     def attend(self, module, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
         """Attention output (1, L, H, D) for query (1, H, L, D), key and value (1, Hkv, L, D)."""
         self.layers_seen += 1
         heads = query.shape[1] // key.shape[1]
         outputs = []
-        for seg, mask, scatter, gather in zip(self.segments, self._masks, self._scatter, self._gather, strict=True):
+        for seg, (mask, scatter, gather) in zip(self.segments, self._branches, strict=True):
             middle = seg.start + seg.prompt
             prompt_k, prompt_v = (x[:, :, seg.start : middle] for x in (key, value))
             if seg.prompt:
@@ -116,7 +92,7 @@ class PackedLayout(Layout):
                     is_causal=True,
                 )
                 outputs.append(out[0].transpose(0, 1))  # (P, H, D)
-            if mask is None:
+            if not seg.lengths:
                 continue
             count = len(seg.lengths)
             branch_q, branch_k, branch_v = (
@@ -138,7 +114,7 @@ class PackedLayout(Layout):
         """Output (1, L, H) of linear attention; branches start from the states that their prompt ends with."""
         self.layers_seen += 1
         outputs = []
-        for seg, scatter, gather in zip(self.segments, self._scatter, self._gather, strict=True):
+        for seg, (_, scatter, gather) in zip(self.segments, self._branches, strict=True):
             states, middle = States(), seg.start + seg.prompt
             if seg.prompt:
                 outputs.append(run(hidden[:, seg.start : middle], states)[0])  # (P, H)
@@ -154,6 +130,22 @@ class PackedLayout(Layout):
             out = run(branches, states.expand(len(seg.lengths)))[:, : 1 if alone else None].flatten(0, 1)
             outputs.append(out if gather is None else out.index_select(0, gather))
         return torch.cat(outputs)[None]
+
+
+def _branches(seg: Segment, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What a branch of a segment sees, (C, P + C), and how to pad its branches to C tokens and back.
+
+    The padded tokens' places (G * C) among the branches' tokens, and theirs among the padded; None where none is padded.
+    """
+    width = max(seg.lengths, default=0)
+    own = torch.ones(width, width, dtype=torch.bool, device=device).tril()  # (C, C)
+    mask = torch.cat([own.new_ones(width, seg.prompt), own], dim=1)
+    if len(set(seg.lengths)) < 2:
+        return mask, None, None
+    inside = torch.arange(width)[None] < torch.tensor(seg.lengths)[:, None]  # (G, C)
+    flat = torch.zeros(inside.shape, dtype=torch.long)
+    flat[inside] = torch.arange(sum(seg.lengths))  # padding repeats the first token; nobody sees it
+    return mask, flat.view(-1).to(device), inside.view(-1).nonzero()[:, 0].to(device)
 
 
 def _fold(x: torch.Tensor, count: int, scatter: torch.Tensor | None) -> torch.Tensor:

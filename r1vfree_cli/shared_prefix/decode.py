@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,22 +15,6 @@ from .attention import assert_installed, no_mask
 from .cache import BranchCache, PromptCache
 from .delta import StepStates
 from .pack import Tree, lay_out
-
-
-@dataclass
-class Prompts:
-    """The distinct prompts of a generation call, in order.
-
-    ids: token ids of each.
-    grids: for each its rows of `image_grid_thw` (images, 3), or None for text alone.
-    sizes: how many completions are wanted of each; the completions of a prompt stand side by side.
-    images: what the model needs to see the images of all prompts (`pixel_values` ..., or encoded images).
-    """
-
-    ids: list[list[int]]
-    grids: list[torch.Tensor | None]
-    sizes: list[int]
-    images: dict[str, Any] = field(default_factory=dict)
 
 
 class Sampler:
@@ -51,28 +35,28 @@ class Sampler:
         stopping_criteria,
         generation_config,
         *,
-        prompts: Prompts,
+        trees: Sequence[Tree],
+        sizes: list[int],
+        images: dict[str, Any],
         all_ranks: bool = False,
         **_: Any,
     ) -> torch.Tensor:
-        """Completions of all branches.
+        """(B, P + new): the prompts of all branches and their completions, padded behind the end token.
 
         Args:
-            model: the model for conditional generation.
             input_ids: the prompts of all branches, left-padded (B, P); only processors and criteria read them, which
                 must treat each row by itself.
-            prompts: the same prompts, each once.
+            trees: the same prompts, each once.
+            sizes: how many completions each has; they stand side by side.
+            images: what the model needs to see the images of all prompts (`pixel_values` ..., or encoded images).
             all_ranks: go on until all ranks have finished (`generate` does not hand its own such switch to a loop).
-
-        Returns:
-            (B, P + new): prompts and completions, padded behind the end token.
         """
         assert_installed(model)
         batch, width = input_ids.shape
         max_new = generation_config.max_length - width
         pad = generation_config.pad_token_id
         sequences = torch.cat([input_ids, input_ids.new_full((batch, max_new), pad)], dim=1)
-        logits, forward = self._start(model, prompts, max_new, input_ids.device, all_ranks)
+        logits, forward = self._start(model, trees, sizes, max_new, images, input_ids.device, all_ranks)
 
         # What is left of the batch: its rows, their tokens, and which of them go on.
         rows, live = torch.arange(batch, device=input_ids.device), sequences.clone()
@@ -99,16 +83,22 @@ class Sampler:
                         rows, live, tokens, running = rows[stay], live[stay], tokens[stay], running[stay]
                         forward.keep(stay)
             # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
-            if not _any_rank(not finished, input_ids.device) if all_ranks else finished:
+            if not any_rank(not finished, input_ids.device) if all_ranks else finished:
                 sequences[rows] = live
                 return sequences[:, : width + step]
             logits = forward(tokens, min(step - 1, max_new - 1))
 
     def _start(
-        self, model, prompts: Prompts, max_new: int, device: torch.device, all_ranks: bool
+        self,
+        model,
+        trees: Sequence[Tree],
+        sizes: list[int],
+        max_new: int,
+        images: dict[str, Any],
+        device: torch.device,
+        all_ranks: bool,
     ) -> tuple[torch.Tensor, _Step]:
         """One pass over the packed prompts: logits (B, V) after them, and the step that goes on."""
-        trees = [Tree(ids, grid) for ids, grid in zip(prompts.ids, prompts.grids, strict=True)]
         inputs, layout, ends = lay_out(model.base_model, trees, device)
         recorded = PromptCache()
         logits = model(
@@ -118,26 +108,22 @@ class Sampler:
             shared_prefix=layout,
             logits_to_keep=ends,
             return_dict=True,
-            **prompts.images,
+            **images,
         ).logits[0]  # (N, V)
         layout.assert_used(model.config.get_text_config().num_hidden_layers)
-        sizes = torch.tensor(prompts.sizes, device=device)
         following = inputs["position_ids"][:, 0, ends].amax(0) + 1  # (N,)
-        graphed = device.type == "cuda" and not all_ranks
-        step = self._step(_GraphedStep if graphed else _Step, model, prompts, max_new)
-        step.cache.begin(recorded, layout.segments)
-        step.positions = following.repeat_interleave(sizes)
-        return logits.repeat_interleave(sizes, dim=0), step
-
-    def _step(self, kind: type[_Step], model, prompts: Prompts, max_new: int) -> _Step:
-        """The step that was captured, where it fits this call, else a new one."""
-        if not issubclass(kind, _GraphedStep):
-            return kind(model, prompts.sizes, max_new)
-        longest = max(map(len, prompts.ids))
-        if self._kept is None or not self._kept.fits(model, prompts.sizes, max_new, longest):
+        kind: type[_Step] = _GraphedStep if device.type == "cuda" and not all_ranks else _Step
+        longest = max(len(tree.prefix) for tree in trees)
+        if self._kept is not None and self._kept.fits(model, sizes, max_new, longest):
+            step: _Step = self._kept
+        else:
             self._kept = None  # its buffers go before the new ones come
-            self._kept = kind(model, prompts.sizes, max_new)
-        return self._kept
+            step = kind(model, sizes, max_new)
+            self._kept = step if isinstance(step, _GraphedStep) else None
+        step.cache.begin(recorded, layout.segments)
+        repeats = torch.tensor(sizes, device=device)
+        step.positions = following.repeat_interleave(repeats)
+        return logits.repeat_interleave(repeats, dim=0), step
 
 
 class _Step:
@@ -257,7 +243,10 @@ def _weights_to_cast(model) -> tuple[int, int]:
     return sum(p.numel() for p in weights if on and p.dtype == torch.float32), sum(p.numel() for p in weights)
 
 
-def _any_rank(value: bool, device: torch.device) -> bool:
-    flag = torch.tensor(float(value), device=device)
-    dist.all_reduce(flag)
-    return bool(flag.item())
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on any rank; every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return bool(told.item())

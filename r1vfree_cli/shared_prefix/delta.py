@@ -84,12 +84,9 @@ class StepStates(States):
 
 def layers_of(model) -> list:
     """The modules of linear attention in a model."""
-    return [layer.linear_attn for layer in text_layers(model) if hasattr(layer, "linear_attn")]
-
-
-def text_layers(model) -> Any:
     core = model.base_model
-    return getattr(core, "language_model", core).layers
+    layers = getattr(core, "language_model", core).layers
+    return [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
 
 
 def takes_layout(module) -> bool:

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import is_peft_model
 from torch.utils.data import IterableDataset
-from trl.extras.profiling import profiling_context
-from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import pad
 
 from ..core import console
 from ..core.errors import DataError
 from .attention import assert_installed, install, not_shared
-from .decode import Prompts, Sampler
-from .pack import Group, cut, find_groups, pack, split_by_groups
+from .decode import Sampler, any_rank
+from .pack import Group, Tree, cut, find_groups, pack, take_rows
 from .prompts import (
     DistinctPrompts,
     PreparedProcessor,
     RowsByReference,
     encode_images,
-    equal_prompts,
     has_image,
-    left_pad,
     model_images,
     same_frozen_vision,
 )
@@ -49,9 +47,6 @@ class SharedPrefixMixin(_Trainer):
 
     shared_prefix: bool = True
     shared_prefix_off: str | None = None
-
-    train_dataset: Any
-    processing_class: Any
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,12 +57,13 @@ class SharedPrefixMixin(_Trainer):
         self._may_skip_idle = True
         self._encodes_once = False
         self._sampler = Sampler()
-        self.shared_prefix_off = unsupported(self) if self.shared_prefix else "switched off"
+        policy = self._whole(self.model)
+        self.shared_prefix_off = not_shared(policy) if self.shared_prefix else "switched off"
         if self.shared_prefix_off:
             if self.shared_prefix and self.accelerator.is_main_process:
                 console.warn(f"shared_prefix: {self.shared_prefix_off}; groups are processed as plain TRL does it")
             return
-        policy = self._whole(self.model)
+        self.use_transformers_continuous_batching = False  # it would leave the images out
         reference = None if self.ref_model is None else self._whole(self.ref_model)
         install(policy)
         if reference is not None:
@@ -75,12 +71,7 @@ class SharedPrefixMixin(_Trainer):
         # Sharded weights are gathered in step on all ranks, but not all ranks have images at the same time.
         sharded = self._zero3 and (self.use_vllm or not self.args.ds3_gather_for_generation)
         once = same_frozen_vision(policy, reference) and not sharded
-        same = torch.tensor(float(once), device=self.accelerator.device)
-        self._encodes_once = self.accelerator.reduce(same).item() == self.accelerator.num_processes
-
-    @property
-    def _shares(self) -> bool:
-        return self.shared_prefix_off is None
+        self._encodes_once = not any_rank(not once, self.accelerator.device)
 
     def _whole(self, model):
         """The transformers model for conditional generation inside the wrappers of accelerate and PEFT."""
@@ -91,37 +82,34 @@ class SharedPrefixMixin(_Trainer):
 
     def get_train_dataloader(self):
         rows = self.train_dataset
-        if not self._shares or isinstance(rows, IterableDataset):
+        if self.shared_prefix_off or isinstance(rows, IterableDataset):
             return super().get_train_dataloader()
-        self.train_dataset = RowsByReference(rows)
-        try:
+        with patch.object(self, "train_dataset", RowsByReference(rows)):
             return super().get_train_dataloader()
-        finally:
-            self.train_dataset = rows
 
     # --- generation: each distinct prompt is processed, encoded and prefilled once --------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._generate_and_score_completions(inputs)
-        processor = self.processing_class
         # TRL processes all images a second time for the passes; the stand-in answers with what is already there.
-        self.processing_class = PreparedProcessor(processor, self._prepared_inputs)
-        try:
-            return super()._generate_and_score_completions(inputs)
-        finally:
-            self.processing_class = processor
-            self.__dict__.pop("_prompts", None)
+        prepared = PreparedProcessor(self.processing_class, self._prepared_inputs)
+        with patch.object(self, "processing_class", prepared):
+            try:
+                return super()._generate_and_score_completions(inputs)
+            finally:
+                self.__dict__.pop("_prompts", None)
 
     def _prepared_inputs(self) -> dict[str, torch.Tensor]:
         prompts = self._prompts
-        self._encode(self.model)
+        self._encode()
         out = {k: v for k, v in prompts.fields.items() if k in ("pixel_values", "image_grid_thw")}
         if "mm_token_type_ids" in prompts.fields:
-            out["mm_token_type_ids"] = left_pad(prompts.repeat(prompts.fields["mm_token_type_ids"]), 0)[0]
+            types = prompts.repeat(prompts.fields["mm_token_type_ids"])
+            out["mm_token_type_ids"] = pad([torch.tensor(x) for x in types], padding_side="left")
         return out
 
-    def _encode(self, model) -> None:
+    def _encode(self) -> None:
         """Run a frozen vision tower once for generation and all passes; `pixel_values` then holds its output."""
         prompts = self._prompts
         if not self._encodes_once or prompts.encoded or "pixel_values" not in prompts.fields:
@@ -129,11 +117,11 @@ class SharedPrefixMixin(_Trainer):
         device = self.accelerator.device
         with torch.no_grad(), self.accelerator.autocast():
             pixels, grid = prompts.fields["pixel_values"].to(device), prompts.fields["image_grid_thw"].to(device)
-            prompts.fields["pixel_values"] = encode_images(self._whole(model), pixels, grid)
+            prompts.fields["pixel_values"] = encode_images(self._whole(self.model), pixels, grid)
         prompts.encoded = True
 
     def _tokenize_prompts(self, prompts: list):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._tokenize_prompts(prompts)
         if self._zero3 and not self._encodes_once and not all(map(has_image, prompts)):
             # Each rank must run the vision tower in every pass, because its weights are gathered from all ranks.
@@ -141,7 +129,7 @@ class SharedPrefixMixin(_Trainer):
                 "a prompt has no image, which ZeRO-3 cannot train on",
                 hint="leave out rows without an image, as r1v does when it loads them",
             )
-        starts = [i for i in range(len(prompts)) if i == 0 or not equal_prompts(prompts[i], prompts[i - 1])]
+        starts = [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
         sizes = [b - a for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
         ids, images, fields = super()._tokenize_prompts([prompts[i] for i in starts])
         fields = {k: [list(map(int, x)) for x in v] if k.endswith("token_type_ids") else v for k, v in fields.items()}
@@ -150,52 +138,40 @@ class SharedPrefixMixin(_Trainer):
 
     def _generate(self, prompts: list):
         out = super()._generate(prompts)
-        if not self._shares:
+        if self.shared_prefix_off:
             return out
         *head, images, tool_images = out
         return *head, self._prompts.lead_images() if images is not None else None, tool_images
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
         prompts = self._prompts
         if self.use_vllm or not own_loop_can(self.generation_config):
             fields = prompts.repeated_fields()
             return super()._generate_single_turn(prompt_ids, images, fields, num_generations, **kwargs)
-        device = self.accelerator.device
-        padded, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id, self.pad_to_multiple_of)
-        config = copy.copy(self.generation_config)
-        config.cache_implementation = None  # the loop keeps its own cache
-        with (
-            profiling_context(self, "transformers.generate"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            torch.no_grad(),
-            self.accelerator.autocast(),  # around all steps: it casts float32 weights once and not once a token
-        ):
-            self._encode(model)
-            fields = {k: v.to(device) for k, v in prompts.fields.items() if isinstance(v, torch.Tensor)}
-            images = model_images(
-                self._whole(model), fields.get("pixel_values"), fields.get("image_grid_thw"), encoded=prompts.encoded
-            )
-            together = self._zero3 and not self.args.ds3_gather_for_generation
-            sequences = model.generate(
-                input_ids=padded.to(device),
-                attention_mask=mask.to(device),
-                generation_config=config,
-                custom_generate=self._sampler,
-                prompts=Prompts(prompts.ids, prompts.grids(), prompts.sizes, images),
-                all_ranks=together,
-            )
-        completions = sequences[:, padded.shape[1] :]
-        ends = torch.isin(completions, torch.tensor(self.eos_token_ids, device=device)).int()
-        lengths = ((ends.cumsum(dim=1) - ends) == 0).sum(dim=1)  # up to the first end token, and that one
-        return [row[:n] for row, n in zip(completions.tolist(), lengths.tolist(), strict=True)], None
+        whole, device = self._whole(self.model), self.accelerator.device
+        generate = whole.generate
+
+        def shared(generation_config, **inputs: Any) -> torch.Tensor:
+            config = copy.copy(generation_config)
+            config.cache_implementation = None  # the loop keeps its own cache
+            with self.accelerator.autocast():  # around all steps: it casts float32 weights once and not once a token
+                self._encode()
+                fields = {k: v.to(device) for k, v in prompts.fields.items() if isinstance(v, torch.Tensor)}
+                pixels, grid = fields.get("pixel_values"), fields.get("image_grid_thw")
+                return generate(
+                    generation_config=config,
+                    custom_generate=self._sampler,
+                    trees=[Tree(ids, own) for ids, own in zip(prompts.ids, prompts.grids(), strict=True)],
+                    sizes=prompts.sizes,
+                    images=model_images(whole, pixels, grid, encoded=prompts.encoded),
+                    all_ranks=self._zero3 and not self.args.ds3_gather_for_generation,
+                    **inputs,
+                )
+
+        with patch.object(whole, "generate", shared):  # inside TRL's preparations, and before it cuts completions
+            return super()._generate_single_turn(prompt_ids, images, {}, num_generations, **kwargs)
 
     @property
     def _zero3(self) -> bool:
@@ -205,7 +181,7 @@ class SharedPrefixMixin(_Trainer):
     # --- passes: groups stay together and are packed --------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch):
-        if not self._shares or not self.model.training:
+        if self.shared_prefix_off or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         parts = self.args.steps_per_generation
         if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
@@ -215,7 +191,8 @@ class SharedPrefixMixin(_Trainer):
             )
             # TRL permutes samples here; groups are permuted instead, so that their samples meet in a micro-batch.
             order = torch.randperm(len(groups)).tolist()
-            self._buffered_inputs = split_by_groups(batch, [groups[i] for i in order], parts)
+            cuts = cut([groups[i] for i in order], len(batch["prompt_ids"]) // parts)
+            self._buffered_inputs = [take_rows(batch, part) for part in cuts[:parts]]
         return self._buffered_inputs[self._step % parts]
 
     def _groups(self, prompt_ids, prompt_mask, num_images, image_grid_thw) -> list[Group]:
@@ -223,26 +200,11 @@ class SharedPrefixMixin(_Trainer):
         return find_groups(prompt_ids, prompt_mask, num_images, image_grid_thw, merged)
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **kwargs,
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        if not self._shares:
+        if self.shared_prefix_off:
             return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size=batch_size,
-                compute_entropy=compute_entropy,
-                compute_aux_loss=compute_aux_loss,
-                **kwargs,
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
         pixels, grid, num_images = (kwargs.get(k) for k in ("pixel_values", "image_grid_thw", "num_images"))
         whole = self._whole(model)
@@ -305,8 +267,7 @@ class SharedPrefixMixin(_Trainer):
     def _loses_gradient(self, loss: torch.Tensor) -> bool:
         """Whether on any rank the loss, whatever its terms are, has a gradient by the outputs of a skipped group."""
         grads = torch.autograd.grad(loss, self._idle, retain_graph=True, allow_unused=True) if self._idle else ()
-        lost = any(g is not None and bool(g.any()) for g in grads)
-        return bool(self.accelerator.reduce(torch.tensor(float(lost), device=loss.device)).item())
+        return any_rank(any(g is not None and bool(g.any()) for g in grads), loss.device)
 
     def _split_idle(self, groups: list[Group]) -> tuple[list[Group], list[Group]]:
         """Groups that have a gradient, and those that have none because all their advantages are zero.
@@ -335,17 +296,3 @@ def own_loop_can(config) -> bool:
         and (config.num_return_sequences or 1) == 1
         and config.guidance_scale in (None, 1)
     )
-
-
-def unsupported(trainer) -> str | None:
-    """Why the work of a trainer's groups cannot be shared, in words; None when it can."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):
-            return "prompt-learning adapters are not supported"
-        model = model.get_base_model()
-    if trainer.tools or trainer.environment_factories is not None or trainer.rollout_func is not None:
-        return "tools, environments and rollout functions are not supported"
-    if trainer.is_fsdp_enabled:
-        return "FSDP is not supported"
-    return not_shared(model)

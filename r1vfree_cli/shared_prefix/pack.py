@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from .attention import PackedLayout, Segment, no_mask
+
+IGNORED = -100  # the label of what is not predicted
 
 
 @dataclass
@@ -22,10 +24,6 @@ class Group:
     stop: int
     pixels: slice
     grids: slice
-
-    def part(self, start: int, stop: int) -> Group:
-        """The same prompt for the rows [start, stop) only."""
-        return Group(start, stop, self.pixels, self.grids)
 
 
 def find_groups(
@@ -100,16 +98,10 @@ def cut(groups: Sequence[Group], size: int) -> list[list[Group]]:
             if taken % size == 0:
                 parts.append([])
             stop = min(group.stop, start + size - taken % size)
-            parts[-1].append(group.part(start, stop))
+            parts[-1].append(replace(group, start=start, stop=stop))
             taken += stop - start
             start = stop
     return parts
-
-
-def split_by_groups(batch: dict[str, Any], groups: Sequence[Group], chunks: int) -> list[dict[str, Any]]:
-    """The batch in `chunks` parts of equal size, rows in the order of `groups`; a group may be cut at a boundary."""
-    size = sum(g.stop - g.start for g in groups) // chunks
-    return [take_rows(batch, part) for part in cut(groups, size)[:chunks]]
 
 
 def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> torch.Tensor:
@@ -128,120 +120,6 @@ def prompt_positions(core, ids: Sequence[int], grid: torch.Tensor | None) -> tor
         tokens, mm_token_type_ids=kinds, image_grid_thw=grid.cpu(), attention_mask=torch.ones_like(tokens)
     )
     return positions[:, 0]
-
-
-@dataclass
-class Packed:
-    """Groups as one row for the model, and the way back.
-
-    inputs: keyword arguments of the model, without images.
-    source: (T,) places of the scored tokens in the packed row.
-    target: (T,) their places in the flattened (rows, completion) result.
-    """
-
-    inputs: dict[str, Any]
-    layout: PackedLayout
-    source: torch.Tensor
-    target: torch.Tensor
-    rows: int
-
-    def unpack(self, values: torch.Tensor, width: int) -> torch.Tensor:
-        """Per-token values of the packed row (1, L) as (rows, width), 0 where there is no token."""
-        flat = values.new_zeros(self.rows * width)
-        return flat.index_copy(0, self.target, values[0].index_select(0, self.source)).view(self.rows, width)
-
-
-def pack(
-    core,
-    groups: Sequence[Group],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    keep: int,
-    image_grid_thw: torch.Tensor | None,
-    device: torch.device,
-) -> Packed:
-    """Lay out `groups` of the batch in one row on `device`, without padding.
-
-    A branch is the prompt's last token and all completion tokens but the last: the token that a position predicts is
-    then always the next one of the same branch, also for the first token of a completion.
-
-    Args:
-        core: the model inside the one for conditional generation.
-        input_ids, attention_mask: (B, P + C) on the host, prompts left-padded, completions right-padded.
-        keep: C.
-        image_grid_thw: (images, 3) of the complete batch, on the host.
-    """
-    width = input_ids.shape[1] - keep  # P
-    prompts = attention_mask[:, :width].sum(dim=1).tolist()
-    completions = attention_mask[:, width:].sum(dim=1).tolist()
-    row = _Row(width, keep)
-    for group in groups:
-        length = prompts[group.start]
-        grid = None if image_grid_thw is None else image_grid_thw[group.grids]
-        known = prompt_positions(core, input_ids[group.start, width - length : width].tolist(), grid)  # (3, length + 1)
-        row.add_prompt(group.start, known[:, : length - 1])
-        for member in range(group.start, group.stop):
-            row.add_branch(member, completions[member], known[:, -2:])
-    return row.packed(input_ids, device)
-
-
-class _Row:
-    """A packed row in the making; `flat` below is the batch (B, P + C) as one dimension."""
-
-    def __init__(self, width: int, keep: int) -> None:
-        self.width, self.keep = width, keep
-        self.length = self.branches = 0
-        self.segments: list[Segment] = []
-        self.index: list[torch.Tensor] = []  # place in `flat` of each token
-        self.labels: list[torch.Tensor] = []  # place in `flat` of the token that it predicts, -1 for none
-        self.positions: list[torch.Tensor] = []  # (3, tokens)
-        self.source: list[torch.Tensor] = []
-        self.target: list[torch.Tensor] = []
-
-    def add_prompt(self, member: int, positions: torch.Tensor) -> None:
-        """The prompt of the batch's row `member` without its last token; positions (3, tokens)."""
-        tokens = positions.shape[1]
-        end = member * (self.width + self.keep) + self.width - 1
-        self.segments.append(Segment(self.length, tokens, []))
-        self._add(torch.arange(end - tokens, end), torch.full((tokens,), -1), positions)
-
-    def add_branch(self, member: int, tokens: int, last: torch.Tensor) -> None:
-        """The completion of the batch's row `member`.
-
-        Args:
-            last: (3, 2) positions of the prompt's last token and of the first one after it.
-        """
-        # A completion that is masked as a whole keeps one unscored token, so that no micro-batch becomes empty.
-        length = max(1, tokens)
-        start = member * (self.width + self.keep) + self.width
-        self.source.append(torch.arange(self.length, self.length + tokens))
-        self.target.append(torch.arange(self.branches * self.keep, self.branches * self.keep + tokens))
-        self.segments[-1].lengths.append(length)
-        self.branches += 1
-        labels = torch.arange(start, start + length) if tokens else torch.full((1,), -1)
-        positions = torch.cat([last[:, :1], last[:, 1:] + torch.arange(length - 1)], dim=1)
-        self._add(torch.arange(start - 1, start - 1 + length), labels, positions)
-
-    def _add(self, index: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> None:
-        self.index.append(index)
-        self.labels.append(labels)
-        self.positions.append(positions)
-        self.length += len(index)
-
-    def packed(self, input_ids: torch.Tensor, device: torch.device) -> Packed:
-        flat, labels = input_ids.reshape(-1), torch.cat(self.labels)
-        return Packed(
-            inputs={
-                "input_ids": flat[torch.cat(self.index)][None].to(device),  # (1, L)
-                "position_ids": torch.cat(self.positions, dim=1)[:, None].to(device),  # (3, 1, L)
-                "attention_mask": no_mask(device),
-                "shift_labels": torch.where(labels < 0, -100, flat[labels.clamp(min=0)])[None].to(device),
-            },
-            layout=PackedLayout(self.segments, device),
-            source=torch.cat(self.source).to(device),
-            target=torch.cat(self.target).to(device),
-            rows=self.branches,
-        )
 
 
 @dataclass
@@ -284,3 +162,68 @@ def lay_out(core, trees: Sequence[Tree], device: torch.device) -> tuple[dict[str
         "attention_mask": no_mask(device),
     }
     return inputs, PackedLayout(segments, device), torch.tensor(ends, device=device)
+
+
+@dataclass
+class Packed:
+    """Groups as one row for the model, and the way back.
+
+    inputs: keyword arguments of the model, without images.
+    source: (T,) places of the scored tokens in the packed row.
+    target: (T,) their places in the flattened (rows, completion) result.
+    """
+
+    inputs: dict[str, Any]
+    layout: PackedLayout
+    source: torch.Tensor
+    target: torch.Tensor
+    rows: int
+
+    def unpack(self, values: torch.Tensor, width: int) -> torch.Tensor:
+        """Per-token values of the packed row (1, L) as (rows, width), 0 where there is no token."""
+        flat = values.new_zeros(self.rows * width)
+        return flat.index_copy(0, self.target, values[0].index_select(0, self.source)).view(self.rows, width)
+
+
+def pack(
+    core,
+    groups: Sequence[Group],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    keep: int,
+    image_grid_thw: torch.Tensor | None,
+    device: torch.device,
+) -> Packed:
+    """Lay out `groups` of the batch in one row on `device`, without padding.
+
+    A branch is the prompt's last token and all completion tokens but the last: the token that a position predicts is
+    then always the next one of the same branch, also for the first token of a completion.
+
+    Args:
+        input_ids, attention_mask: (B, P + C) on the host, prompts left-padded, completions right-padded.
+        keep: C.
+        image_grid_thw: (images, 3) of the complete batch, on the host.
+    """
+    width = input_ids.shape[1] - keep  # P
+    prompts = attention_mask[:, :width].sum(dim=1).tolist()
+    completions = attention_mask[:, width:].sum(dim=1).tolist()
+    trees = list[Tree]()
+    labels, source, target = list[int](), list[int](), list[int]()
+    rows = 0
+    for group in groups:
+        *prefix, last = input_ids[group.start, width - prompts[group.start] : width].tolist()
+        tree = Tree(prefix, None if image_grid_thw is None else image_grid_thw[group.grids])
+        labels += [IGNORED] * len(prefix)
+        for member in range(group.start, group.stop):
+            tokens = input_ids[member, width : width + completions[member]].tolist()
+            tree.branches.append([last, *tokens[:-1]])
+            source += range(len(labels), len(labels) + len(tokens))
+            target += range(rows * keep, rows * keep + len(tokens))
+            # A completion that is masked as a whole keeps one unscored token, so that no micro-batch becomes empty.
+            labels += tokens or [IGNORED]
+            rows += 1
+        trees.append(tree)
+    inputs, layout, _ = lay_out(core, trees, device)
+    inputs["shift_labels"] = torch.tensor(labels, device=device)[None]  # (1, L)
+    scored, places = (torch.tensor(x, dtype=torch.long, device=device) for x in (source, target))
+    return Packed(inputs, layout, scored, places, rows)

@@ -34,21 +34,6 @@ class RowsByReference(torch.utils.data.Dataset):
         return [self._last[i] for i in indices]
 
 
-def equal_prompts(a: Any, b: Any) -> bool:
-    """Whether two prompts are the same, images compared by content where they are not one object."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal_prompts(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal_prompts, a, b))
-    if hasattr(a, "shape"):
-        return a.shape == b.shape and bool((a == b).all())
-    return bool(a == b)
-
-
 def has_image(prompt: list[dict]) -> bool:
     """Whether a conversation, as TRL prepares it, shows an image."""
     return any(
@@ -113,18 +98,6 @@ class PreparedProcessor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return self._prepared()
-
-
-def left_pad(
-    rows: Sequence[Sequence[int]], value: int, multiple: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different length as (B, P) tensors of values and of ones where a row has them."""
-    width = max(len(row) for row in rows)
-    if multiple:
-        width = -(-width // multiple) * multiple
-    ids = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 # --- images through the vision tower -----------------------------------------------------------------------------

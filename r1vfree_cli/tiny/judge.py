@@ -22,7 +22,7 @@ from PIL import Image
 from ..core import console
 from ..core.prompts import judge_messages
 from ..data import shapes
-from ..training.judging import area_under_roc
+from ..shared_prefix.pack import prompt_positions
 
 STEPS = 250
 IMAGES = 24  # a step
@@ -147,9 +147,8 @@ class Packer:
         a, b = (self._tokens(*claim)[0] for claim in (("How", "1"), ("What", "red")))
         self.shared = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
         self.prefix = torch.tensor([a[: self.shared]])
-        types = (self.prefix == processor.image_token_id).int()
-        positions, _ = model.model.get_rope_index(self.prefix, mm_token_type_ids=types, image_grid_thw=self.grid)
-        self.positions = positions[:, 0]  # [3, shared]: time, height, width
+        # [3, shared + 1]: time, height, width; the last is that of a branch's first token
+        self.positions = prompt_positions(model.model, self.prefix[0].tolist(), self.grid)
         self._branches: dict[tuple[str, str], Branch] = {}
 
     def _tokens(self, problem: str, answer: str) -> tuple[list[int], list[tuple[int, int]], str]:
@@ -177,7 +176,6 @@ class Packer:
 
         Args:
             images: pixel values, [patches of all images, patch dimension].
-            groups: the claims about each image.
         """
         packed = [[self.branch(c.problem, c.answer) for c in group] for group in groups]
         length = self.shared + max(sum(len(b.ids) for b in branches) for branches in packed)
@@ -206,8 +204,8 @@ class Packer:
                 verdicts.at.append(flat + len(branch.ids) - 1)
                 verdicts.ids.append(verdict)
                 at = here.stop
-        positions = (self.positions[0, -1] + 1 + steps).expand(3, -1, -1).clone()
-        positions[:, :, : self.shared] = self.positions[:, None]
+        positions = (self.positions[0, -1] + steps).expand(3, -1, -1).clone()
+        positions[:, :, : self.shared] = self.positions[:, None, :-1]
         sees = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)  # [B, query, key]
         sees &= torch.ones(length, length, dtype=torch.bool).tril()
         mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
@@ -279,24 +277,3 @@ def _order_loss(scores: torch.Tensor, verdicts: Targets, packer: Packer) -> torc
     """
     pairs = [i for i, two in enumerate(zip(verdicts.ids, verdicts.ids[1:])) if two == (packer.yes, packer.no)]
     return -F.logsigmoid(scores[pairs] - scores[[i + 1 for i in pairs]]).mean()
-
-
-def areas(judge, rows: list[dict], seed: int = 0) -> dict[str, float]:
-    """How well `judge` (a `rewards.local.LocalJudge`) tells right from wrong answers: the area under the ROC curve.
-
-    One wrong answer of the same kind is drawn for each row. Returns {kind: area} and `all`; 0.5 is chance.
-    """
-    rng = random.Random(f"areas/{seed}")
-    scores: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in (*shapes.KINDS, "all")}
-    asked = [(kind, row) for row in rows if (kind := shapes.question_kind(row["problem"]))]
-    items = []
-    for kind, row in asked:
-        image = [Image.open(io.BytesIO(row["images"][0]))]
-        wrong = rng.choice([a for a in shapes.ANSWERS[kind] if a != row["solution"]])
-        items += [(image, row["problem"], row["solution"]), (image, row["problem"], wrong)]
-    found = judge.score(items)
-    for (kind, _), right, wrong in zip(asked, found[::2], found[1::2]):
-        for name in (kind, "all"):
-            scores[name][0].append(right)
-            scores[name][1].append(wrong)
-    return {name: area_under_roc(*both) for name, both in scores.items() if both[0]}

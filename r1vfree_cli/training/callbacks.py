@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from ..core import console
 from ..core.errors import GuardStop, Interrupted, R1VError
 from ..core.files import append_jsonl
 from ..run.run_dir import RUNNING, RunDir
+from ..shared_prefix.decode import any_rank
 from .guard import CollapseGuard, Verdict, figures, offenders
 from .recorder import Recorder, Rollout, spread_over_groups, truncate_lines
 from .worker import stop_requested
@@ -36,9 +36,8 @@ class RunCallback(TrainerCallback):
         self._status_at = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """A resumed run forgets what an earlier attempt logged beyond its checkpoint."""
         if state.is_world_process_zero:
-            truncate_lines(self.run.metrics, state.global_step)
+            truncate_lines(self.run.metrics, state.global_step)  # what an earlier attempt logged beyond its checkpoint
             self.run.set_status(RUNNING, step=state.global_step, max_steps=state.max_steps)
         self._mark = time.perf_counter()
 
@@ -86,8 +85,7 @@ class RunCallback(TrainerCallback):
 class RolloutCallback(TrainerCallback):
     """Rollouts of each step into the run dir, some of each logged step for the launcher to show, and the guard.
 
-    `guard` None: nothing ends a collapsed run. To judge differently, subclass and override `judge`: every rank sees
-    the same figures and decides alike.
+    `guard` None: nothing ends a collapsed run. Every rank sees the same figures and decides alike.
     """
 
     def __init__(
@@ -113,7 +111,11 @@ class RolloutCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._show(state.global_step, rollouts)
             self.table(state.global_step, rollouts)
-        verdict = self.judge(state.global_step, logs, rollouts)
+        verdict = Verdict()
+        if self.guard is not None:
+            logged = {name: logs.get(name) for name in ("loss", "grad_norm")}
+            logged["sampler_difference"] = logs.get("sampling/sampling_logp_difference/mean")
+            verdict = self.guard.observe(figures(state.global_step, rollouts, **logged))
         if state.is_world_process_zero:
             for warning in verdict.warnings:
                 console.warn(warning)
@@ -127,16 +129,6 @@ class RolloutCallback(TrainerCallback):
             control.should_training_stop = True
             # NaN that shows only here is in the weights already: keep the last good checkpoint as the newest.
             control.should_save = verdict.figure != "nan"
-
-    def judge(self, step: int, logs: dict[str, Any], rollouts: list[Rollout]) -> Verdict:
-        """The verdict on one logged step: `logs` as in metrics.jsonl, and the rollouts since the last one."""
-        if self.guard is None:
-            return Verdict()
-        difference = logs.get("sampling/sampling_logp_difference/mean")
-        found = figures(
-            step, rollouts, loss=logs.get("loss"), grad_norm=logs.get("grad_norm"), sampler_difference=difference
-        )
-        return self.guard.observe(found)
 
     def _show(self, step: int, rollouts: list[Rollout]) -> None:
         for r in spread_over_groups(rollouts, self.show):
@@ -177,12 +169,3 @@ def finite(value: float) -> float | None:
     if isinstance(value, int):
         return value
     return float(f"{value:.8g}") if math.isfinite(value) else None
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true on any rank; every rank must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    told = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-    return bool(told.item())

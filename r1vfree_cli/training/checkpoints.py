@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -29,11 +29,7 @@ from ..run.attempt import Attempt
 from ..run.checkpoint import checkpoints, lacking, seal
 from .worker import on_main
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
+_Trainer: Any = object  # for type checkers: the attributes are Trainer's
 STAGING = ".writing"
 
 
@@ -132,18 +128,15 @@ class AtomicCheckpoints(_Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with _readable(resume_from_checkpoint):
-            self._load_weights(resume_from_checkpoint, model)
-
-    def _load_weights(self, resume_from_checkpoint, model):
         model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel):  # an adapter
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        # Files keep the names that published checkpoints have, which for vision-language models are not the
-        # module's. Trainer reads them as they are and only warns that nothing fits; from_pretrained translates.
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict(), strict=True)
+        with _readable(resume_from_checkpoint):
+            if not isinstance(model, PreTrainedModel):  # an adapter
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            # Files keep the names that published checkpoints have, which for vision-language models are not the
+            # module's. Trainer reads them as they are and only warns that nothing fits; from_pretrained translates.
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype, use_safetensors=True)
+            model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def try_final_save(trainer) -> None:

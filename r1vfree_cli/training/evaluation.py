@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -16,44 +15,29 @@ from transformers import TrainerCallback
 from ..config.schema import Evaluation
 from ..core import console
 from ..core.errors import GuardStop, R1VError, UsageError, counted
-from ..core.prompts import Prompt, parse
-from .heldout import Asked, as_asked, replies, same
+from ..core.prompts import Prompt, build_messages, parse
+from .exam import Exam, Interval, Scored, replies
 from .trainer import R1VGRPOTrainer
 from .worker import is_main, on_main
 
 HOLDOUT = "judge_holdout"
 SUSPICIONS = 2  # evaluations in a row before a run is stopped for reward hacking
 Z = 1.96  # of a 95% interval
-Interval = tuple[float, float, float]  # value, low, high
-
-
-@dataclass(frozen=True)
-class Scored:
-    """metrics: name -> value with its 95% interval. judged: judge -> its score of each reply, None where there is none."""
-
-    metrics: dict[str, Interval]
-    judged: dict[str, list[float | None]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Exam:
-    """`score` runs on rank 0; `question(i)` is text for people."""
-
-    name: str
-    asked: Asked
-    score: Callable[[list[str]], Scored]
-    question: Callable[[int], str]
 
 
 def heldout_exam(rows, prompt: Prompt, judges: dict[str, Any]) -> Exam:
     """Held-out rows: share of the asked form, share equal to the solution where there is one, mean of each judge."""
     labelled = any(rows["solution"])
 
+    def get(i: int) -> tuple[list[dict], list[Any]]:
+        images = rows[i]["images"] or []
+        return build_messages(rows[i]["problem"], len(images), prompt), images
+
     def score(texts: list[str]) -> Scored:
         parsed = [parse(text) for text in texts]
         metrics = {"format": share([p.problem is None for p in parsed])}
         if labelled:
-            metrics["accuracy"] = share([same(p.answer, s) for p, s in zip(parsed, rows["solution"], strict=True)])
+            metrics["accuracy"] = share([_same(p.answer, s) for p, s in zip(parsed, rows["solution"], strict=True)])
         judged = {}
         for name, judge in judges.items():
             items = [(row["images"] or [], row["problem"], p.answer) for row, p in zip(rows, parsed, strict=True)]
@@ -62,7 +46,26 @@ def heldout_exam(rows, prompt: Prompt, judges: dict[str, Any]) -> Exam:
                 metrics[name] = mean(known)
         return Scored(metrics, judged)
 
-    return Exam("heldout", as_asked(rows, prompt), score, lambda i: rows[i]["problem"])
+    return Exam("heldout", len(rows), get, score, lambda i: rows[i]["problem"])
+
+
+def _same(answer: str | None, solution: str) -> bool:
+    return answer is not None and answer.strip().casefold() == str(solution).strip().casefold()
+
+
+def measure(trainer: R1VGRPOTrainer, rows, prompt: Prompt) -> dict[str, dict[str, float]]:
+    """{"accuracy": {greedy, sampled}, "format": {greedy, sampled}}, shares of 1 over all rows; all ranks must call it.
+
+    Sampled means the recipe's sampling, with the same random numbers at every call. An answer is right when it equals
+    the reference without regard to case and surrounding space. Plain TRL generation, whatever the trainer overrides.
+    """
+    exam = heldout_exam(rows, prompt, {})
+    result: dict[str, dict[str, float]] = {"accuracy": {}, "format": {}}
+    for how in ("greedy", "sampled"):
+        found = exam.score(replies(trainer, exam, greedy=how == "greedy")).metrics
+        for name in result:
+            result[name][how] = found[name][0]
+    return result
 
 
 def share(flags: Sequence[bool]) -> Interval:
@@ -88,14 +91,8 @@ class Evaluate(TrainerCallback):
     def __init__(self, trainer: R1VGRPOTrainer, exam: Exam, settings: Evaluation, *, guard: bool):
         self.trainer, self.exam, self.settings, self.guard = trainer, exam, settings, guard
         self.stopped: R1VError | None = None
-        self._state: dict[str, Any] = {
-            "last": None,
-            "best": None,
-            "first": {},
-            "now": {},
-            "judged": {},
-            "suspicions": 0,
-        }
+        self._state: dict[str, Any] = {"last": None, "best": None, "suspicions": 0}
+        self._state |= {"first": {}, "now": {}, "judged": {}}
         trainer.carried["evaluation"] = self
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -130,9 +127,9 @@ class Evaluate(TrainerCallback):
         step = state.global_step
         if is_main() and step == 0:
             console.log(
-                f"{self.exam.name}: answering {counted(self.exam.asked.n, 'question')}, every {counted(self.settings.every_steps, 'step')}"
+                f"{self.exam.name}: answering {counted(self.exam.n, 'question')}, every {counted(self.settings.every_steps, 'step')}"
             )
-        texts = replies(self.trainer, self.exam.asked, greedy=True)
+        texts = replies(self.trainer, self.exam, greedy=True)
         found: Scored = on_main(lambda: self.exam.score(texts))
         values = {name: value for name, (value, *_) in found.metrics.items()}
         self._state |= {"last": step, "now": values, "first": self._state["first"] or values}

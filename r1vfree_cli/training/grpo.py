@@ -13,10 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
+from ..config.embedded import with_seed
 from ..config.schema import GrpoRecipe
 from ..core import console
-from ..core.errors import UsageError, counted
+from ..core.errors import DataError, UsageError, counted
 from ..core.files import append_jsonl
+from ..data.load import load_rows
 from ..models.lengths import drop_long_prompts
 from ..rewards import canaries
 from ..rewards.registry import build_feedback, build_rewards
@@ -24,9 +26,8 @@ from ..run import contract
 from ..run.attempt import Attempt
 from ..run.run_dir import RunDir
 from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback
-from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam
+from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam, measure
 from .guard import CollapseGuard
-from .heldout import heldout_rows, measure
 from .recorder import Rollout, summarise_metrics, truncate_lines, truncate_rollouts, update_summary
 from .run import Training
 from .trainer import R1VGRPOTrainer
@@ -82,44 +83,75 @@ class GrpoTraining(Training):
         return grpo_config(self.recipe, self.run)
 
     def select(self, rows) -> tuple[Any, dict[str, int]]:
-        limit, heldout, prompt = self.recipe.data.max_prompt_tokens, self.recipe.data.heldout, self.recipe.policy_prompt
+        limit, prompt = self.recipe.data.max_prompt_tokens, self.recipe.policy_prompt
         rows, dropped = drop_long_prompts(rows, self.processor, limit, prompt, longest_first=self.attempt.longest_first)
-        judged = bool(self.recipe.eval and self.recipe.judges)
-        self.heldout = (
-            heldout_rows(heldout, self.processor, limit, self.args.seed, prompt, judged=judged) if heldout else None
-        )
+        self.heldout = self._heldout_rows() if self.recipe.data.heldout else None
         return rows, {f"prompt longer than {limit} tokens": dropped} if dropped else {}
+
+    def _heldout_rows(self):
+        """Those with a reference answer that fit the prompt limit; where no row has one and judges score them, all.
+
+        Raises:
+            DataError: there are none.
+        """
+        recipe, heldout = self.recipe, self.recipe.data.heldout
+        rows = load_rows(with_seed(heldout.path, self.args.seed), heldout.split, heldout.limit)
+        answered = [i for i, s in enumerate(rows["solution"]) if s is not None and str(s).strip()]
+        if not answered and not (recipe.eval and recipe.judges):
+            raise DataError(f"data.heldout {heldout.path}, split {heldout.split}, has no row with a solution")
+        rows = rows.select(answered) if answered else rows
+        return drop_long_prompts(rows, self.processor, recipe.data.max_prompt_tokens, recipe.policy_prompt)[0]
 
     def prepare(self, done: int) -> None:
         recipe, run = self.recipe, self.run
         _enough(self.rows, self.args)
-        self.rewards = build_rewards(
-            recipe.rewards,
-            seed=self.args.seed,
-            served_url=self.attempt.reward_url,
-            stopping=stop_requested,
-            pixels=(recipe.model.min_pixels, recipe.model.max_pixels),
-        )
+        pixels = recipe.model.min_pixels, recipe.model.max_pixels
+        common: dict[str, Any] = {"seed": self.args.seed, "stopping": stop_requested, "pixels": pixels}
+        self.rewards = build_rewards(recipe.rewards, served_url=self.attempt.reward_url, **common)
         self.judges: dict[str, Any] = {r.__name__: r for r in self.rewards if hasattr(r, "ask")}
         self.opened: list[Any] = list(self.rewards)
         if recipe.eval and recipe.eval.judge_holdout:
-            judge = build_feedback(
-                recipe.eval.judge_holdout,
-                seed=self.args.seed,
-                stopping=stop_requested,
-                pixels=(recipe.model.min_pixels, recipe.model.max_pixels),
-            )
-            self.judges[HOLDOUT] = judge
-            self.opened.append(judge)
+            self.judges[HOLDOUT] = build_feedback(recipe.eval.judge_holdout, **common)
+            self.opened.append(self.judges[HOLDOUT])
         on_main(lambda: [r.probe() for r in self.opened if hasattr(r, "probe")])
         if is_main():
             truncate_rollouts(run, done)
             truncate_lines(run.path / "canaries.jsonl", done)
         if recipe.judges:
             console.log("asking the judges questions whose answers are known")
-        self.canaries = _canaries(recipe, self.rewards, self.rows, run, done)
+        self.canaries = self._canary_checks(done)
         for _, ask in self.canaries:
             ask(None)
+
+    def _canary_checks(self, done: int) -> list[tuple[int, Callable[[int | None], None]]]:
+        """For each judge: every how many steps, and what asks it its canaries, on rank 0; raises on every rank if it fails.
+
+        Each report is a line of canaries.jsonl. `done`: steps of earlier attempts.
+        """
+
+        recipe = self.recipe
+
+        def ask(judge, settings, step: int | None) -> None:
+            def check() -> None:
+                report = canaries.check(judge, self.rows, settings, recipe.seed, recipe.policy_prompt)
+                lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
+                line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
+                append_jsonl(self.run.path / "canaries.jsonl", line)
+                if not report.ok:
+                    raise report.error(step)
+
+            on_main(check)
+
+        found: list[tuple[int, Callable[[int | None], None]]] = []
+        for reward in recipe.judges:
+            if reward.canaries is None:
+                console.log(
+                    f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong"
+                )
+                continue
+            judge = next(r for r in self.rewards if r.__name__ == reward.key)
+            found.append((reward.canaries.every_steps, functools.partial(ask, judge, reward.canaries)))
+        return found
 
     def make_trainer(self, **common: Any) -> R1VGRPOTrainer:
         return R1VGRPOTrainer(
@@ -142,14 +174,15 @@ class GrpoTraining(Training):
         guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
         if guard is not None:
             self.trainer.carried["guard"] = guard
-        show = recipe.train.show_rollouts
         return [
             BeforeTraining(lambda: self._measure("before")),
-            RolloutCallback(recorder, self.run, show=show, guard=guard, table=self._table),
+            RolloutCallback(recorder, self.run, show=recipe.train.show_rollouts, guard=guard, table=self._table),
             *(PeriodicCheck(ask, every) for every, ask in self.canaries),
+            *super().callbacks(),
+            *self._evaluation(),
         ]
 
-    def evaluation(self) -> list[Any]:
+    def _evaluation(self) -> list[Evaluate]:
         settings, exam = self.recipe.eval, self.exam
         if settings is None:
             return []
@@ -183,12 +216,8 @@ class GrpoTraining(Training):
         console.log(f"answering {len(self.heldout)} held-out questions twice, greedy and sampled, {when} training")
         shares = measure(self.trainer, self.heldout, self.recipe.policy_prompt)
         if is_main():
-            accuracy, form = (
-                {how: {when: share} for how, share in shares[name].items()} for name in ("accuracy", "format")
-            )
-            update_summary(
-                self.run, {"heldout_accuracy": accuracy, "heldout_format": form, "heldout_rows": len(self.heldout)}
-            )
+            figures = {f"heldout_{name}": {how: {when: v} for how, v in shares[name].items()} for name in shares}
+            update_summary(self.run, figures | {"heldout_rows": len(self.heldout)})
             self.trackers.log({f"heldout_{name}_{how}": v for name in shares for how, v in shares[name].items()})
         self.clock.lap(f"held-out {when}")
 
@@ -200,36 +229,6 @@ class GrpoTraining(Training):
 def main(recipe: GrpoRecipe, attempt: Attempt, exam: Exam | None = None) -> None:
     """`GrpoTraining.main` on every rank; `exam` is asked while it trains, by default held-out rows."""
     GrpoTraining(recipe, attempt, exam).main()
-
-
-def _canaries(
-    recipe: GrpoRecipe, rewards: list, rows, run: RunDir, done: int
-) -> list[tuple[int, Callable[[int | None], None]]]:
-    """For each judge: every how many steps, and what asks it its canaries, on rank 0; raises on every rank if it fails.
-
-    Each report is a line of canaries.jsonl. `rows` are those trained on. `done`: steps of earlier attempts.
-    """
-
-    def ask(judge, settings, step: int | None) -> None:
-        report = canaries.check(judge, rows, settings, recipe.seed, recipe.policy_prompt)
-        lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
-        line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
-        append_jsonl(run.path / "canaries.jsonl", line)
-        if not report.ok:
-            raise report.error(step)
-
-    found: list[tuple[int, Callable[[int | None], None]]] = []
-    for reward in recipe.judges:
-        if reward.canaries is None:
-            console.log(f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong")
-            continue
-        judge = next(r for r in rewards if r.__name__ == reward.key)
-        found.append((reward.canaries.every_steps, functools.partial(_on_main, ask, judge, reward.canaries)))
-    return found
-
-
-def _on_main(work: Callable[..., None], *args: Any) -> None:
-    on_main(lambda: work(*args))
 
 
 def _enough(rows, args: GRPOConfig) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..config.schema import Guard
-from .recorder import Rollout
+from .recorder import Rollout, groups_of
 
 SPREAD_EPSILON = 1e-6  # below this, the rewards of a group are equal and give no gradient
 
@@ -29,12 +29,12 @@ class StepFigures:
     """
 
     step: int
-    loss: float | None
-    grad_norm: float | None
-    zero_spread: float | None
-    clipped: float | None
-    duplicates: float | None
-    length_correlation: float | None
+    loss: float | None = None
+    grad_norm: float | None = None
+    zero_spread: float | None = None
+    clipped: float | None = None
+    duplicates: float | None = None
+    length_correlation: float | None = None
     sampler_difference: float | None = None
 
 
@@ -47,33 +47,22 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
 
 
-def figures(
-    step: int,
-    rollouts: Sequence[Rollout],
-    *,
-    loss: float | None,
-    grad_norm: float | None,
-    sampler_difference: float | None = None,
-) -> StepFigures:
-    """Figures of the rollouts that were made since the last logged step."""
-    groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
-    for rollout in rollouts:
-        groups[rollout.step, rollout.group].append(rollout)
+def figures(step: int, rollouts: Sequence[Rollout], **logged: float | None) -> StepFigures:
+    """Figures of the rollouts that were made since the last logged step, beside those that were `logged`."""
+    groups = groups_of(rollouts)
     if not groups:
-        return StepFigures(step, loss, grad_norm, None, None, None, None, sampler_difference)
+        return StepFigures(step, **logged)
     # Of what could repeat: a few one-word answers that share a group are no collapse, one answer is.
-    repeated = sum(len(g) - len({r.completion for r in g}) for g in groups.values())
-    could = sum(len(g) - 1 for g in groups.values())
+    repeated = sum(len(g) - len({r.completion for r in g}) for g in groups)
+    could = sum(len(g) - 1 for g in groups)
     scored = [(r.reward, float(r.tokens)) for r in rollouts if r.reward is not None]
     return StepFigures(
         step,
-        loss,
-        grad_norm,
-        zero_spread=sum(_equal(g) for g in groups.values()) / len(groups),
+        zero_spread=sum(_equal(g) for g in groups) / len(groups),
         clipped=sum(r.clipped for r in rollouts) / len(rollouts),
         duplicates=repeated / max(could, 1),
         length_correlation=correlation(scored),
-        sampler_difference=sampler_difference,
+        **logged,
     )
 
 
@@ -141,7 +130,6 @@ class CollapseGuard:
         return {"held": dict(self._held), "warned": sorted(self._warned)}
 
     def load_state_dict(self, state: dict) -> None:
-        """The inverse of `state_dict`."""
         self._held = defaultdict(int, state["held"])
         self._warned = set(state["warned"])
 
@@ -160,16 +148,14 @@ def offenders(rollouts: Sequence[Rollout], figure: str | None) -> list[str]:
 
     figure: that of the `Verdict`, `unscored` for a reward that failed, None for a loss that is not finite.
     """
-    groups: dict[tuple[int, int], list[Rollout]] = defaultdict(list)
-    for rollout in rollouts:
-        groups[rollout.step, rollout.group].append(rollout)
+    groups = groups_of(rollouts)
     chosen: list[Rollout] = []
     if figure == "clipped":
         chosen = [r for r in rollouts if r.clipped]
     elif figure == "duplicates":
-        chosen = next((g for g in groups.values() if len({r.completion for r in g}) < len(g)), [])
+        chosen = next((g for g in groups if len({r.completion for r in g}) < len(g)), [])
     elif figure == "zero_spread":
-        chosen = next((g for g in groups.values() if _equal(g)), [])
+        chosen = next((g for g in groups if _equal(g)), [])
     elif figure == "unscored":
         chosen = [r for r in rollouts if None in r.rewards.values()]
     return [show(r) for r in (chosen or list(rollouts))[:4]]

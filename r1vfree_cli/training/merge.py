@@ -28,17 +28,16 @@ from ..core.process import die_with_parent
 from ..core.prompts import build_messages, target_text
 from ..models import family
 from ..models.adapter import base_of_adapter, load_adapter
-from ..models.load import auto_class, has_processor, load_policy, open_processor, render
+from ..models.load import auto_class, has_processor, load_policy, open_processor, render, round_weights
 from ..models.sampling import end_tokens
 from ..run import contract
 from ..run.checkpoint import adapter_base, adapter_settings, is_adapter, resolve, seal
 from .checkpoints import mend_generation_config, tensors_only
 
-DTYPES = ("bfloat16", "float16", "float32")
 # Largest difference of a logit that counts as rounding, as a share of the largest logit. Merging and reloading are
 # exact but for the order of float32 sums; storing in a shorter type rounds every weight.
 EXACT = 1e-4
-ROUNDING = {"float32": EXACT, "float16": 1e-2, "bfloat16": 5e-2}
+ROUNDING = {"bfloat16": 5e-2, "float16": 1e-2, "float32": EXACT}
 
 
 def merge(
@@ -60,8 +59,8 @@ def merge(
         UsageError: `out` is taken, or an unknown dtype.
         DataError: nothing loadable there, or what was written answers differently; then nothing is left of it.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in ROUNDING:
+        raise UsageError(f"unknown dtype {dtype!r}; allowed: {', '.join(ROUNDING)}")
     given = resolve(str(checkpoint), shards=True)
     source, kind, out = Path(given.path), given.kind, Path(out)
     if kind == "hub":
@@ -143,7 +142,7 @@ def _shards(folder: Path) -> tuple[Any, str]:
 
 def _stored_dtype(config) -> str:
     name = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    return name if name in DTYPES else "bfloat16"
+    return name if name in ROUNDING else "bfloat16"
 
 
 def _tag(folder: Path) -> str:
@@ -153,15 +152,6 @@ def _tag(folder: Path) -> str:
     if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
         raise DataError(f"{folder} has no shards: its file `latest` names {tag or 'nothing'!r}")
     return tag
-
-
-def _adapter(folder: Path, base: str | None, trained: dict | None) -> tuple[Any, str, str]:
-    """(base with the adapter on it, name of the base, dtype of its files)."""
-    name = adapter_base(folder, base)
-    recorded = None if base else adapter_settings(folder).get("revision") or (trained or {}).get("revision")
-    with base_of_adapter():
-        model, stored = _model(name, recorded)
-    return load_adapter(model, folder, name), name, stored
 
 
 def _processor(folder: Path, base: str | None):
@@ -180,14 +170,18 @@ def _unmerged(
     if kind != "adapter":
         model, stored = _shards(source) if kind == "shards" else _model(str(source))
         return model, logits(model, inputs), stored, base
-    model, base, stored = _adapter(source, base, trained)
+    name = adapter_base(source, base)
+    revision = None if base else adapter_settings(source).get("revision") or (trained or {}).get("revision")
+    with base_of_adapter():
+        model, stored = _model(name, revision)
+    model = load_adapter(model, source, name)
     before = logits(model, inputs)
     try:
         model = model.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as e:  # PEFT's word for kinds of LoRA that have no weights
         raise DataError(f"the adapter in {source} cannot be merged: {first_line(e)}") from None
     _compare(logits(model, inputs), before, EXACT, "merging the adapter changed the model")
-    return model, before, stored, base
+    return model, before, stored, name
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
@@ -203,16 +197,10 @@ def _keep_end_tokens(model, processor) -> None:
 
 def _write(model, processor, folder: Path, dtype: str) -> None:
     """Save model and processor; `model` is left rounded to `dtype`, in float32."""
-    _cast(model, getattr(torch, dtype))
+    round_weights(model, dtype)
     model.save_pretrained(folder)
-    _cast(model, torch.float32)
+    model.float()
     processor.save_pretrained(folder)
-
-
-def _cast(model, dtype: torch.dtype) -> None:
-    # Parameters only: the rotary frequencies are computed, not stored, and do not survive a shorter type.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 # --- checking --------------------------------------------------------------------------------------------------

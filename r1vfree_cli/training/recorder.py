@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,12 @@ class Recorder:
         self._since += batch
 
     def write(self, run_dir: RunDir) -> None:
-        """Write the steps that are not in files yet."""
         new = self._since[self._written :]
         for step in sorted({r.step for r in new}):
             write_rollouts(run_dir, step, [r for r in new if r.step == step])
         self._written = len(self._since)
 
     def take(self) -> list[Rollout]:
-        """The rollouts since the last call."""
         taken, self._since, self._written = self._since, [], 0
         return taken
 
@@ -78,18 +77,22 @@ class Recorder:
         return {"since": [asdict(r) for r in self._since]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; their files are there."""
         self._since = [Rollout(**r) for r in state["since"]]
         self._written = len(self._since)
 
 
 def spread_over_groups(rollouts: Sequence[Rollout], limit: int) -> list[Rollout]:
     """At most `limit` rollouts, one of each group in turn, so that a few show different questions."""
+    turns = zip_longest(*groups_of(rollouts))
+    return [rollout for turn in turns for rollout in turn if rollout is not None][:limit]
+
+
+def groups_of(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """The rollouts of each prompt, of one step or several."""
     groups: dict[tuple[int, int], list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault((rollout.step, rollout.group), []).append(rollout)
-    longest = max(map(len, groups.values()), default=0)
-    return [group[i] for i in range(longest) for group in groups.values() if i < len(group)][:limit]
+    return list(groups.values())
 
 
 def rollout_file(run_dir: RunDir, step: int) -> Path:
@@ -167,10 +170,8 @@ def summarise_metrics(run_dir: RunDir) -> dict:
     window = max(1, len(lines) // 10)
 
     def ends(key: str) -> dict[str, float | None]:
-        return {
-            "first": _mean([d.get(key) for d in lines[:window]]),
-            "last": _mean([d.get(key) for d in lines[-window:]]),
-        }
+        values = [d.get(key) for d in lines]
+        return {"first": _mean(values[:window]), "last": _mean(values[-window:])}
 
     names = sorted({k for d in lines for k in d if k.startswith("rewards/") and k.endswith("/mean")})
     totals: dict[str, float] = {}

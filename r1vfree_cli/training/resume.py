@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
@@ -17,10 +17,7 @@ from trl.trainer.utils import RepeatSampler
 
 from ..core import console
 
-if TYPE_CHECKING:
-    from trl import GRPOTrainer as _Trainer
-else:
-    _Trainer = object
+_Trainer: Any = object  # for type checkers: the attributes are GRPOTrainer's
 
 
 class EpochSampler(RepeatSampler):
@@ -49,14 +46,8 @@ class ExactResumeMixin(_Trainer):
     `torch.load` reads without a pickle); filled before `train()`.
     """
 
-    args: Any
     carried: dict[str, Stateful]
     _at_step_begin: dict[str, Any] | None = None
-    ref_model: Any
-    _step: int
-    _buffered_inputs: Any
-    _tr_loss: torch.Tensor
-    _globalstep_last_logged: int
 
     def _get_train_sampler(self, dataset=None):
         trl: Any = super()._get_train_sampler(dataset)
@@ -70,20 +61,16 @@ class ExactResumeMixin(_Trainer):
         return super().training_step(*args, **kwargs)
 
     def _position(self) -> dict[str, Any]:
+        shared = (self.args.steps_per_generation or 1) * self.num_iterations  # micro-steps on one generated batch
         return {
             "global_step": self.state.global_step,
             "world_size": self.args.world_size,
             "micro_step": self._step,
-            "batch": self._buffered_inputs if self._step % self._cycle else None,
+            "batch": self._buffered_inputs if self._step % shared else None,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "loss_sum": self._tr_loss.clone(),
             "last_logged": self._globalstep_last_logged,
         }
-
-    @property
-    def _cycle(self) -> int:
-        """Micro-steps that share one generated batch."""
-        return (self.args.steps_per_generation or 1) * self.num_iterations
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -113,12 +113,9 @@ class Training:
         return {}
 
     def callbacks(self) -> list[Any]:
-        """Callbacks beside `RunCallback`; `stopped` of one is raised once training has ended."""
-        return []
-
-    def evaluation(self) -> list[Any]:
-        """Callbacks that come after `RunCallback`: what they take is no part of a step's time."""
-        return []
+        """In their order; what comes after `RunCallback` is no part of a step's time. `stopped` of one is raised once
+        training has ended."""
+        return [RunCallback(self.run)]
 
     def when_stopped(self) -> None:
         """On every rank, after an error that all of them raised in the same step."""
@@ -134,7 +131,7 @@ class Training:
         return {}
 
     def _train(self, resume: str | None) -> None:
-        callbacks = [self.trackers, *self.callbacks(), RunCallback(self.run), *self.evaluation()]
+        callbacks = [self.trackers, *self.callbacks()]
         for callback in callbacks:
             self.trainer.add_callback(callback)
         try:

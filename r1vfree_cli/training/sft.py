@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import pad
 
 from ..config.embedded import with_seed
 from ..config.schema import SftRecipe
@@ -51,11 +53,6 @@ class R1VSFTTrainer(AtomicCheckpoints, SFTTrainer):
 # --- data ------------------------------------------------------------------------------------------------------
 
 
-def control_tokens(processor) -> list[str]:
-    """Tokens that would act as control tokens, image placeholders included, if a row's text held them."""
-    return [str(t) for t in processor.tokenizer.all_special_tokens]
-
-
 def target_ids(processor, rows: list[dict]) -> list[list[int]]:
     """Token ids of each row's assistant turn, the end-of-turn token included."""
     texts = [target_text(row.get("thinking"), row["solution"]) for row in rows]
@@ -67,7 +64,6 @@ def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: i
     """Keep the rows that can be trained on whole.
 
     Args:
-        rows: a `datasets.Dataset` of rows.
         max_prompt_tokens, max_length: limits of the prompt and of the whole row, in text and image tokens; None: any.
 
     Returns:
@@ -77,24 +73,19 @@ def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: i
         DataError: nothing is left; says why.
     """
     texts = rows.with_format(None).select_columns(["problem", "solution", "thinking"])
-    control = control_tokens(processor)
-    dropped: dict[str, int] = {}
-    keep: list[int] = []
-    targets: list[int] = []
-    for start in range(0, len(texts), 512):
-        batch = texts[start : start + 512]
-        found = [dict(zip(batch, values)) for values in zip(*batch.values(), strict=True)]
-        good = []
-        for i, row in enumerate(found, start):
-            reason = _problem(row, control)
-            if reason:
-                dropped[reason] = dropped.get(reason, 0) + 1
-            else:
-                good.append((i, row))
-        keep += [i for i, _ in good]
-        targets += [len(ids) for ids in target_ids(processor, [row for _, row in good])] if good else []
-    if max_prompt_tokens is not None or max_length is not None:
-        keep = _short_enough(rows, keep, targets, processor, max_prompt_tokens, max_length, dropped, prompt)
+    # Control tokens, image placeholders included, would act as such if a row's text held them.
+    control = [str(token) for token in processor.tokenizer.all_special_tokens]
+    reasons = [_problem(row, control) for row in texts]
+    keep = [i for i, reason in enumerate(reasons) if reason is None]
+    if keep and (max_prompt_tokens is not None or max_length is not None):
+        lengths = prompt_lengths(rows.select(keep) if len(keep) < len(rows) else rows, processor, prompt)
+        for i, length, target in zip(keep, lengths, target_ids(processor, [texts[i] for i in keep]), strict=True):
+            if max_prompt_tokens is not None and length > max_prompt_tokens:
+                reasons[i] = f"prompt longer than {max_prompt_tokens} tokens"
+            elif max_length is not None and length + len(target) > max_length:
+                reasons[i] = f"longer than {max_length} tokens"
+        keep = [i for i in keep if reasons[i] is None]
+    dropped = dict(Counter(reason for reason in reasons if reason))
     if not keep:
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "there are none"
         raise DataError(
@@ -109,21 +100,6 @@ def _problem(row: dict, control: list[str]) -> str | None:
         return "no solution"
     text = "\n".join(part for part in row.values() if part)
     return "control tokens in the text" if any(token in text for token in control) else None
-
-
-def _short_enough(rows, keep, targets, processor, max_prompt_tokens, max_length, dropped, prompt) -> list[int]:
-    lengths = prompt_lengths(rows.select(keep) if len(keep) < len(rows) else rows, processor, prompt) if keep else []
-    short = []
-    for i, length, target in zip(keep, lengths, targets, strict=True):
-        if max_prompt_tokens is not None and length > max_prompt_tokens:
-            reason = f"prompt longer than {max_prompt_tokens} tokens"
-        elif max_length is not None and length + target > max_length:
-            reason = f"longer than {max_length} tokens"
-        else:
-            short.append(i)
-            continue
-        dropped[reason] = dropped.get(reason, 0) + 1
-    return short
 
 
 @dataclass
@@ -177,8 +153,7 @@ class JudgeCollator(Collator):
 
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return pad([torch.tensor(row) for row in rows], value)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------

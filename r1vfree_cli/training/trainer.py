@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
 from ..config.schema import Guard
@@ -26,9 +27,9 @@ from ..models.sampling import (
 )
 from ..rewards.text import completion_text
 from ..run.checkpoint import lacking
+from ..shared_prefix.decode import any_rank
 from ..shared_prefix.mixin import SharedPrefixMixin
 from . import vllm_sampler
-from .callbacks import any_rank
 from .checkpoints import AtomicCheckpoints
 from .guard import offenders
 from .recorder import Recorder, Rollout
@@ -46,8 +47,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     - every rollout of all ranks goes to `recorder`;
     - a resume is exact (`AtomicCheckpoints`, `ExactResumeMixin`).
 
-    A new sampling backend or loss needs no change here: everything that is not named is TRL's.
-
     Args:
         reward_funcs: TRL's; each may have `required: bool`, `max_failed_fraction: float`, `failures`, and
             `stats() -> dict[str, float]`, counted since the last call.
@@ -55,12 +54,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         shared_prefix: do the work on a group's prompt once (`SharedPrefixMixin`); the numbers are the same.
         kwargs: GRPOTrainer's own; `model` is a loaded model, `processing_class` a processor.
     """
-
-    # Narrower than declared by TRL: always set here.
-    args: GRPOConfig
-    model: Any
-    num_generations: Any
-    max_completion_length: Any
 
     def __init__(
         self, *, reward_funcs: Sequence[Any], guard: Guard | None = None, shared_prefix: bool = False, **kwargs
@@ -72,7 +65,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         self.carried = {f"reward/{w.__name__}": w.reward for w in self._watched if hasattr(w.reward, "state_dict")}
         self.recorder = Recorder()
         self.carried["rollouts"] = self.recorder
-        self._raw: torch.Tensor | None = None
         self.stopping = False  # set on all ranks by an error that all of them raise in the same place
         # Without its table of completions TRL would still gather its images in every step, and ranks that have some
         # would wait for ever for one that has text alone.
@@ -90,8 +82,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm:
-            ours: Any = self.vllm_generation
-            if any_rank(not ours.answers(), self.accelerator.device):
+            if any_rank(not self.vllm_generation.answers(), self.accelerator.device):
                 self.stopping = True
                 raise GuardStop(
                     f"the vLLM server does not answer before step {self.state.global_step + 1}",
@@ -121,19 +112,19 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [N, R], all ranks
         self._raise_together()
-        training = self._is_training()
+        training = self.model.training
         masked = comparable(
             rewards, self.required, self.num_generations if training else self.num_generations_eval or 1
         )
         if training:
-            self._raw = rewards
+            self._raw = rewards  # before what may not be compared became NaN
             batch = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
             self.recorder.add(batch, self.num_generations)
             self._stop_when_judge_fails(rewards)
         return masked
 
     def _generate_and_score_completions(self, inputs):
-        training = self._is_training()
+        training = self.model.training
         output = super()._generate_and_score_completions(inputs)
         if training:
             advantages = list(self._logs["advantages"])[-len(self.recorder.batch) :]
@@ -143,9 +134,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             if "sampling_per_token_logps" in output and "old_per_token_logps" in output:
                 self._report_sampler(output)
         return output
-
-    def _is_training(self) -> bool:
-        return bool(self.model.training)
 
     def _gather_rollouts(self, inputs, completions, completion_ids_list, rewards, masked) -> list[Rollout]:
         step = self.state.global_step + 1
@@ -165,7 +153,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         gathered = gather_object(local)
         weights = self.reward_weights.tolist()
         for i, rollout in enumerate(gathered):
-            scores = [_number(v) for v in rewards[i].tolist()]
+            scores = [None if math.isnan(v) else v for v in rewards[i].tolist()]
             rollout.rewards = dict(zip(self.reward_func_names, scores, strict=True))
             counted = [(w, v) for w, v in zip(weights, masked[i].tolist(), strict=True) if not math.isnan(v)]
             rollout.reward = sum(w * v for w, v in counted) if counted else None
@@ -174,7 +162,6 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _report_raw_rewards(self) -> None:
         """A reward's mean and spread over every sample it scored, those that another reward threw out included."""
         metrics = self._metrics["train"]
-        assert self._raw is not None
         for i, name in enumerate(self.reward_func_names):
             scored = self._raw[:, i][~torch.isnan(self._raw[:, i])]
             metrics[f"rewards/{name}/mean"][-1] = scored.mean().item() if len(scored) else math.nan
@@ -192,17 +179,11 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
 
     def _raise_together(self) -> None:
         """Raise on every rank when a reward raised on any."""
-        own = next((w for w in self._watched if w.error is not None), None)
-        rank = self.accelerator.process_index
-        first = next((d for d in gather_object([own.document(rank) if own else None]) if d), None)
-        if first is None:
-            return
-        self.stopping = True
-        if own is None:
-            raise from_dict(first)
-        if isinstance(own.error, R1VError):
-            raise own.error
-        raise from_dict(own.document(rank)) from own.error
+        own = next((w.error for w in self._watched if w.error is not None), None)
+        first = next((d for d in gather_object([own.to_dict() if own else None]) if d), None)
+        if first is not None:
+            self.stopping = True
+            raise own or from_dict(first)
 
     def _stop_when_judge_fails(self, rewards: torch.Tensor) -> None:
         for i, (reward, name) in enumerate(zip(self._watched, self.reward_func_names, strict=True)):
@@ -256,7 +237,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     # --- figures -----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._is_training():
+        if "loss" in logs and self.model.training:
             logs.update(self._reward_stats())
         super().log(logs, start_time)
 
@@ -295,10 +276,6 @@ def comparable(rewards: torch.Tensor, required: Sequence[bool], num_generations:
     return grouped.masked_fill((left < 2)[:, None, None], torch.nan).view_as(rewards)
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 # --- rewards whose errors wait for all ranks -------------------------------------------------------------------
 
 
@@ -311,25 +288,20 @@ class Watched:
     def __init__(self, reward):
         self.reward = reward
         self.__name__ = getattr(reward, "__name__", type(reward).__name__)
-        self.error: Exception | None = None
+        self.error: R1VError | None = None
 
     async def __call__(self, completions, **kwargs) -> list:
         try:
             if is_async_callable(self.reward):
                 return await self.reward(completions=completions, **kwargs)
             return await asyncio.to_thread(self.reward, completions=completions, **kwargs)
+        except R1VError as e:
+            self.error = e
         except Exception as e:
-            return self.keep(e, len(completions))
-
-    def keep(self, error: Exception, n: int) -> list[None]:
-        self.error = error
-        return [None] * n
-
-    def document(self, rank: int) -> dict:
-        """The error in a form that travels between ranks."""
-        if isinstance(self.error, R1VError):
-            return self.error.to_dict()
-        return R1VError(f"reward {self.__name__} raised on rank {rank}: {self.error!r}").to_dict()
+            rank = PartialState().process_index
+            self.error = R1VError(f"reward {self.__name__} raised on rank {rank}: {e!r}")
+            self.error.__cause__ = e
+        return [None] * len(completions)
 
     def causes(self) -> list[str]:
         """Why scores failed on this rank, if the reward says."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from itertools import accumulate, pairwise
 from unittest.mock import patch
 
 import torch
@@ -41,10 +41,7 @@ class VLLMSampler(VLLMGeneration):
 
     Args:
         engine: keyword arguments of `vllm.LLM` that TRL does not pass; of a server they are its command's.
-        kwargs: VLLMGeneration's own.
     """
-
-    processing_class: Any  # a processor
 
     def __init__(self, *args, engine: dict, **kwargs):
         self._engine = engine
@@ -146,22 +143,16 @@ def image_offsets(ids: Sequence[int], lengths: Sequence[int], image_token: int) 
     Raises:
         R1VError: the prompt does not hold the images' tokens, one image after the other.
     """
-    offsets, at = [], 0
-    for length in lengths:
-        while at < len(ids) and ids[at] != image_token:
-            at += 1
-        offsets.append(at)
-        at += length
-    if sum(i == image_token for i in ids) != sum(lengths) or any(
-        ids[i] != image_token for o, n in zip(offsets, lengths, strict=True) for i in range(o, min(o + n, len(ids)))
-    ):
+    places = [i for i, token in enumerate(ids) if token == image_token]
+    ends = list(accumulate(lengths, initial=0))
+    if len(places) != sum(lengths) or any(places[b - 1] - places[a] != b - 1 - a for a, b in pairwise(ends)):
         raise R1VError(
-            f"the prompt has {sum(i == image_token for i in ids)} image tokens, vLLM's processor makes "
+            f"the prompt has {len(places)} image tokens, vLLM's processor makes "
             f"{' + '.join(map(str, lengths)) or 'none'} of its images",
             hint="a vLLM server needs the recipe's pixel limits: --mm-processor-kwargs "
             '\'{"size": {"shortest_edge": MIN, "longest_edge": MAX}}\'',
         )
-    return offsets
+    return [places[a] for a in ends[:-1]]
 
 
 def collapsed(ids: Sequence[int], lengths: Sequence[int], image_token: int) -> list[int]:

@@ -91,15 +91,12 @@ def worker(stage: str, main: Callable[[Any, Attempt], None]) -> None:
         recipe = recipes.validate(stage, recipes.load_document(recipe_file), str(recipe_file))
         _init_distributed(recipe.launch)
         main(recipe, attempt)
-    except R1VError as e:
-        traceback.print_exc()
-        write_json(logs / f"rank-{rank}.error.json", e.to_dict())
-        code = e.exit_code
     except BaseException as e:
         traceback.print_exc()
-        text = "".join(traceback.format_exception_only(type(e), e)).strip()
-        error: R1VError = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
-        error = refused(e, attempt.run_dir) or error
+        error = e if isinstance(e, R1VError) else refused(e, attempt.run_dir)
+        if error is None:
+            text = "".join(traceback.format_exception_only(type(e), e)).strip()
+            error = Interrupted("interrupted") if _stop.is_set() else R1VError(text)
         write_json(logs / f"rank-{rank}.error.json", error.to_dict())
         code = error.exit_code
     sys.stdout.flush()

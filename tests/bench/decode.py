@@ -21,6 +21,7 @@ from r1vfree_cli.core.prompts import build_messages
 from r1vfree_cli.models.load import load_model
 from r1vfree_cli.shared_prefix import decode
 from r1vfree_cli.shared_prefix.attention import install
+from r1vfree_cli.shared_prefix.pack import Tree
 from tests.bench.grpo_step import QUESTIONS, now, prepare
 from tests.integration.tiny_models import draw, tiny_processor
 
@@ -68,7 +69,7 @@ def main() -> int:
     ids, images = inputs["input_ids"], {k: inputs[k] for k in ("pixel_values", "image_grid_thw")}
     lengths = [8 * (i + 1) for i in range(16)]
     end = processor.tokenizer.eos_token_id
-    prompts = decode.Prompts([ids[0].tolist()], [images["image_grid_thw"]], [16], images)
+    told = {"trees": [Tree(ids[0].tolist(), images["image_grid_thw"])], "sizes": [16], "images": images}
     seconds: dict[str, list[float]] = {"leave": [], "stay": []}
     found = {}
     for _ in range(args.rounds):
@@ -77,7 +78,7 @@ def main() -> int:
             with torch.inference_mode(), patch.object(decode, "_Step", step):
                 found[name] = model.generate(
                     input_ids=ids.repeat(16, 1), attention_mask=torch.ones(16, ids.shape[1], dtype=torch.long),
-                    custom_generate=sampler, prompts=prompts, do_sample=False, max_new_tokens=128, eos_token_id=end,
+                    custom_generate=sampler, **told, do_sample=False, max_new_tokens=128, eos_token_id=end,
                     pad_token_id=0, logits_processor=LogitsProcessorList([Ends(ids.shape[1], lengths, end)]),
                 )  # fmt: skip
             seconds[name].append(now() - sampler.begun)

@@ -8,12 +8,17 @@ the judge's area under the ROC curve by kind of question, and the time of each s
 from __future__ import annotations
 
 import argparse
+import io
+import random
 from pathlib import Path
+
+from PIL import Image
 
 from r1vfree_cli.config import embedded
 from r1vfree_cli.core import console
 from r1vfree_cli.data import shapes
 from r1vfree_cli.launch import job as jobs
+from r1vfree_cli.training.judging import area_under_roc
 
 FORMAT = "{name: format, weight: 0.2}"
 CONTROLS = {
@@ -39,10 +44,30 @@ def measure(seed: int, names: list[str], out: Path) -> dict:
 def judge_areas(seed: int) -> dict[str, float]:
     """The recipe's judge of this seed, on held-out images: {kind: area}, 0.5 is chance."""
     from r1vfree_cli.judges.local import LocalJudge
-    from r1vfree_cli.tiny import judge as tiny_judge
 
     judge = LocalJudge(embedded.resolve_model("embedded:tiny-judge", seed))
-    return tiny_judge.areas(judge, list(shapes.iter_shapes("test", seed)), seed)
+    return areas(judge, list(shapes.iter_shapes("test", seed)), seed)
+
+
+def areas(judge, rows: list[dict], seed: int = 0) -> dict[str, float]:
+    """How well `judge` (a `rewards.local.LocalJudge`) tells right from wrong answers: the area under the ROC curve.
+
+    One wrong answer of the same kind is drawn for each row. Returns {kind: area} and `all`; 0.5 is chance.
+    """
+    rng = random.Random(f"areas/{seed}")
+    scores: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in (*shapes.KINDS, "all")}
+    asked = [(kind, row) for row in rows if (kind := shapes.question_kind(row["problem"]))]
+    items = []
+    for kind, row in asked:
+        image = [Image.open(io.BytesIO(row["images"][0]))]
+        wrong = rng.choice([a for a in shapes.ANSWERS[kind] if a != row["solution"]])
+        items += [(image, row["problem"], row["solution"]), (image, row["problem"], wrong)]
+    found = judge.score(items)
+    for (kind, _), right, wrong in zip(asked, found[::2], found[1::2]):
+        for name in (kind, "all"):
+            scores[name][0].append(right)
+            scores[name][1].append(wrong)
+    return {name: area_under_roc(*both) for name, both in scores.items() if both[0]}
 
 
 def table(runs: dict) -> list[list[str]]:

@@ -153,8 +153,8 @@ PRIVATES = (
     Hook(_TRAINER + "model_accepts_loss_kwargs", None, "TRL averages means of ranks where it is False", "TRL sets it"),
     Hook("trl.trainer.utils:is_async_callable", "func", "how TRL tells asynchronous rewards", "never: one line"),
     Hook("trl.data_utils:prepare_multimodal_messages", "messages ...", "held-out prompts as TRL makes them", "never"),
-    Hook("trl.extras.profiling:profiling_context", "trainer name", "the loop is profiled as TRL's", "never"),
-    Hook("trl.models:unwrap_model_for_generation", "model accelerator ...", "gathers sharded weights", _SHARED),
+    Hook("trl.trainer.utils:pad", "tensors padding_value padding_side ...", "rows are padded as TRL's", "never"),
+    Hook(_GRPO + "use_transformers_continuous_batching", None, "generates without the images", _SHARED),
     Hook(
         "transformers.training_args:is_torch_bf16_gpu_available",
         "",

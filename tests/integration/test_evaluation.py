@@ -157,10 +157,10 @@ def test_a_benchmark_is_answered_while_training_by_a_worker_of_its_own(home, tmp
     assert 0 <= found[0]["eval/pope/accuracy/low"] <= found[0]["eval/pope/accuracy"] <= 100
     assert (run.checkpoints / "checkpoint-2").is_dir() and run.status["state"] == "finished"
     exam = eval_worker.benchmark_exam(recipe)
-    assert exam.asked.n == 4  # two figures with all their questions
+    assert exam.n == 4  # two figures with all their questions
     scored = exam.score(["<think>.</think><answer>yes</answer>"] * 4)
     assert scored.metrics["accuracy"][0] == 50 and scored.metrics["yes_rate"][0] == 100
-    messages, images = exam.asked.get(0)
+    messages, images = exam.get(0)
     assert messages[-1]["content"][0]["type"] == "image" and images[0].mode == "RGB"
 
     recipe, run = begin(home, tmp_path / "other", settings | {"keep_best": "aAcc"}, max_steps=2)

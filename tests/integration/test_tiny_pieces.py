@@ -185,23 +185,3 @@ def test_training_lowers_the_loss_and_sees_images(processor, groups):
     tiny_judge.train(model, processor, groups, steps=15, seed=0)
     assert loss() < 0.5 * before
     assert not torch.equal(visual, model.model.visual.patch_embed.proj.weight)
-
-
-def test_area_is_one_for_an_oracle_and_half_for_a_coin(groups):
-    rows = [row for group in groups for row in group]
-    right = {(row["images"][0], row["problem"], row["solution"]) for row in rows}
-
-    class Oracle:
-        def score(self, items):
-            buffers = []
-            for (image,), problem, answer in items:
-                image.fp.seek(0)
-                buffers.append(float((image.fp.read(), problem, answer) in right))
-            return buffers
-
-    class Coin:
-        def score(self, items):
-            return [0.5] * len(items)
-
-    assert tiny_judge.areas(Oracle(), rows) == {kind: 1.0 for kind in (*shapes.KINDS, "all")}
-    assert tiny_judge.areas(Coin(), rows) == {kind: 0.5 for kind in (*shapes.KINDS, "all")}

@@ -15,15 +15,15 @@ ROOMS = {
     "run": 441,
     "data": 1733,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
     "launch": 1292,  # 850 before vLLM servers; 1030 before every optimizer and tracker, 1280 before steps told what is new and edits were survived, 1288 before a command that cannot be run
-    "models": 721,
-    "shared_prefix": 1314,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
+    "models": 706,
+    "shared_prefix": 1177,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
     "judges": 1864,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
     "rewards": 990,
-    "training": 2773,  # 2390 before the room that a final save needs
-    "eval": 3235,
+    "training": 2606,  # 2390 before the room that a final save needs
+    "eval": 3234,
     "report": 1395,
     "doctor": 393,
-    "tiny": 430,
+    "tiny": 410,
     "cli": 489,
 }
 ORDER = list(ROOMS)
