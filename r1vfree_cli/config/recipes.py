@@ -15,10 +15,8 @@ from pydantic import BaseModel, ValidationError
 from ..core.errors import UsageError, brief, did_you_mean, nearest
 from ..core.redact import secrets_in
 from .rewards import OWN_REWARDS
-from .schema import STAGES, GrpoRecipe, SftRecipe
+from .schema import STAGES, Recipe
 from .trl_keys import trl_key_errors, trl_keys
-
-Recipe = GrpoRecipe | SftRecipe
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,6 +17,11 @@ class R1VError(Exception):
         self.hint = hint
         self.details = details or []
 
+    @property
+    def line(self) -> str:
+        """Message and hint as one line of a list."""
+        return self.message + (f" ({self.hint})" if self.hint else "")
+
     def to_dict(self) -> dict:
         """A JSON form; workers leave it in the run dir so that the launcher can show the cause."""
         return {

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.prompts import messages_for
 from .over_http import HttpJudge
-from .protocol import Failure, Question, Verdict, checked
+from .protocol import Failure, Question, Verdict, checked, with_images
 from .replies import tokens
 
 SUM_TOLERANCE = 0.01  # of probabilities in half precision
@@ -39,7 +39,7 @@ class ClassifyJudge(HttpJudge):
         """
         for path in ("/info", "/v1/models"):
             try:
-                document = await self.endpoint.get(path)
+                document = await self.endpoint.request(path, None, lambda found: found)
                 if path == "/info":
                     return dict(document["model"])
                 return {"models": [[m["id"], m.get("root")] for m in document["data"]]}
@@ -52,14 +52,10 @@ class ClassifyJudge(HttpJudge):
 
     async def ask(self, question: Question) -> Verdict:
         messages = messages_for(self.prompt, question.problem, question.answer, len(question.images))
-        images = iter(question.images)
-        for message in messages:
-            message["content"] = [
-                {"type": "image_url", "image_url": {"url": next(images).data_uri}} if part["type"] == "image" else part
-                for part in message["content"]
-            ]
-        body: dict[str, Any] = {"model": self.reward.model} if self.reward.model else {}
-        body = body | {"messages": messages, "add_generation_prompt": self.prompt == "judge", **self.reward.request}
+        messages = with_images(messages, (image.data_uri for image in question.images))
+        body: dict[str, Any] = {"messages": messages, "add_generation_prompt": self.prompt == "judge"}
+        body |= {"model": self.reward.model} if self.reward.model else {}
+        body |= self.reward.request
         return await self.endpoint.request(
             "/classify", lambda: body, lambda document: Verdict(self._score(document), *tokens(document))
         )

@@ -183,16 +183,10 @@ class Endpoint:
 
         return await self.request("/chat/completions", make, lambda document: read(read_reply(document, self.model)))
 
-    async def get(self, path: str) -> Any:
-        """The JSON at a path; None from a server that has none there.
-
-        Raises:
-            UsageError, Failure: as `request`.
-        """
-        return await self.request(path, None, lambda document: document)
-
     async def request(self, path: str, make: Callable[[], dict] | None, read: Callable[[Any], T]) -> T:
-        """What `read` finds in the JSON that answers POST `make()` (GET without `make`); asked again where that helps.
+        """What `read` finds in the JSON that answers POST `make()`; asked again where that helps.
+
+        Without `make` it is GET, and None from a server that has nothing there.
 
         Raises:
             UsageError: every call would fail: no access, no such model, no quota, a URL that is none.
@@ -230,9 +224,6 @@ class Endpoint:
         Raises:
             UsageError: as `request`, or nothing has ever answered at the URL.
         """
-        return asyncio.run(self._run(jobs, work, done))
-
-    async def _run(self, jobs, work, done) -> Counter[str]:
         failed: Counter[str] = Counter()
         queue = iter(jobs)
 
@@ -251,18 +242,18 @@ class Endpoint:
                 else:
                     done(job, result)
 
-        await self.open()
-        try:
-            tasks = [asyncio.create_task(worker()) for _ in range(max(1, min(self.concurrency, len(jobs))))]
+        async def all_jobs() -> None:
+            await self.open()
             try:
-                await asyncio.gather(*tasks)
-            except R1VError:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                raise
-        finally:
-            await self.close()
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.concurrency, len(jobs))):
+                        group.create_task(worker())
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            finally:
+                await self.close()
+
+        asyncio.run(all_jobs())
         return failed
 
     # --- one attempt -------------------------------------------------------------------------------------------
@@ -290,15 +281,13 @@ class Endpoint:
             # What is no verdict was paid for all the same.
             refused.input_tokens, refused.output_tokens = tokens(document)
             raise
-        except httpx2.ConnectTimeout:
-            # A host that is off does not refuse connections, it does not answer at all.
-            message = f"no connection in time{proxy_before(self.url)}"
-            raise Failure("connection", message, down=True, temporary=True) from None
         except TimeoutError:
             message = f"no complete reply within {self.timeout_s:g} s"
             raise Failure("timeout", message, temporary=True) from None
         except httpx2.HTTPError as e:
-            message = f"{type(e).__name__}: {e}{proxy_before(self.url)}"
+            # A host that is off does not refuse connections, it does not answer at all.
+            message = "no connection in time" if isinstance(e, httpx2.ConnectTimeout) else f"{type(e).__name__}: {e}"
+            message += proxy_before(self.url)
             raise Failure("connection", message, down=True, temporary=True) from None
         except Exception as e:
             # A reply can break a library in ways that nobody foresaw; that is still this call's failure.
@@ -317,10 +306,7 @@ class Endpoint:
             unset |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         more = {"cast_to": httpx2.Response, "options": {"headers": unset}}
         try:
-            if body is None:
-                response = await self._client.get(path, **more)
-            else:
-                response = await self._client.post(path, body=body, **more)
+            response = await (self._client.post(path, body=body, **more) if body else self._client.get(path, **more))
         except openai.APIStatusError as e:
             response = e.response
         except openai.APIConnectionError as e:
@@ -334,8 +320,8 @@ class Endpoint:
         if status == 407:
             return UsageError(f"the proxy refused access (407){proxy_before(self.url)}", details=details)
         if status in (401, 403):
-            hint = f"put its key in {self.api_key_env}" if self.api_key_env else "it wants a key"
-            hint += ", or name another variable" if self.api_key_env else ": name its variable"
+            known = self.api_key_env and f"put its key in {self.api_key_env}, or name another variable"
+            hint = known or "it wants a key: name its variable"
             return UsageError(f"{at} refused access ({status})", details=details, hint=hint)
         if status == 402 or _NO_QUOTA.search(code) or (400 <= status < 500 and _NO_MONEY.search(said)):
             return UsageError(f"{at} has no quota left ({status})", details=details, hint="what is finished is kept")
@@ -350,28 +336,24 @@ class Endpoint:
         wait = retry_after(headers.get("retry-after"))
         if wait is not None and wait > LONGEST_RETRY_AFTER_S:
             return Failure("rate_limited", f"asks to wait {wait:g} s; {message}", status=status)
+        if status in (502, 503, 504):
+            message = f"{status}{proxy_before(self.url)}: {said}"
+            return Failure("unavailable", message, down=True, temporary=True, wait=wait, status=status)
         kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
         # A queue that is full, and says when it will not be, is as good as a server that is down for a while.
-        down = status in (502, 503, 504) or (status == 429 and wait is not None)
-        if down and status != 429:
-            kind, message = "unavailable", f"{status}{proxy_before(self.url)}: {said}"
+        down = status == 429 and wait is not None
         temporary = status >= 500 or status in (408, 409, 425, 429)
         return Failure(kind, message, down=down, temporary=temporary, wait=wait, status=status)
 
     def _learn(self, said: str, body: dict) -> None:
         """From a refusal: which parameter to leave out, to rename, or to ask for less strictly."""
         before = (self._temperature, self._limit, self._format)
-        limit = next((name for name in LIMITS if name in body), None)
-        wanted = (
-            (body.get("response_format") or {}).get("type") if isinstance(body.get("response_format"), dict) else None
-        )
+        limit, form = self._limit, body.get("response_format")
         if "temperature" in said and "temperature" in body:
             self._temperature = False
-        elif (
-            limit and limit == self._limit and limit in said and _NOT_KNOWN.search(said) and not _TOO_MANY.search(said)
-        ):
+        elif limit and limit in body and limit in said and _NOT_KNOWN.search(said) and not _TOO_MANY.search(said):
             self._limit = LIMITS[limit]
-        elif wanted and wanted == FORMATS[self._format] and _FORMAT_WORDS.search(said):
+        elif isinstance(form, dict) and form.get("type") == FORMATS[self._format] and _FORMAT_WORDS.search(said):
             self._format += 1
         if before != (self._temperature, self._limit, self._format):
             console.log(f"the {self.what} at {self.where} refuses a parameter, asked without: {self.told(said)}")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -53,6 +54,16 @@ def image_url(image: Image, max_bytes: int | None = None) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def with_images(messages: list[dict], urls: Iterable[str]) -> list[dict]:
+    """A conversation as HTTP has it: the next of `urls` in place of each placeholder for an image."""
+    left = iter(urls)
+
+    def sent(part: dict) -> dict:
+        return {"type": "image_url", "image_url": {"url": next(left)}} if part["type"] == "image" else part
+
+    return [m | {"content": [sent(part) for part in m["content"]]} for m in messages]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import Recipe
 from ..core import console
 from ..core import process as ranks
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
@@ -125,7 +125,7 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[Server | None]:
+def serving(recipe: Recipe, logs: Path) -> Iterator[Server | None]:
     """Run the recipe's reward server, if it has one, while the body runs.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import Recipe
 from ..core import console, prompts
 from ..core.files import read_object, write_json
 
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 def build(
     stage: str,
-    recipe: GrpoRecipe | SftRecipe,
+    recipe: Recipe,
     *,
     data_sha256: str | None,
     rewards: list[dict] | None = None,
