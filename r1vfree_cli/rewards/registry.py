@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.embedded import is_embedded, resolve_model
+from ..config.embedded import resolve_model
 from ..config.rewards import AnyReward, FeedbackReward, UserReward
 from ..core.errors import UsageError
 from ..core.files import cache_dir
@@ -75,10 +75,8 @@ def build_feedback(
     Raises:
         UsageError, DataError: an embedded judge is not there or not built yet.
     """
-    model = (reward.serve.model if reward.serve else reward.model) or ""
+    model = resolve_model((reward.serve.model if reward.serve else reward.model) or "", seed)
     revision = reward.serve.revision if reward.serve else reward.revision
-    if is_embedded(model):
-        model = resolve_model(model, seed)
     url = served_url if reward.serve else reward.base_url
     if reward.serve and not url:
         raise UsageError(f"rewards.{reward.key}.serve: no server was started")

@@ -16,7 +16,7 @@ from typing import Literal
 
 import xxhash
 
-from ..config.embedded import is_embedded, resolve_model
+from ..config.embedded import resolve_model
 from ..config.recipes import read_yaml
 from ..core.errors import DataError, UsageError
 from ..core.files import read_object, sync, write_json
@@ -56,7 +56,7 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
     Raises:
         DataError: no such place, a folder without a model, a run without a final one, or damaged files.
     """
-    path = Path(resolve_model(name, seed)) if is_embedded(name) else Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(resolve_model(name, seed)))
     if not os.path.exists(path):  # False also for a name that cannot be one
         if _HUB.fullmatch(name):
             return Checkpoint(name, name)

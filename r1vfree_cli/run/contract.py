@@ -18,15 +18,18 @@ FILE = "r1v.json"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
 
 
+def installed(distribution: str) -> str | None:
+    """Its version, None where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what shapes a run."""
-    found = {"r1v": __version__}
-    for name in ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "vllm", "flash-attn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "vllm", "flash-attn")
+    return {"r1v": __version__} | {name: found for name in names if (found := installed(name))}
 
 
 def build(
