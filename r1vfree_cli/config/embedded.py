@@ -78,17 +78,15 @@ def resolve_model(name: str, seed: int) -> str:
         return name
     stage = _stage(name, seed)
     if not stage.ready:
-        raise DataError(
-            f"{name} with seed {seed} is not built yet ({stage.path})", hint="r1v grpo --recipe tiny builds it"
-        )
+        hint = "r1v grpo --recipe tiny builds it"
+        raise DataError(f"{name} with seed {seed} is not built yet ({stage.path})", hint=hint)
     return str(stage.path)
 
 
 def stages(names: Sequence[str | None], seed: int) -> list[Stage]:
     """What stands behind the embedded ones of `names`, in an order in which it can be built; each piece once.
 
-    Raises:
-        UsageError: there is no such embedded model.
+    Raises UsageError: there is no such embedded model.
     """
     found: dict[str, Stage] = {}
     for name in names:
@@ -105,8 +103,7 @@ def building(stage: Stage) -> Iterator[Path | None]:
     Yields None when it is there already (another process may have built it while this one waited). After an error
     the unfinished folder stays beside it, for its logs, until the next try.
 
-    Raises:
-        DataError: the body left no model in `final/`.
+    Raises DataError: the body left no model in `final/`.
     """
     with lock(stage.folder, "embedded model", wait=True):
         if stage.ready:
@@ -130,9 +127,8 @@ def _stage(name: str, seed: int) -> Stage:
     options = dict(parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():
         if piece != "tiny-judge" or key != "steps" or not value.isdigit():
-            raise UsageError(
-                f"{name}: unknown option {key}={value}", hint="embedded:tiny-judge?steps=N trains N steps, 0 none"
-            )
+            hint = "embedded:tiny-judge?steps=N trains N steps, 0 none"
+            raise UsageError(f"{name}: unknown option {key}={value}", hint=hint)
     title, sources = _PIECES[piece]
     folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, sources, options, seed)}")
     if piece == "tiny-policy":

@@ -77,8 +77,7 @@ def shipped(stage: str | None = None) -> dict[str, Path]:
 def find(stage: str, name: str) -> Path:
     """The file of a recipe: a path as it is, else a shipped name with or without `stage/`.
 
-    Raises:
-        UsageError: no such recipe; names the nearest.
+    Raises UsageError: no such recipe; names the nearest.
     """
     if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
         if not os.path.isfile(name):
@@ -100,11 +99,7 @@ def find(stage: str, name: str) -> Path:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML with the strict loader.
-
-    Raises:
-        UsageError: not YAML, a key stands twice, or something holds itself.
-    """
+    """Parse YAML with the strict loader. Raises UsageError: not YAML, a key stands twice, or something holds itself."""
     try:
         document = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         json.dumps(document)  # refuses what holds itself
@@ -116,8 +111,7 @@ def read_yaml(text: str, where: str) -> Any:
 def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict:
     """The recipe file as a dict, with `a.b=value` overrides applied; not validated.
 
-    Raises:
-        UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
+    Raises UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -184,8 +178,7 @@ def _called(reward: dict) -> str:
 def validate(stage: str, document: dict, where: str) -> Recipe:
     """The typed recipe.
 
-    Raises:
-        UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
+    Raises UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
     """
     model = STAGES[stage]
     refuse_secrets(document, where, "$OPENAI_API_KEY or the variable that api_key_env names, $HF_TOKEN")
@@ -201,9 +194,8 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
     if recipe is None or lines:
         many = f"{len(lines)} errors" if len(lines) > 1 else "an error"
         lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else lines
-        raise UsageError(
-            f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints the complete recipe"
-        )
+        hint = "r1v recipes show NAME prints the complete recipe"
+        raise UsageError(f"recipe {where} has {many}", details=lines, hint=hint)
     return recipe  # type: ignore[return-value]
 
 
@@ -334,8 +326,7 @@ def summary(name: str, path: Path) -> dict[str, Any]:
 def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
     """Which stage a recipe is for: as told, as its folder or shipped name says, as the file's keys say.
 
-    Raises:
-        UsageError: a path whose stage cannot be told, or an ambiguous name.
+    Raises UsageError: a path whose stage cannot be told, or an ambiguous name.
     """
     if stage is not None:
         if stage not in STAGES:

@@ -81,8 +81,7 @@ def trl_keys(stage: str) -> dict[str, Any]:
 
     A type that cannot be read without importing TRL is `typing.Any`.
 
-    Raises:
-        UsageError: TRL or transformers is not installed.
+    Raises UsageError: TRL or transformers is not installed.
     """
     keys: dict[str, Any] = {}
     for place in (*_BASES, _OWN[stage]):

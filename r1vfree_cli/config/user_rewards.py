@@ -25,11 +25,7 @@ _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def source_file(reward: UserReward) -> Path:
-    """The file that holds the reward; nothing is imported.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The file that holds the reward; nothing is imported. Raises UsageError: there is none."""
     if reward.source.endswith(".py"):
         path = Path(reward.source)
         if not path.is_file():

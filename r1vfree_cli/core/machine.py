@@ -37,10 +37,8 @@ def no_space(error: BaseException) -> bool:
 
 def disk_full(path: object) -> UsageError:
     """The error of a write that found no space."""
-    return UsageError(
-        f"no space left on the disk while writing {path}",
-        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
-    )
+    hint = "earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it"
+    return UsageError(f"no space left on the disk while writing {path}", hint=hint)
 
 
 def no_memory(error: BaseException) -> bool:

@@ -29,8 +29,7 @@ POLL_S = 0.2
 def grace_s() -> float:
     """Seconds that a rank has for its last checkpoint once it was told to stop; r1v waits a quarter longer.
 
-    Raises:
-        UsageError: `$R1V_GRACE_S` is no such number.
+    Raises UsageError: `$R1V_GRACE_S` is no such number.
     """
     text = os.environ.get("R1V_GRACE_S", "120")
     if not re.fullmatch(r"\d{1,6}(\.\d+)?", text):

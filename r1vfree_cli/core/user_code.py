@@ -38,8 +38,7 @@ def load_source(source: str) -> ModuleType:
 def load_named(spec: str, what: str) -> Any:
     """The object that `spec` names; `what` it is stands in the error.
 
-    Raises:
-        UsageError: there is none, or its code fails on import.
+    Raises UsageError: there is none, or its code fails on import.
     """
     source, _, name = spec.rpartition(":")
     try:

@@ -15,8 +15,7 @@ from .images import MAX_FILE_BYTES
 def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
     """File name -> its reader, folders left out. Readers raise DataError: too large, damaged, encrypted.
 
-    Raises:
-        UsageError: not a zip. DataError: two members of one name, of which only one could be meant.
+    Raises UsageError: not a zip. DataError: two members of one name, of which only one could be meant.
     """
     try:
         archive = zipfile.ZipFile(path)

@@ -160,8 +160,7 @@ def read_image(roots: Sequence[Path], name: str) -> bytes:
 
     A relative name is looked for in each root in turn. An absolute name or a link may lead to any of the roots.
 
-    Raises:
-        RowProblem: a URL, a path that leaves the roots, no such file.
+    Raises RowProblem: a URL, a path that leaves the roots, no such file.
     """
     if _URL.match(name.removeprefix("file://")):
         raise RowProblem("image is a URL", name[:80])

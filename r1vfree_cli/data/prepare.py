@@ -9,6 +9,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -236,55 +237,49 @@ def arrow_schema():
     return Features({name: List(Image()) if name == "images" else Value("string") for name in COLUMNS}).arrow_schema
 
 
+def _groups(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """Rows as they are written, a row group at a time: no more are held in memory."""
+    group: list[dict] = []
+    size = 0
+    for row in rows:
+        size += sum(len(image) for image in row["images"])
+        group.append(row | {"images": [{"bytes": image, "path": None} for image in row["images"]]})
+        if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
 def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
-    """Write `SPLIT-00000.parquet`, ...; at most one row group is held in memory."""
+    """Write `SPLIT-00000.parquet`, ..."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = arrow_schema()
     files: list[dict] = []
     counts = {"rows": 0, "solution": 0, "thinking": 0}
-    group: list[dict] = []
-    group_bytes = 0
     writer: pq.ParquetWriter | None = None
-
-    def write_group() -> None:
-        nonlocal writer, group_bytes
-        if writer is None:
-            files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
-            path = folder / files[-1]["name"]
-            # Images are compressed already, and no two are alike.
-            writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
-        writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        files[-1]["rows"] += len(group)
-        group.clear()
-        group_bytes = 0
-        if (folder / files[-1]["name"]).stat().st_size >= SHARD_BYTES:
-            close()
-
-    def close() -> None:
-        nonlocal writer
-        if writer is not None:
-            writer.close()
-            path = folder / files[-1]["name"]
-            files[-1] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            writer = None
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about files that are dropped and counted here
-            for row in rows:
-                counts["rows"] += 1
-                for name in ("solution", "thinking"):
-                    counts[name] += row[name] is not None
-                group_bytes += sum(len(image) for image in row["images"])
-                group.append(row | {"images": [{"bytes": image, "path": None} for image in row["images"]]})
-                if len(group) == GROUP_ROWS or group_bytes >= GROUP_BYTES:
-                    write_group()
-        if group:
-            write_group()
-    finally:
-        close()
+    with warnings.catch_warnings(), ExitStack() as opened:
+        warnings.simplefilter("ignore")  # Pillow's, about files that are dropped and counted here
+        for group in _groups(rows):
+            if writer is None:
+                files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
+                path = folder / files[-1]["name"]
+                # Images are compressed already, and no two are alike.
+                writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
+                opened.callback(writer.close)
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            files[-1]["rows"] += len(group)
+            for name in ("solution", "thinking"):
+                counts[name] += sum(row[name] is not None for row in group)
+            if path.stat().st_size >= SHARD_BYTES:
+                opened.close()
+                writer = None
+    for file in files:
+        path = folder / file["name"]
+        file |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    counts["rows"] = sum(file["rows"] for file in files)
     return counts | {"sha256": digest(files), "files": files}
 
 

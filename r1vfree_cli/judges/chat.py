@@ -46,8 +46,7 @@ _NO_LABEL = re.compile(r"\bcorrect\s+(?:answer|response|one|option|label|value)\
 def verdict_text(reply: Reply) -> str:
     """What a judge said after its thinking.
 
-    Raises:
-        Failure: it was cut, ended for any reason but the usual one, or is empty.
+    Raises Failure: it was cut, ended for any reason but the usual one, or is empty.
     """
     if reply.finish == "length":
         raise Failure("truncated", f"cut at the token limit: {reply.text}")
@@ -61,8 +60,7 @@ def verdict_text(reply: Reply) -> str:
 def json_object(text: str) -> dict | None:
     """The JSON object that a verdict is, alone or in a code fence; None for text.
 
-    Raises:
-        Failure: it has a key twice, or is JSON of another kind or no JSON although it opens like an object.
+    Raises Failure: it has a key twice, or is JSON of another kind or no JSON although it opens like an object.
     """
     fenced = _FENCED.search(text)
     text = fenced[1] if fenced else text

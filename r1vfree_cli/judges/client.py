@@ -94,14 +94,11 @@ class Endpoint:
     def check(self) -> None:
         """What can be known before the first call.
 
-        Raises:
-            UsageError: the key that OpenAI's endpoint needs is not set, or cannot be sent; the URL is none.
+        Raises UsageError: the key that OpenAI's endpoint needs is not set, or cannot be sent; the URL is none.
         """
         if self.base_url is None and not self.api_key:
-            raise UsageError(
-                f"${self.api_key_env} is not set, and no base URL is given",
-                hint="export the key, or name your own endpoint (--judge-base-url, --endpoint)",
-            )
+            hint = "export the key, or name your own endpoint (--judge-base-url, --endpoint)"
+            raise UsageError(f"${self.api_key_env} is not set, and no base URL is given", hint=hint)
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UsageError(f"${self.api_key_env} holds characters that no HTTP header may have")
         try:
@@ -161,8 +158,7 @@ class Endpoint:
                 (json_schema, json_object, text).
             more: put into the request's JSON, over the rest.
 
-        Raises:
-            UsageError, Failure: as `request`.
+        Raises UsageError, Failure: as `request`.
         """
         more = more or {}
 
@@ -221,8 +217,7 @@ class Endpoint:
         Returns how many jobs failed for good, by kind; `failures` has an example of each. An `R1VError` stops all:
         what is done stays done.
 
-        Raises:
-            UsageError: as `request`, or nothing has ever answered at the URL.
+        Raises UsageError: as `request`, or nothing has ever answered at the URL.
         """
         failed: Counter[str] = Counter()
         queue = iter(jobs)
@@ -233,10 +228,8 @@ class Endpoint:
                     result = await work(job)
                 except Failure as e:
                     if e.kind == "connection" and not self._answered:
-                        raise UsageError(
-                            f"no endpoint at {self.where}: {e.message}",
-                            hint="start the server, or check the URL; what is finished is kept",
-                        ) from None
+                        hint = "start the server, or check the URL; what is finished is kept"
+                        raise UsageError(f"no endpoint at {self.where}: {e.message}", hint=hint) from None
                     failed[e.kind] += 1
                     self.failures.setdefault(e.kind, self.told(e.message))
                 else:

@@ -52,11 +52,7 @@ class Held:
         self.bytes, self._room = 0, room
 
     def add(self, count: int) -> None:
-        """Hold more.
-
-        Raises:
-            Refused: 429, there is no room now.
-        """
+        """Hold more. Raises Refused: 429, there is no room now."""
         self._room.change(count)
         self.bytes += count
 

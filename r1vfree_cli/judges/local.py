@@ -43,8 +43,7 @@ class LocalJudge:
         pixels: fewest and most pixels of an image after resizing; None keeps the checkpoint's own limits.
         max_tokens: longest prompt; None is the model's own length, at most `MAX_TOKENS`.
 
-    Raises:
-        DataError: the checkpoint cannot be loaded whole, sees no images, or cannot tell Yes from No.
+    Raises DataError: the checkpoint cannot be loaded whole, sees no images, or cannot tell Yes from No.
     """
 
     def __init__(

@@ -119,8 +119,7 @@ class Failure(Exception):
 def checked(score: object, bounded: bool) -> float:
     """`score` as a float.
 
-    Raises:
-        Failure: not a number, not finite, beyond `MAX_SCORE`, or out of [0, 1] where scores are probabilities.
+    Raises Failure: not a number, not finite, beyond `MAX_SCORE`, or out of [0, 1] where scores are probabilities.
     """
     if isinstance(score, bool) or not isinstance(score, int | float):
         raise Failure("unparsable", f"score {score!r} is not a number")
@@ -154,8 +153,7 @@ class Backend(Protocol):
     async def judge(self, questions: list[Question]) -> list[Verdict | Failure]:
         """One result per question, in order.
 
-        Raises:
-            UsageError: the configuration is wrong (no access, no such model).
+        Raises UsageError: the configuration is wrong (no access, no such model).
         """
 
     async def close(self) -> None:

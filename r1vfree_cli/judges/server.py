@@ -60,8 +60,7 @@ class Queue:
     async def score(self, job: Job, request: Request) -> float | Failure:
         """The job's result.
 
-        Raises:
-            ClientDisconnect: nobody waits for it any more; it is not computed if it has not begun.
+        Raises ClientDisconnect: nobody waits for it any more; it is not computed if it has not begun.
         """
         job.result = asyncio.get_running_loop().create_future()
         self._waiting.append(job)
@@ -233,8 +232,7 @@ def serve(
         min_pixels, max_pixels: of an image after resizing: those of the policy, which then sees the same picture.
         max_tokens: longest prompt, see `LocalJudge`.
 
-    Raises:
-        UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
+    Raises UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
     """
     if api_key_env and not os.environ.get(api_key_env):
         raise UsageError(f"--api-key-env {api_key_env}: the variable is not set")

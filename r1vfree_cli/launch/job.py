@@ -166,8 +166,7 @@ def run(
 def _tell_changes(where: RunDir, stage: str, recipe: Recipe) -> None:
     """Say what of the recipe a resume changes; a run of another kind is not resumed.
 
-    Raises:
-        UsageError: it is an SFT run, and this is GRPO; or the other way.
+    Raises UsageError: it is an SFT run, and this is GRPO; or the other way.
     """
     if not where.recipe.is_file():
         return
@@ -273,8 +272,7 @@ def _launch(stage: str, recipe: Recipe, where: RunDir, folder: Path, attempt: At
 def serve_reward(model: str, *, devices: str | None = None, **options: Any) -> None:
     """Become the reward server, of which `options` are the command's; does not return.
 
-    Raises:
-        UsageError: `devices` is not a list of indices.
+    Raises UsageError: `devices` is not a list of indices.
     """
     if devices is not None:
         if not all(part.strip().isdigit() for part in devices.split(",")):

@@ -100,8 +100,7 @@ def training_devices(recipe: Recipe) -> list[int] | None:
 def server_plan(recipe: Recipe, port: int) -> Plan:
     """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks.
 
-    Raises:
-        UsageError: `serve.engine` is vllm, and vLLM or a model that it can serve is not there.
+    Raises UsageError: `serve.engine` is vllm, and vLLM or a model that it can serve is not there.
     """
     serve, on_cpu, model = recipe.served, recipe.launch.on_cpu, recipe.model
     assert serve is not None
@@ -123,8 +122,7 @@ def vllm_policy_plan(
 ) -> Plan:
     """The command of a vLLM server that answers as the checkpoint `model`; all GPUs that it sees are its own.
 
-    Raises:
-        UsageError: there is no vLLM.
+    Raises UsageError: there is no vLLM.
     """
     argv = vllm.serve_command(model, revision, port, pixels=pixels, devices=[], on_cpu=on_cpu, dtype=dtype)
     return Plan(argv + vllm.policy_arguments(), _common() | vllm.environment([], on_cpu))

@@ -146,9 +146,8 @@ def serving(recipe: Recipe, logs: Path) -> Iterator[Server | None]:
 def server(plan: Plan, port: int, log: Path, what: str) -> Iterator[Server]:
     """Run an HTTP server that answers /health while the body runs. Raises as `serving`."""
     if not port_is_free(port):  # else whatever is there would be taken for it
-        raise UsageError(
-            f"port {port} of the {what} is in use on this machine", hint="another port, or none: a free one"
-        )
+        hint = "another port, or none: a free one"
+        raise UsageError(f"port {port} of the {what} is in use on this machine", hint=hint)
     started = Server(plan, port, log, what)
     try:
         started.wait_healthy()
@@ -219,10 +218,8 @@ def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT
             preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
         )
     except OSError as e:  # also where the file is there and the interpreter of its first line is not
-        raise UsageError(
-            f"cannot run {plan.argv[0]}: {e.strerror}",
-            hint="make its environment again if that moved; R1V_VLLM names another vllm",
-        ) from None
+        hint = "make its environment again if that moved; R1V_VLLM names another vllm"
+        raise UsageError(f"cannot run {plan.argv[0]}: {e.strerror}", hint=hint) from None
 
 
 def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:

@@ -121,8 +121,7 @@ class LogView(_View):
 def show_dry_run(name: str, plan: dict[str, Any], json: bool) -> None:
     """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr; or as one JSON.
 
-    Raises:
-        UsageError: a check failed. With `json` stdout is then empty, as with every error.
+    Raises UsageError: a check failed. With `json` stdout is then empty, as with every error.
     """
     failed = plan["errors"]
     if not json:

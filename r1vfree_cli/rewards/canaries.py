@@ -113,8 +113,7 @@ def check(
         seed: which rows are taken and how images are exchanged; the same seed asks the same again.
         prompt: the policy's; its instruction is one of the templates.
 
-    Raises:
-        UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
+    Raises UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
     """
     rng = random.Random(seed)
     sample = [rows[i] for i in sorted(rng.sample(range(len(rows)), min(len(rows), cfg.samples)))]

@@ -92,10 +92,8 @@ def distill(
     from ..data.prepare import check_out, prepare
 
     if not (input and asked.get("endpoint") and asked.get("model")):
-        raise UsageError(
-            "distill needs --input, --endpoint and --model",
-            hint="--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME",
-        )
+        hint = "--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME"
+        raise UsageError("distill needs --input, --endpoint and --model", hint=hint)
     teacher = _teacher(**asked)
     if not estimate:
         check_out(out, [Path(input)], overwrite)

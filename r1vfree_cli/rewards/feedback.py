@@ -97,8 +97,7 @@ class Feedback:
     ) -> list[float | None]:
         """The same for (images, question, answer) directly, from synchronous code.
 
-        Raises:
-            UsageError, GuardStop: as when called.
+        Raises UsageError, GuardStop: as when called.
         """
         seconds = self._reward.step_deadline_s if deadline_s is None else deadline_s
         return self._submit(self._score(items, use_cache, seconds)).result()
@@ -106,8 +105,7 @@ class Feedback:
     def probe(self) -> None:
         """Ask the judge one question, so that a wrong configuration is known before step 1.
 
-        Raises:
-            UsageError, DataError: with what the judge said.
+        Raises UsageError, DataError: with what the judge said.
         """
         from PIL import Image
 

@@ -53,8 +53,7 @@ class FunctionReward:
     async def __call__(self, *, completions: Sequence[Any], **given: Any) -> list[float | None]:
         """One score, or None, for each completion.
 
-        Raises:
-            UsageError: a user's code raised, or returned something else; with file and line.
+        Raises UsageError: a user's code raised, or returned something else; with file and line.
         """
         given |= {"completions": completions}
         named = {k: v for k, v in given.items() if self._wanted is None or k in self._wanted}
@@ -126,8 +125,7 @@ def blamed(name: str, file: Path | None, what: str) -> Iterator[None]:
 def user_reward(reward: UserReward) -> FunctionReward:
     """Import a user's function, or make an object of their class.
 
-    Raises:
-        UsageError: there is none, or its code raised.
+    Raises UsageError: there is none, or its code raised.
     """
     file, arguments = source_file(reward), reward.arguments
     name = f"{file.name if reward.source.endswith('.py') else reward.source}:{reward.function}"

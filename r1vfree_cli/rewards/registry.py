@@ -36,8 +36,7 @@ def build_rewards(rewards: Sequence[AnyReward], **options: Any) -> list[Function
     (figures since the last call), `state_dict()` and `load_state_dict()` (carried by checkpoints), `failures` (why
     scores are missing), `close()`.
 
-    Raises:
-        UsageError, DataError: an embedded judge is not there or not built yet; a user's code cannot be loaded.
+    Raises UsageError, DataError: an embedded judge is not there or not built yet; a user's code cannot be loaded.
     """
     several = sum(isinstance(reward, FeedbackReward) for reward in rewards) > 1
     built: list[FunctionReward | Feedback] = []
@@ -72,8 +71,7 @@ def build_feedback(
         stopping: whether the run is asked to end; then a judge that is down is not waited for.
         pixels: the policy's limits on the pixels of an image, for a judge in this process or served by the run.
 
-    Raises:
-        UsageError, DataError: an embedded judge is not there or not built yet.
+    Raises UsageError, DataError: an embedded judge is not there or not built yet.
     """
     model = resolve_model((reward.serve.model if reward.serve else reward.model) or "", seed)
     revision = reward.serve.revision if reward.serve else reward.revision

@@ -48,8 +48,7 @@ class Attempt:
     def read(cls, folder: Path) -> Attempt:
         """What `write` wrote; a fresh attempt of the run dir `folder` where there is none.
 
-        Raises:
-            DataError: the file is damaged.
+        Raises DataError: the file is damaged.
         """
         if not (folder / FILE).is_file():
             return cls.of(RunDir(folder))

@@ -53,8 +53,7 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
         verify: compare the bytes of what r1v wrote with its file list, not the sizes alone (0.3 s a GB).
         shards: accept ZeRO shards, which only merge can read.
 
-    Raises:
-        DataError: no such place, a folder without a model, a run without a final one, or damaged files.
+    Raises DataError: no such place, a folder without a model, a run without a final one, or damaged files.
     """
     path = Path(os.path.expanduser(resolve_model(name, seed)))
     if not os.path.exists(path):  # False also for a name that cannot be one
@@ -69,10 +68,8 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
     if kind == "shards" and not shards:
         raise DataError(f"{path} holds ZeRO shards, not a loadable model", hint=f"first: {merge_command(path)}")
     if damaged := damage(path, verify=verify):
-        raise DataError(
-            f"{path} is damaged: {_some(damaged)}",
-            hint=f"copy it again, or use another checkpoint; after a change on purpose delete {path / FILES}",
-        )
+        hint = f"copy it again, or use another checkpoint; after a change on purpose delete {path / FILES}"
+        raise DataError(f"{path} is damaged: {_some(damaged)}", hint=hint)
     return Checkpoint(name, str(path), kind, _contract(path), fingerprint(path))
 
 
@@ -87,11 +84,7 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def adapter_settings(folder: Path | str) -> dict:
-    """What `adapter_config.json` says.
-
-    Raises:
-        DataError: it cannot be read, or describes no LoRA adapter.
-    """
+    """What `adapter_config.json` says. Raises DataError: it cannot be read, or describes no LoRA adapter."""
     settings = read_object(Path(folder) / ADAPTER)
     if settings.get("peft_type") != "LORA":
         raise DataError(f"{folder}/{ADAPTER} does not describe a LoRA adapter")
@@ -101,8 +94,7 @@ def adapter_settings(folder: Path | str) -> dict:
 def adapter_base(folder: Path | str, given: str | None = None) -> str:
     """The base model of a LoRA folder: the one that is given with --base, else the one that it names.
 
-    Raises:
-        DataError: it describes no LoRA adapter, names no base, or the base is not where it was.
+    Raises DataError: it describes no LoRA adapter, names no base, or the base is not where it was.
     """
     base = given or adapter_settings(folder).get("base_model_name_or_path")
     if not base:
@@ -113,11 +105,7 @@ def adapter_base(folder: Path | str, given: str | None = None) -> str:
 
 
 def kind_of(folder: Path) -> Kind:
-    """What the files of a folder are.
-
-    Raises:
-        DataError: no model; says what is there.
-    """
+    """What the files of a folder are. Raises DataError: no model; says what is there."""
     if is_adapter(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would take a pickle instead
             raise DataError(f"{folder} is an adapter without its weights: {ADAPTER_WEIGHTS} is missing")
@@ -155,11 +143,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _final(name: str, run: RunDir) -> Path:
-    """The run's final model.
-
-    Raises:
-        DataError: it has none; the hint names its last complete checkpoint.
-    """
+    """The run's final model. Raises DataError: it has none; the hint names its last complete checkpoint."""
     if _is_model(run.final):
         return run.final
     complete = [path for _, path in checkpoints(run.checkpoints) if not lacking(path, verify=False)]

@@ -92,8 +92,7 @@ def write(folder: Path, contract: dict) -> None:
 def read(folder: Path) -> dict | None:
     """The contract of a model folder, None when it has none.
 
-    Raises:
-        DataError: the file is there and holds no JSON object.
+    Raises DataError: the file is there and holds no JSON object.
     """
     path = Path(folder) / FILE
     return read_object(path) if path.is_file() else None
