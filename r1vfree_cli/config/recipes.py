@@ -47,17 +47,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # YAML 1.1's own would read 010 as eight
-
-
 # What JSON has, and nothing else: no dates, bytes or sets, which could not be written into a run dir again.
 _Loader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.endswith((":map", ":seq", ":str", ":float", ":bool", ":null"))
 }
-_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+# YAML 1.1's own would read 010 as eight.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 _SHOWN = 100  # errors of one recipe
 
 
@@ -163,16 +160,13 @@ def _override(document: dict, item: str) -> None:
 
 def _list_place(items: list, part: str, key: str) -> int:
     """A list item is named by its index or, for rewards, by what metrics call it (`Reward.key`)."""
-    names = [_called(item) if isinstance(item, dict) else None for item in items]
+    rewards = [item if isinstance(item, dict) else {} for item in items]
+    names = [str(r.get("label") or str(r.get("name")).rpartition(":")[2]) for r in rewards]
     if part in names:
         return names.index(part)
     if part.isdecimal() and int(part) < len(items):
         return int(part)
-    raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
-
-
-def _called(reward: dict) -> str:
-    return str(reward.get("label") or str(reward.get("name")).rpartition(":")[2])
+    raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(names)}"])
 
 
 def validate(stage: str, document: dict, where: str) -> Recipe:

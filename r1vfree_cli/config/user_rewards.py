@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import inspect
 from collections.abc import Collection
@@ -40,11 +39,6 @@ def source_file(reward: UserReward) -> Path:
         hint = "a file is given as FILE.py:FUNCTION"
         raise UsageError(f"rewards.{reward.key}: no module {reward.source} in this environment", hint=hint)
     return Path(spec.origin)
-
-
-def source_sha256(reward: UserReward) -> str:
-    """Hex digest of the file that holds the reward."""
-    return hashlib.sha256(source_file(reward).read_bytes()).hexdigest()
 
 
 def reward_errors(reward: UserReward, columns: Collection[str]) -> list[str]:

@@ -90,7 +90,10 @@ class LocalJudge:
         # Counts tokens in other threads: a tokenizer that pads cannot be asked by two at once.
         self._counter = copy.deepcopy(self.processor.tokenizer)
         if self.kind == "yes_no":
-            self._yes, self._no = self._first_tokens()
+            words = ("Yes", "No")
+            self._yes, self._no = (self._counter.encode(w, add_special_tokens=False)[0] for w in words)
+            if self._yes == self._no:
+                raise DataError(f"judge {model}: its tokeniser begins Yes and No with the same token")
         elif self.kind == "value_head":
             self._weight, self._bias = _read_value_head(model, revision, self.device)
 
@@ -241,13 +244,6 @@ class LocalJudge:
             else:
                 ids.append(token)
         return ids, end
-
-    def _first_tokens(self) -> tuple[int, int]:
-        encode = self.processor.tokenizer.encode
-        yes, no = (encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
-        if yes == no:
-            raise DataError(f"judge {self.name}: its tokeniser begins Yes and No with the same token")
-        return yes, no
 
 
 def next_batch(lengths: Sequence[int], mates: Sequence[Hashable], most: int) -> list[int]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.rewards import Reward, UserReward
-from ..config.user_rewards import source_file, source_sha256
+from ..config.user_rewards import source_file
 from ..core.errors import R1VError, UsageError, brief
+from ..core.files import sha256_file
 from ..core.user_code import load_source
 
 _LARGEST = 3.4e38  # TRL holds scores in float32
@@ -129,7 +130,7 @@ def user_reward(reward: UserReward) -> FunctionReward:
     """
     file, arguments = source_file(reward), reward.arguments
     name = f"{file.name if reward.source.endswith('.py') else reward.source}:{reward.function}"
-    identity = {"source": name, "sha256": source_sha256(reward), "arguments": arguments}
+    identity = {"source": name, "sha256": sha256_file(file), "arguments": arguments}
     with blamed(reward.key, file, "raised on import"):
         call = getattr(load_source(reward.source), reward.function)
         if isinstance(call, type):

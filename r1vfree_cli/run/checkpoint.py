@@ -69,7 +69,7 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
         raise DataError(f"{path} holds ZeRO shards, not a loadable model", hint=f"first: {merge_command(path)}")
     if damaged := damage(path, verify=verify):
         hint = f"copy it again, or use another checkpoint; after a change on purpose delete {path / FILES}"
-        raise DataError(f"{path} is damaged: {_some(damaged)}", hint=hint)
+        raise DataError(f"{path} is damaged: {', '.join(damaged[:3])}{' ...' * (len(damaged) > 3)}", hint=hint)
     return Checkpoint(name, str(path), kind, _contract(path), fingerprint(path))
 
 
@@ -239,7 +239,3 @@ def _hashes(files: Iterable[Path]) -> list[str]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(one, files))
-
-
-def _some(lines: list[str]) -> str:
-    return ", ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")
