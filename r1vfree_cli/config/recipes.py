@@ -54,7 +54,7 @@ _Loader.yaml_constructors = {
     if tag is None or tag.endswith((":map", ":seq", ":str", ":float", ":bool", ":null"))
 }
 # YAML 1.1's own would read 010 as eight.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
 _SHOWN = 100  # errors of one recipe
 
 

@@ -24,13 +24,8 @@ class R1VError(Exception):
 
     def to_dict(self) -> dict:
         """A JSON form; workers leave it in the run dir so that the launcher can show the cause."""
-        return {
-            "error": type(self).__name__,
-            "exit_code": self.exit_code,
-            "message": self.message,
-            "details": self.details,
-            "hint": self.hint,
-        }
+        kept = ("exit_code", "message", "details", "hint")
+        return {"error": type(self).__name__} | {name: getattr(self, name) for name in kept}
 
 
 class UsageError(R1VError):

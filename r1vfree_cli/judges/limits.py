@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -24,40 +22,29 @@ PROBE_S = (30, 10, 3)  # TCP keep-alive: when, how often, how many times; a peer
 
 
 class Room:
-    """The memory of all requests together, counted in bytes. Threads share it."""
+    """What one request holds of the memory that all in this process share, in bytes, until the block ends."""
+
+    _all, _lock = 0, threading.Lock()
 
     def __init__(self) -> None:
-        self._held, self._lock = 0, threading.Lock()
+        self._own = 0
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[Held]:
-        """What one request holds, until the block ends."""
-        held = Held(self)
-        try:
-            yield held
-        finally:
-            self.change(-held.bytes)
+    def __enter__(self) -> Self:
+        return self
 
-    def change(self, count: int) -> None:
-        with self._lock:
-            if count > 0 and self._held + count > MAX_HELD_BYTES:
-                raise Refused(429, "the requests that wait hold all the memory there is for them")
-            self._held += count
-
-
-class Held:
-    """What one request holds of a `Room`."""
-
-    def __init__(self, room: Room):
-        self.bytes, self._room = 0, room
+    def __exit__(self, *exc: object) -> None:
+        self.add(-self._own)
 
     def add(self, count: int) -> None:
-        """Hold more. Raises Refused: 429, there is no room now."""
-        self._room.change(count)
-        self.bytes += count
+        """Hold more; any thread may ask. Raises Refused: 429, there is no room now."""
+        with Room._lock:
+            if count > 0 and Room._all + count > MAX_HELD_BYTES:
+                raise Refused(429, "the requests that wait hold all the memory there is for them")
+            Room._all += count
+            self._own += count
 
 
-async def read_body(request: Request, held: Held) -> bytearray:
+async def read_body(request: Request, held: Room) -> bytearray:
     """The body of a request.
 
     Raises:

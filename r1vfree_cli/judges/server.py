@@ -133,7 +133,7 @@ class App:
 
     def __init__(self, judges: list, threads: list[ThreadPoolExecutor], key: str | None, batch: int, said: dict):
         self._judges, self._threads, self._key, self._said = judges, threads, key, said
-        self._queue, self._room, self._requests = Queue(batch), Room(), 0
+        self._queue, self._requests = Queue(batch), 0
         self._preparing = asyncio.Semaphore(PREPARING)
         self._workers: list[asyncio.Task] = []
 
@@ -174,12 +174,12 @@ class App:
             raise Refused(429, f"{self._requests} requests wait already")
         self._requests += 1
         try:
-            with self._room.claim() as held:
+            with Room() as held:
                 return await self._classify(request, held)
         finally:
             self._requests -= 1
 
-    async def _classify(self, request: Request, held: Any) -> Response:
+    async def _classify(self, request: Request, held: Room) -> Response:
         body = await read_body(request, held)
         async with self._preparing:
             if await request.is_disconnected():
@@ -188,21 +188,11 @@ class App:
         score = await self._queue.score(job, request)
         if isinstance(score, Failure):
             raise Refused(500, str(score))
-        return JSONResponse(
-            {
-                "id": f"classify-{uuid.uuid4().hex}",
-                "object": "list",
-                "created": int(time.time()),
-                "model": self._said["name"],
-                "data": [classification(score, self._said["prompt"] == "judge")],
-                "usage": {
-                    "prompt_tokens": job.tokens,
-                    "total_tokens": job.tokens,
-                    "completion_tokens": 0,
-                    "prompt_tokens_details": None,
-                },
-            }
-        )
+        n, said = job.tokens, self._said
+        usage = {"prompt_tokens": n, "total_tokens": n, "completion_tokens": 0, "prompt_tokens_details": None}
+        reply = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+        reply |= {"model": said["name"], "data": [classification(score, said["prompt"] == "judge")], "usage": usage}
+        return JSONResponse(reply)
 
 
 # --- the process -----------------------------------------------------------------------------------------------

@@ -232,12 +232,9 @@ def _rows(recipe: Recipe, seconds: dict[str, float]) -> None:
     """Prepare the data of known sources once, before any rank asks for them."""
     from ..data.load import ensure_rows
 
-    wanted = [(recipe.data.path, recipe.data.split)]
-    if recipe.data.heldout:
-        wanted.append((recipe.data.heldout.path, recipe.data.heldout.split))
     start = time.monotonic()
-    for path, split in wanted:
-        ensure_rows(embedded.with_seed(path, recipe.seed), split)
+    for rows in filter(None, (recipe.data, recipe.data.heldout)):
+        ensure_rows(embedded.with_seed(rows.path, recipe.seed), rows.split)
     if time.monotonic() - start > 1:
         seconds["prepare data"] = round(time.monotonic() - start, 1)
 

@@ -250,25 +250,24 @@ def _data(recipe: Recipe, found: Findings) -> None:
     from ..data.load import columns
     from ..data.sources import BY_HUB
 
-    places = [("data.path", recipe.data.path, recipe.data.split)]
-    if recipe.data.heldout:
-        places.append(("data.heldout.path", recipe.data.heldout.path, recipe.data.heldout.split))
     rewards = recipe.rewards if isinstance(recipe, GrpoRecipe) else []
     needs_solution = isinstance(recipe, SftRecipe) or any(r.name == "accuracy" for r in rewards)
-    for key, path, split in places:
+    for rows in filter(None, (recipe.data, recipe.data.heldout)):
+        trained = rows is recipe.data
+        key, path = "data.path" if trained else "data.heldout.path", rows.path
         if path in BY_HUB:
             found.unchecked.append(f"{key}: {path} on the hub")
         try:
-            names = columns(path, split)
+            names = columns(path, rows.split)
         except R1VError as e:
             found.errors.append(f"{key}: {e.line}")
             continue
         wanted = ["id", "images", "problem"]
         judged = isinstance(recipe, GrpoRecipe) and recipe.eval and recipe.judges  # labels or not
-        if needs_solution or (key == "data.heldout.path" and not judged):
+        if needs_solution or not (trained or judged):
             wanted.append("solution")
         missing = [c for c in wanted if c not in names]
-        for reward in rewards if key == "data.path" else ():
+        for reward in rewards if trained else ():
             if isinstance(reward, UserReward):
                 found.errors += reward_errors(reward, names)
         if missing:

@@ -71,14 +71,9 @@ def warn_of_changes(checkpoint: Path, now: dict) -> None:
 
 def git_commit(folder: Path) -> str | None:
     """The commit of the repository that holds `folder`, `-dirty` when it has changes, None outside one."""
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        commit = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() or None
