@@ -1,8 +1,6 @@
 """The models that r1v makes itself: names like `embedded:tiny-policy`, the cached folders they stand for, and how
 each is built. No torch here: the launcher builds what is missing before it starts a worker."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -70,9 +68,7 @@ def with_seed(path: str, seed: int) -> str:
 def resolve_model(name: str, seed: int) -> str:
     """A hub name or folder as it is; an embedded name as its folder.
 
-    Raises:
-        UsageError: there is no such embedded model.
-        DataError: it was not built yet.
+    Raises UsageError: there is no such embedded model. DataError: it was not built yet.
     """
     if not is_embedded(name):
         return name

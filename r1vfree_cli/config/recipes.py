@@ -1,7 +1,5 @@
 """Find, load, override and validate recipes; say everything that is wrong with one at once."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

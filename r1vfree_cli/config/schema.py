@@ -4,8 +4,6 @@ Keys of `train` that r1v does not own are TRL's: their names, types and defaults
 transformers' source (`trl_keys`), so a misspelt key is found without importing torch.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """The keys that TRL's configs accept, read from the installed source with `ast`: no torch import."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import re

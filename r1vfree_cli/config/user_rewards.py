@@ -3,8 +3,6 @@
 `rewards.function` imports and calls them, in the workers.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """What people see: logs and progress on stderr, results on stdout, one JSON document with --json."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The one error tree. Every error a user can cause carries its exit code and, where there is one, the fix."""
 
-from __future__ import annotations
-
 
 class R1VError(Exception):
     """Base of all expected errors: one message, optional detail lines, an optional hint, an exit code.

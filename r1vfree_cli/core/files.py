@@ -4,8 +4,6 @@ Every file is written to a temporary name in the same folder and renamed, so a r
 files are appended to a complete line at a time.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

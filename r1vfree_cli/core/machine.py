@@ -1,7 +1,5 @@
 """What the machine refused: disk, memory, permission. That is no bug, whichever library found out."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

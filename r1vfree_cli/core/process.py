@@ -3,8 +3,6 @@
 A rank locks its pid file as long as it lives; a process id alone may have been given to another process since.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import fcntl

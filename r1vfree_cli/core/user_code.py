@@ -1,7 +1,5 @@
 """A user's own code (rewards, a model family, a benchmark): `FILE.py:NAME` or `package.module:NAME`."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

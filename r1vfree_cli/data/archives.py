@@ -1,7 +1,5 @@
 """Zip archives of images: members by name, read up to a limit whatever the archive's headers claim."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Callable

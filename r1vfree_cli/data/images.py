@@ -1,7 +1,5 @@
 """Image files of raw records: found inside the given folders, checked, and made alike for every later stage."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import io
@@ -37,9 +35,8 @@ def normalise_image(data: bytes) -> bytes:
     written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG. Metadata that cannot be
     read (EXIF, text, colour profile) is left out.
 
-    Raises:
-        RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide,
-            over 64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
+    Raises RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide, over
+    64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
     """
     if len(data) > MAX_FILE_BYTES:
         raise RowProblem("image file too large")

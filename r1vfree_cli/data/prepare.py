@@ -289,8 +289,7 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
 def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
     """Refuse a folder that holds something, or without `overwrite` anything.
 
-    Raises:
-        UsageError
+    Raises UsageError.
     """
     try:
         if out.exists() and not out.is_dir():

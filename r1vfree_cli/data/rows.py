@@ -5,8 +5,6 @@ that cannot become a row raises `RowProblem`, whose reason is counted: nothing i
 is dropped without being counted.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ line does not cost the others. That is why `datasets` reads only what it saved: 
 guesses types (an id of 007 becomes 7), and refuses them for one bad line.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math

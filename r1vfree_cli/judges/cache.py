@@ -1,7 +1,5 @@
 """Judgements on disk, by content hash: what was judged once is not paid for again. Failures never get here."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sqlite3

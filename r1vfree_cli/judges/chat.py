@@ -4,8 +4,6 @@ A verdict is JSON where the endpoint can be held to it (`Endpoint.chat` steps do
 text). A label in text counts only where it is stated as the verdict; any other mention of it is no verdict.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -7,8 +7,6 @@ class is sigmoid(logit of Yes - logit of No) = P(Yes). (`no_post_processing` loo
 where this does not put them.) Of several classes the last counts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..core.prompts import messages_for

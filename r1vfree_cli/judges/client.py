@@ -8,8 +8,6 @@ A body is read as bytes under a limit, on the wire and unpacked, and is UTF-8 wh
 not followed: the key and the images go to the configured origin only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

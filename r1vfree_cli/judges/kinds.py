@@ -7,8 +7,6 @@
   label (unbounded), the probability of its last label when it has more.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """What bounds the reward server: the time that a client may take to say something, and the memory of all that they said."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import threading
@@ -47,9 +45,7 @@ class Room:
 async def read_body(request: Request, held: Room) -> bytearray:
     """The body of a request.
 
-    Raises:
-        Refused: it is too large, too slow, or there is no room for it now.
-        ClientDisconnect: its client left.
+    Raises Refused: it is too large, too slow, or there is no room for it now. ClientDisconnect: its client left.
     """
     length = request.headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MAX_BODY_BYTES:

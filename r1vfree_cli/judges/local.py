@@ -1,7 +1,5 @@
 """A judge model in this process: scores (images, question, answer) in batches. `checkpoint` tells its kinds."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Hashable, Sequence

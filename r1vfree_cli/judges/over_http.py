@@ -1,7 +1,5 @@
 """What the reward judges behind HTTP (`classify`, `chat`) share: one endpoint, and patience while it is down."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random
@@ -52,8 +50,7 @@ class HttpJudge:
     async def ask(self, question: Question) -> Verdict:
         """One question, asked once.
 
-        Raises:
-            UsageError, Failure
+        Raises UsageError, Failure.
         """
         raise NotImplementedError
 

@@ -145,9 +145,7 @@ class Backend(Protocol):
     async def open(self) -> None:
         """Get ready; called before the first question, again when it failed.
 
-        Raises:
-            UsageError, DataError: the configuration is wrong.
-            Failure: the judge cannot be reached.
+        Raises UsageError, DataError: the configuration is wrong. Failure: the judge cannot be reached.
         """
 
     async def judge(self, questions: list[Question]) -> list[Verdict | Failure]:

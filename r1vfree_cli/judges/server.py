@@ -7,8 +7,6 @@ One process: the HTTP server in an event loop, and a thread per device that runs
 that a client can make it hold is bounded: `wire` bounds a request, `limits` its time and the memory of all together.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import hmac

@@ -1,7 +1,5 @@
 """The disk that a run's checkpoints take, before the first is written. No torch here."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`r1v sft` and `r1v grpo`, from a recipe's name to a finished run dir: what the CLI calls for both."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """From a recipe to commands and environments. Starts nothing, writes nothing."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -3,8 +3,6 @@
 Findings are errors (the run would fail), warnings, and what could not be checked from here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

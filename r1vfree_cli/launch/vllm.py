@@ -3,8 +3,6 @@
 The server may have an environment of its own, with other versions than r1v: R1V_VLLM names its `vllm`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -91,9 +89,8 @@ def judge_arguments(model: str, revision: str | None) -> list[str]:
     vLLM reads the two rows of the head by itself and asks the text config whether the head is tied, where
     transformers 5 no longer writes it.
 
-    Raises:
-        UsageError: its config cannot be read, it generates nothing, or Yes or No are several tokens, of which vLLM
-            would take another without an error.
+    Raises UsageError: its config cannot be read, it generates nothing, or Yes or No are several tokens, of which vLLM
+    would take another without an error.
     """
     config = config_of(model, revision)
     architecture = str((config.get("architectures") or [""])[0])

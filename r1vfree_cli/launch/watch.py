@@ -1,7 +1,5 @@
 """What a run shows: what would be started, how it goes on, the table at its end; the files of its workers tell."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

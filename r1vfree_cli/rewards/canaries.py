@@ -13,8 +13,6 @@ Asked but not answered is a failure too. Right answers are the rows' `solution`,
 asked for the colour.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Sequence

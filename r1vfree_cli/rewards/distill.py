@@ -4,8 +4,6 @@ Replies are kept in the cache as they come, by image, question, teacher and limi
 again with other rows, asks only what it does not know. Failures are not kept.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

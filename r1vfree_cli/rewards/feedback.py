@@ -5,8 +5,6 @@ score, and no request. The infrastructure's: None, which means not scored and is
 and a used-up budget: an `R1VError`, which stops the run.
 """
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """Rewards that are functions or classes: r1v's own text rewards, and users' from a file or a module."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json

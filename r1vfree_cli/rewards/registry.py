@@ -3,8 +3,6 @@
 Nothing here imports torch until a local judge is asked.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path

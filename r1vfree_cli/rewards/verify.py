@@ -4,8 +4,6 @@ math-verify bounds its own time with SIGALRM, which works in main threads only a
 power. It therefore runs in one child process for all calls, which is killed and restarted when it is late.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import re

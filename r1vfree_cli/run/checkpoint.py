@@ -3,8 +3,6 @@
 Used by merge, eval, resume, `model.name` and judges. It stands below `launch`, which asks it before anything starts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """The run contract, `r1v.json` beside every model that r1v writes: what the model was trained with and must be run with."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version

@@ -1,7 +1,5 @@
 """Run dirs: names, the guard against overwriting, attempts, status."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path
