@@ -196,6 +196,7 @@ def _request(method: str, path: str, headers: tuple[tuple[bytes, bytes], ...], p
     """One answer below 500, of JSON; and the next good request gets its score."""
 
     def call() -> None:
+        from r1vfree_cli.judges.limits import Room
         from r1vfree_cli.judges.server import App
 
         async def both() -> None:
@@ -211,7 +212,7 @@ def _request(method: str, path: str, headers: tuple[tuple[bytes, bytes], ...], p
                 status, document = await _answer(
                     app, "POST", "/classify", ((b"authorization", b"Bearer key"),), (GOOD,)
                 )
-                assert status == 200 and app._requests == 0 and app._room._held == 0, (status, document)
+                assert status == 200 and app._requests == 0 and Room._all == 0, (status, document)
                 for worker in app._workers:
                     worker.cancel()
 
