@@ -113,40 +113,34 @@ def _devices(recipe: Recipe, found: Findings, dry_run: bool) -> bool:
 
 
 def _packages(recipe: Recipe, found: Findings) -> None:
-    train = recipe.trl
-    needed = {"accelerate": "launching"}
-    if recipe.launch.preset.startswith("zero"):
-        needed["deepspeed"] = f"launch.preset {recipe.launch.preset}"
-    optim = str(train.get("optim"))
-    package = next((name for pattern, name in _OPTIMIZERS.items() if re.fullmatch(pattern, optim)), None)
-    if package is not None:
-        needed[package] = f"train.optim {optim}"
-    if train.get("use_vllm"):
-        needed["vllm"] = "train.use_vllm"
-    if train.get("use_liger_kernel"):
-        needed["liger_kernel"] = "train.use_liger_kernel"
-    if recipe.model.lora and recipe.model.lora.quantize:
-        needed["bitsandbytes"] = "model.lora.quantize"
-    if recipe.model.attention == "flash_attention_2":
-        needed["flash_attn"] = "model.attention flash_attention_2"
-        if recipe.launch.on_cpu or recipe.model.dtype == "float32":
-            found.errors.append(
-                f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not"
-            )
-    report = train.get("report_to", "none")
-    for name in [report] if isinstance(report, str) else report or []:
-        if name in _TRACKERS:
-            needed[name] = f"train.report_to {name}"
-        elif name not in ("all", "none"):
-            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
-    if recipe.launch.preset == "zero3-offload":
-        needed["ninja"] = "compiling DeepSpeed's CPU Adam for launch.preset zero3-offload"
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler) is None:
-            found.lacking(f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without")
+    train, preset, attention, lora = recipe.trl, recipe.launch.preset, recipe.model.attention, recipe.model.lora
+    optim, report = str(train.get("optim")), train.get("report_to", "none")
+    flash, offload = attention == "flash_attention_2", preset == "zero3-offload"
+    package = next((name for pattern, name in _OPTIMIZERS.items() if re.fullmatch(pattern, optim)), "")
+    trackers = [report] if isinstance(report, str) else report or []
+    wants = [
+        ("accelerate", True, "launching"),
+        ("deepspeed", preset.startswith("zero"), f"launch.preset {preset}"),
+        (package, package, f"train.optim {optim}"),
+        ("vllm", train.get("use_vllm"), "train.use_vllm"),
+        ("liger_kernel", train.get("use_liger_kernel"), "train.use_liger_kernel"),
+        ("bitsandbytes", lora and lora.quantize, "model.lora.quantize"),
+        ("flash_attn", flash, f"model.attention {attention}"),
+        ("ninja", offload, f"compiling DeepSpeed's CPU Adam for launch.preset {preset}"),
+        *((name, name in _TRACKERS, f"train.report_to {name}") for name in trackers),
+    ]
+    needed = {package: why for package, wanted, why in wants if wanted}
     for package, why in needed.items():
         if find_spec(package) is None:
             found.lacking(f"{why} needs the package {package}: pip install {_INSTALL.get(package, package)}")
+    if flash and (recipe.launch.on_cpu or recipe.model.dtype == "float32"):
+        found.errors.append(f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not")
+    for name in trackers:
+        if name not in (*_TRACKERS, "all", "none"):
+            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
+    compiler = os.environ.get("CXX", "c++")
+    if offload and shutil.which(compiler) is None:
+        found.lacking(f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without")
 
 
 def _push(recipe: Recipe, found: Findings, dry_run: bool) -> None:
