@@ -50,8 +50,7 @@ class Endpoint:
     base_url: origin and path prefix; None is OpenAI's own (or $OPENAI_BASE_URL).
     timeout_s: for one attempt, from connecting to the reply's last byte; connecting alone gets at most 10 s.
     max_retries: attempts after the first, where trying again may help. A Retry-After of up to 120 s is honoured.
-    api_key_env: the variable that holds the key; each endpoint has its own.
-    api_key: the key itself; None reads the variable, "" sends none.
+    api_key_env: the variable that holds the key; each endpoint has its own. None sends none.
     max_image_bytes: an image whose PNG is larger goes as JPEG (`protocol.image_url`).
     what: what errors call it.
     failures: kind -> the first message, key removed, of calls that failed for good.
@@ -63,7 +62,6 @@ class Endpoint:
     max_retries: int = 4
     concurrency: int = 16
     api_key_env: str | None = "OPENAI_API_KEY"
-    api_key: str | None = field(default=None, repr=False)
     requests_per_minute: float | None = None
     max_image_bytes: int | None = None
     what: str = "endpoint"
@@ -77,8 +75,7 @@ class Endpoint:
     _format: int = 0
 
     def __post_init__(self):
-        if self.api_key is None and self.api_key_env:
-            self.api_key = (os.environ.get(self.api_key_env) or "").strip()
+        self.api_key = os.environ.get(self.api_key_env or "", "").strip()
 
     @property
     def url(self) -> str:
@@ -312,7 +309,7 @@ class Endpoint:
             return UsageError(f"the proxy refused access (407){proxy_before(self.url)}", details=details)
         if status in (401, 403):
             known = self.api_key_env and f"put its key in {self.api_key_env}, or name another variable"
-            hint = known or "it wants a key: name its variable"
+            hint = known or "it wants a key: name the variable that holds it (api_key_env)"
             return UsageError(f"{at} refused access ({status})", details=details, hint=hint)
         if status == 402 or _NO_QUOTA.search(code) or (400 <= status < 500 and _NO_MONEY.search(said)):
             return UsageError(f"{at} has no quota left ({status})", details=details, hint="what is finished is kept")

@@ -15,7 +15,6 @@ from ..core.files import cache_dir
 from ..judges.chat import ChatJudge
 from ..judges.classify import ClassifyJudge
 from ..judges.in_process import InProcessJudge
-from ..judges.over_http import key_of
 from ..judges.protocol import Backend
 from ..run.checkpoint import fingerprint
 from .feedback import Feedback
@@ -85,7 +84,7 @@ def build_feedback(
         backend = InProcessJudge(model, revision, pixels)
     else:
         judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
-        backend = judge(reward, str(url), key_of(reward), stopping)
+        backend = judge(reward, str(url), stopping)
     identity = _identity(reward, model, revision, pixels)
     return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, share=share, stopping=stopping)
 

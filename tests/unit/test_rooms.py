@@ -14,11 +14,11 @@ ROOMS = {
     "config": 998,
     "run": 402,
     "data": 1683,
-    "launch": 1226,
+    "launch": 1220,
     "models": 900,
     "shared_prefix": 1350,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
-    "judges": 1758,
-    "rewards": 957,
+    "judges": 1746,
+    "rewards": 956,
     "training": 2775,  # 2390 before the room that a final save needs
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
     "report": 1484,
