@@ -1,10 +1,8 @@
 """The `classify` backend: POST {base_url}/classify in the shape of vLLM's endpoint for chat messages.
 
-`r1v serve-reward` and `vllm serve` both speak it. vLLM takes chat messages with images there since its pull request 27516
-and turns a vision-language model into a classifier with `--runner pooling --hf-overrides '{"architectures":
-["Qwen2_5_VLForSequenceClassification"], "classifier_from_token": ["No", "Yes"], "method": "from_2_way_softmax"}'`: its one
-class is sigmoid(logit of Yes - logit of No) = P(Yes). (`no_post_processing` looks for the tokens in the text config only,
-where this does not put them.) Of several classes the last counts.
+`r1v serve-reward` and `vllm serve` both speak it. vLLM takes chat messages with images there since its pull request
+27516; `launch.vllm.judge_arguments` turns a vision-language model into a classifier whose one class is P(Yes). Of several
+classes the last counts.
 """
 
 from typing import Any
