@@ -115,11 +115,8 @@ def _stage(name: str, seed: int) -> Stage:
     piece, _, query = name.removeprefix(PREFIX).partition("?")
     if piece not in _PIECES:
         known = [PREFIX + n for n in _PIECES]
-        raise UsageError(
-            f"no embedded model {name!r}",
-            details=["there are: " + ", ".join(known)],
-            hint=did_you_mean(PREFIX + piece, known),
-        )
+        hint = did_you_mean(PREFIX + piece, known)
+        raise UsageError(f"no embedded model {name!r}", details=["there are: " + ", ".join(known)], hint=hint)
     options = dict(parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():
         if piece != "tiny-judge" or key != "steps" or not value.isdigit():

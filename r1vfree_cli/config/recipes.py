@@ -86,11 +86,8 @@ def find(stage: str, name: str) -> Path:
     if other:
         raise UsageError(f"recipe {other} is for `r1v {other.split('/')[0]}`, not for `r1v {stage}`")
     names = [k.split("/")[1] for k in have]
-    raise UsageError(
-        f"no recipe named {name!r} for {stage}",
-        details=["shipped: " + ", ".join(names)],
-        hint=did_you_mean(key.split("/")[1], names, "r1v recipes list, or give the path of a YAML file"),
-    )
+    hint = did_you_mean(key.split("/")[1], names, "r1v recipes list, or give the path of a YAML file")
+    raise UsageError(f"no recipe named {name!r} for {stage}", details=["shipped: " + ", ".join(names)], hint=hint)
 
 
 def read_yaml(text: str, where: str) -> Any:
@@ -194,11 +191,9 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
 def refuse_secrets(document: dict, where: str, variables: str) -> None:
     """Raises UsageError where a document holds a key or password. Before other errors, which show what they found."""
     if places := secrets_in(document):
-        raise UsageError(
-            f"recipe {where} holds what looks like a key or password",
-            details=[f"{ascii(place)[1:-1]}: not shown" for place in places[:_SHOWN]],
-            hint=f"keys come from the environment: {variables}",
-        )
+        details = [f"{ascii(place)[1:-1]}: not shown" for place in places[:_SHOWN]]
+        hint = f"keys come from the environment: {variables}"
+        raise UsageError(f"recipe {where} holds what looks like a key or password", details=details, hint=hint)
 
 
 def _unfit(value: Any, key: str = "") -> list[str]:

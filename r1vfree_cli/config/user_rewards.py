@@ -74,9 +74,7 @@ def reward_errors(reward: UserReward, columns: Collection[str]) -> list[str]:
     return [where + line for line in lines]
 
 
-def _mismatch(
-    function: ast.FunctionDef | ast.AsyncFunctionDef, given: set[str], arguments: set[str], *own: Any
-) -> list[str]:
+def _mismatch(function: _FUNCTION, given: set[str], arguments: set[str], *own: Any) -> list[str]:
     """Why a call with `arguments` and what it wants of `given` would fail; `own`: None for `self`."""
     if function.decorator_list:
         return []

@@ -1,7 +1,5 @@
 """prepare-data: any source to parquet shards of rows, atomically, with a count of what was dropped and why."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random
@@ -91,7 +89,7 @@ def prepare(
     return summary
 
 
-def _counted(readers: dict[str, Reader], drops: Drops, splits: dict[str, dict]) -> dict[str, Any]:
+def _counted(readers: "dict[str, Reader]", drops: Drops, splits: dict[str, dict]) -> dict[str, Any]:
     """What data.json says of what was read, dropped and written."""
     read_as: Counter[str] = sum((reader.layouts for reader in readers.values()), Counter())
     return {

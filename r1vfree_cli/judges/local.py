@@ -165,15 +165,12 @@ class LocalJudge:
             return failure
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        safe = [
-            {
-                **m,
-                "content": [{**p, "text": as_data(p["text"])} if p["type"] == "text" else p for p in m["content"]],
-            }
-            for m in messages
-        ]
+        def safe(part: dict) -> dict:
+            return part | {"text": as_data(part["text"])} if part["type"] == "text" else part
+
+        said = [m | {"content": [safe(part) for part in m["content"]]} for m in messages]
         try:
-            return render(self.processor, safe, add_generation_prompt=add_generation_prompt, what=f"judge {self.name}")
+            return render(self.processor, said, add_generation_prompt=add_generation_prompt, what=f"judge {self.name}")
         except DataError as e:
             raise Failure("template", e.message) from None
 

@@ -4,8 +4,6 @@ Ranks write their own logs, pid and error files into `logs/attempt-N/`; the laun
 happened, so the cause is read from those files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -125,7 +123,7 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def serving(recipe: Recipe, logs: Path) -> Iterator[Server | None]:
+def serving(recipe: Recipe, logs: Path) -> "Iterator[Server | None]":
     """Run the recipe's reward server, if it has one, while the body runs.
 
     Raises:
@@ -143,7 +141,7 @@ def serving(recipe: Recipe, logs: Path) -> Iterator[Server | None]:
 
 
 @contextmanager
-def server(plan: Plan, port: int, log: Path, what: str) -> Iterator[Server]:
+def server(plan: Plan, port: int, log: Path, what: str) -> "Iterator[Server]":
     """Run an HTTP server that answers /health while the body runs. Raises as `serving`."""
     if not port_is_free(port):  # else whatever is there would be taken for it
         hint = "another port, or none: a free one"
