@@ -3,7 +3,6 @@
 Nothing here imports torch until a local judge is asked.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,6 @@ def build_feedback(
     folder: Path | None = None
     if reward.cache:
         folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")
-    share = 1 / max(1, int(os.environ.get("WORLD_SIZE", "1")))
     backend: Backend
     if reward.backend == "local":
         backend = InProcessJudge(model, revision, pixels)
@@ -86,7 +84,7 @@ def build_feedback(
         judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
         backend = judge(reward, str(url), stopping)
     identity = _identity(reward, model, revision, pixels)
-    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, share=share, stopping=stopping)
+    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, stopping=stopping)
 
 
 def _identity(reward: FeedbackReward, model: str, revision: str | None, pixels: tuple[int, int] | None) -> dict:

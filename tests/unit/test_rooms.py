@@ -18,7 +18,7 @@ ROOMS = {
     "models": 900,
     "shared_prefix": 1350,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
     "judges": 1740,
-    "rewards": 956,
+    "rewards": 954,
     "training": 2775,  # 2390 before the room that a final save needs
     "eval": 3375,  # 3310 before verdicts on a condition and of who was shown nothing
     "report": 1484,
