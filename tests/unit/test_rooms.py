@@ -14,7 +14,7 @@ ROOMS = {
     "config": 988,
     "run": 402,
     "data": 1682,
-    "launch": 1219,
+    "launch": 1215,
     "models": 900,
     "shared_prefix": 1350,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
     "judges": 1740,
