@@ -1,10 +1,8 @@
 """The models that r1v makes itself: names like `embedded:tiny-policy`, the cached folders they stand for, and how
 each is built. No torch here: the launcher builds what is missing before it starts a worker."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,20 +15,14 @@ from ..core.files import cache_dir, lock, staged
 from . import recipes
 
 PREFIX = "embedded:"
-NAMES = ("tiny-init", "tiny-policy", "tiny-judge")
 SFT_RECIPE = "sft/tiny"
 
-_TITLES = {
-    "tiny-init": "make the tiny model and its processor",
-    "tiny-policy": "warm-start the policy (SFT)",
-    "tiny-judge": "train the judge",
-}
-# What decides the content of each piece, beside its seed and the libraries: a change of these rebuilds it.
 _TEXTS = ("core/prompts.py", "data/shapes.py", "tiny/models.py")
-_SOURCES = {
-    "tiny-init": _TEXTS,
-    "tiny-policy": (*_TEXTS, "training/sft.py"),
-    "tiny-judge": (*_TEXTS, "tiny/judge.py"),
+# Of each piece: what to show, and what decides its content beside its seed and the libraries: a change rebuilds it.
+_PIECES = {
+    "tiny-init": ("make the tiny model and its processor", _TEXTS),
+    "tiny-policy": ("warm-start the policy (SFT)", (*_TEXTS, "training/sft.py")),
+    "tiny-judge": ("train the judge", (*_TEXTS, "tiny/judge.py")),
 }
 _LIBRARIES = ("torch", "transformers", "trl", "tokenizers", "pillow")
 
@@ -42,7 +34,6 @@ class Stage:
     name: `embedded:...` as in a recipe. title: what to show. folder: the cache folder; the model is in `path`.
     kind `module`: run `python -m MODULE *args OUT` with OUT = `final` in the folder that `building` yields;
     kind `recipe`: run the recipe `args[0]` (`stage/name`) with the overrides `args[1:]`, that folder as its run dir.
-    after: names of the pieces that must be there first.
     """
 
     name: str
@@ -50,7 +41,6 @@ class Stage:
     kind: Literal["module", "recipe"]
     args: tuple[str, ...]
     folder: Path
-    after: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -78,32 +68,27 @@ def with_seed(path: str, seed: int) -> str:
 def resolve_model(name: str, seed: int) -> str:
     """A hub name or folder as it is; an embedded name as its folder.
 
-    Raises:
-        UsageError: there is no such embedded model.
-        DataError: it was not built yet.
+    Raises UsageError: there is no such embedded model. DataError: it was not built yet.
     """
     if not is_embedded(name):
         return name
     stage = _stage(name, seed)
     if not stage.ready:
-        raise DataError(
-            f"{name} with seed {seed} is not built yet ({stage.path})", hint="r1v grpo --recipe tiny builds it"
-        )
+        hint = "r1v grpo --recipe tiny builds it"
+        raise DataError(f"{name} with seed {seed} is not built yet ({stage.path})", hint=hint)
     return str(stage.path)
 
 
-def stages(names: list[str] | tuple[str, ...], seed: int) -> list[Stage]:
+def stages(names: Sequence[str | None], seed: int) -> list[Stage]:
     """What stands behind the embedded ones of `names`, in an order in which it can be built; each piece once.
 
-    Raises:
-        UsageError: there is no such embedded model.
+    Raises UsageError: there is no such embedded model.
     """
     found: dict[str, Stage] = {}
     for name in names:
         if is_embedded(name):
-            stage = _stage(name, seed)
-            for needed in [*(_stage(n, seed) for n in stage.after), stage]:
-                found.setdefault(needed.name, needed)
+            first = [f"{PREFIX}tiny-init"] if name == f"{PREFIX}tiny-policy" else []  # what it is trained from
+            found |= {piece: _stage(piece, seed) for piece in (*first, str(name)) if piece not in found}
     return list(found.values())
 
 
@@ -114,8 +99,7 @@ def building(stage: Stage) -> Iterator[Path | None]:
     Yields None when it is there already (another process may have built it while this one waited). After an error
     the unfinished folder stays beside it, for its logs, until the next try.
 
-    Raises:
-        DataError: the body left no model in `final/`.
+    Raises DataError: the body left no model in `final/`.
     """
     with lock(stage.folder, "embedded model", wait=True):
         if stage.ready:
@@ -128,43 +112,33 @@ def building(stage: Stage) -> Iterator[Path | None]:
 
 
 def _stage(name: str, seed: int) -> Stage:
-    piece, options = _parse(name)
-    folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, options, seed)}")
-    title = _TITLES[piece]
+    piece, _, query = name.removeprefix(PREFIX).partition("?")
+    if piece not in _PIECES:
+        known = [PREFIX + n for n in _PIECES]
+        hint = did_you_mean(PREFIX + piece, known)
+        raise UsageError(f"no embedded model {name!r}; there are {', '.join(known)}", hint=hint)
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key, value in options.items():
+        if piece != "tiny-judge" or key != "steps" or not value.isdigit():
+            hint = "embedded:tiny-judge?steps=N trains N steps, 0 none"
+            raise UsageError(f"{name}: unknown option {key}={value}", hint=hint)
+    title, sources = _PIECES[piece]
+    folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, sources, options, seed)}")
     if piece == "tiny-policy":
-        recipe = (SFT_RECIPE, f"train.seed={seed}")
-        return Stage(name, title, "recipe", recipe, folder, after=(f"{PREFIX}tiny-init",))
+        return Stage(name, title, "recipe", (SFT_RECIPE, f"train.seed={seed}"), folder)
     module = ["r1vfree_cli.tiny.models", piece.removeprefix("tiny-"), "--seed", str(seed)]
     module += [part for key, value in options.items() for part in (f"--{key}", value)]
     return Stage(name, title, "module", tuple(module), folder)
 
 
-def _parse(name: str) -> tuple[str, dict[str, str]]:
-    piece, _, query = name.removeprefix(PREFIX).partition("?")
-    if piece not in NAMES:
-        known = [PREFIX + n for n in NAMES]
-        raise UsageError(
-            f"no embedded model {name!r}; there are {', '.join(known)}",
-            hint=did_you_mean(PREFIX + piece, known),
-        )
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for key, value in options.items():
-        if piece != "tiny-judge" or key != "steps" or not value.isdigit():
-            raise UsageError(
-                f"{name}: unknown option {key}={value}", hint="embedded:tiny-judge?steps=N trains N steps, 0 none"
-            )
-    return piece, options
-
-
-def _key(piece: str, options: dict[str, str], seed: int) -> str:
+def _key(piece: str, sources: tuple[str, ...], options: dict[str, str], seed: int) -> str:
     """Hex digest of all that decides the piece's content."""
     digest = hashlib.sha256(repr((piece, sorted(options.items()), seed)).encode())
-    package = Path(__file__).parents[1]
-    files = [package / source for source in _SOURCES[piece]]
+    files = [Path(__file__).parents[1] / source for source in sources]
     if piece == "tiny-policy":
         files.append(recipes.recipes_root() / f"{SFT_RECIPE}.yaml")
     for file in files:
-        digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
     for library in _LIBRARIES:
         digest.update(f"{library}={version(library)}".encode())
     return digest.hexdigest()[:16]

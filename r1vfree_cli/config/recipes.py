@@ -1,7 +1,5 @@
 """Find, load, override and validate recipes; say everything that is wrong with one at once."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -15,10 +13,8 @@ from pydantic import BaseModel, ValidationError
 from ..core.errors import UsageError, brief, did_you_mean, nearest
 from ..core.redact import secrets_in
 from .rewards import OWN_REWARDS
-from .schema import STAGES, GrpoRecipe, SftRecipe
+from .schema import STAGES, Recipe
 from .trl_keys import trl_key_errors, trl_keys
-
-Recipe = GrpoRecipe | SftRecipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -49,17 +45,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # YAML 1.1's own would read 010 as eight
-
-
 # What JSON has, and nothing else: no dates, bytes or sets, which could not be written into a run dir again.
 _Loader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.endswith((":map", ":seq", ":str", ":float", ":bool", ":null"))
 }
-_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+# YAML 1.1's own would read 010 as eight.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # type: ignore[arg-type]
 _SHOWN = 100  # errors of one recipe
 
 
@@ -79,8 +72,7 @@ def shipped(stage: str | None = None) -> dict[str, Path]:
 def find(stage: str, name: str) -> Path:
     """The file of a recipe: a path as it is, else a shipped name with or without `stage/`.
 
-    Raises:
-        UsageError: no such recipe; names the nearest.
+    Raises UsageError: no such recipe; names the nearest.
     """
     if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
         if not os.path.isfile(name):
@@ -95,19 +87,12 @@ def find(stage: str, name: str) -> Path:
     if other:
         raise UsageError(f"recipe {other} is for `r1v {other.split('/')[0]}`, not for `r1v {stage}`")
     names, own = [k.split("/")[1] for k in have], map(str, Path().glob("*.yaml"))
-    raise UsageError(
-        f"no recipe named {name!r} for {stage}",
-        details=["shipped: " + ", ".join(names)],
-        hint=did_you_mean(key.split("/")[1], [*names, *own], "r1v recipes list, or give the path of a YAML file"),
-    )
+    hint = did_you_mean(key.split("/")[1], [*names, *own], "r1v recipes list, or give the path of a YAML file")
+    raise UsageError(f"no recipe named {name!r} for {stage}", details=["shipped: " + ", ".join(names)], hint=hint)
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML with the strict loader.
-
-    Raises:
-        UsageError: not YAML, a key stands twice, or something holds itself.
-    """
+    """Parse YAML with the strict loader. Raises UsageError: not YAML, a key stands twice, or something holds itself."""
     try:
         document = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         json.dumps(document)  # refuses what holds itself
@@ -119,8 +104,7 @@ def read_yaml(text: str, where: str) -> Any:
 def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> dict:
     """The recipe file as a dict, with `a.b=value` overrides applied; not validated.
 
-    Raises:
-        UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
+    Raises UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -172,23 +156,19 @@ def _override(document: dict, item: str) -> None:
 
 def _list_place(items: list, part: str, key: str) -> int:
     """A list item is named by its index or, for rewards, by what metrics call it (`Reward.key`)."""
-    names = [_called(item) if isinstance(item, dict) else None for item in items]
+    rewards = [item if isinstance(item, dict) else {} for item in items]
+    names = [str(r.get("label") or str(r.get("name")).rpartition(":")[2]) for r in rewards]
     if part in names:
         return names.index(part)
     if part.isdecimal() and int(part) < len(items):
         return int(part)
-    raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(str(n) for n in names)}"])
-
-
-def _called(reward: dict) -> str:
-    return str(reward.get("label") or str(reward.get("name")).rpartition(":")[2])
+    raise UsageError(f"--set {key}: no item {part!r}", details=[f"there are: {', '.join(names)}"])
 
 
 def validate(stage: str, document: dict, where: str) -> Recipe:
     """The typed recipe.
 
-    Raises:
-        UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
+    Raises UsageError: lists every wrong key with what was found, what is allowed and the nearest name.
     """
     model = STAGES[stage]
     refuse_secrets(document, where, "$OPENAI_API_KEY or the variable that api_key_env names, $HF_TOKEN")
@@ -204,20 +184,17 @@ def validate(stage: str, document: dict, where: str) -> Recipe:
     if recipe is None or lines:
         many = f"{len(lines)} errors" if len(lines) > 1 else "an error"
         lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else lines
-        raise UsageError(
-            f"recipe {where} has {many}", details=lines, hint="r1v recipes show NAME prints the complete recipe"
-        )
+        hint = "r1v recipes show NAME prints the complete recipe"
+        raise UsageError(f"recipe {where} has {many}", details=lines, hint=hint)
     return recipe  # type: ignore[return-value]
 
 
 def refuse_secrets(document: dict, where: str, variables: str) -> None:
     """Raises UsageError where a document holds a key or password. Before other errors, which show what they found."""
     if places := secrets_in(document):
-        raise UsageError(
-            f"recipe {where} holds what looks like a key or password",
-            details=[f"{ascii(place)[1:-1]}: not shown" for place in places[:_SHOWN]],
-            hint=f"keys come from the environment: {variables}",
-        )
+        details = [f"{ascii(place)[1:-1]}: not shown" for place in places[:_SHOWN]]
+        hint = f"keys come from the environment: {variables}"
+        raise UsageError(f"recipe {where} holds what looks like a key or password", details=details, hint=hint)
 
 
 def _unfit(value: Any, key: str = "") -> list[str]:
@@ -337,8 +314,7 @@ def summary(name: str, path: Path) -> dict[str, Any]:
 def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
     """Which stage a recipe is for: as told, as its folder or shipped name says, as the file's keys say.
 
-    Raises:
-        UsageError: a path whose stage cannot be told, or an ambiguous name.
+    Raises UsageError: a path whose stage cannot be told, or an ambiguous name.
     """
     if stage is not None:
         if stage not in STAGES:

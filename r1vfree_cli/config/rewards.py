@@ -1,7 +1,5 @@
 """The rewards of a recipe: r1v's own and a user's, as `schema` has them in `rewards`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator

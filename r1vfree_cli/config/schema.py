@@ -4,8 +4,6 @@ Keys of `train` that r1v does not own are TRL's: their names, types and defaults
 transformers' source (`trl_keys`), so a misspelt key is found without importing torch.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Any, Literal
 
@@ -206,9 +204,14 @@ class _Recipe(Strict):
         return prompts.Prompt(self.prompt.instruction, self.prompt.system)
 
     @property
+    def trl(self) -> dict[str, Any]:
+        """The keys of `train` that are TRL's."""
+        return self.train.model_extra or {}
+
+    @property
     def seed(self) -> int:
         """`train.seed`; 42 is transformers' default."""
-        return (self.train.model_extra or {}).get("seed", 42)
+        return self.trl.get("seed", 42)
 
     @property
     def weights_dtype(self) -> str:
@@ -222,9 +225,19 @@ class _Recipe(Strict):
         return self.model.dtype if exact else "float32"
 
     @property
+    def judges(self) -> list[FeedbackReward]:
+        """The AI feedback rewards."""
+        return []
+
+    @property
+    def every_judge(self) -> list[FeedbackReward]:
+        """Those, and the one that training does not see."""
+        return self.judges
+
+    @property
     def served(self) -> Serve | None:
         """The reward server that the run starts, if any."""
-        return None
+        return next((r.serve for r in self.judges if r.serve), None)
 
 
 class GrpoRecipe(_Recipe):
@@ -254,8 +267,7 @@ class GrpoRecipe(_Recipe):
 
     @model_validator(mode="after")
     def _groups(self):
-        extra: dict[str, Any] = self.train.model_extra or {}
-        gives_up = extra.get("ddp_timeout", 1800)
+        gives_up = self.trl.get("ddp_timeout", 1800)
         for judge in self.judges if self.launch.processes > 1 and isinstance(gives_up, int) else ():
             if judge.step_deadline_s >= gives_up:
                 raise ValueError(
@@ -263,7 +275,7 @@ class GrpoRecipe(_Recipe):
                     f"({gives_up}): after that many seconds the processes that wait for this one end with an error"
                 )
         size = self.train.prompts_per_device * self.train.num_generations * self.launch.processes
-        generation = extra.get("generation_batch_size")
+        generation = self.trl.get("generation_batch_size")
         if isinstance(generation, int) and generation % size:
             raise ValueError(
                 f"train.generation_batch_size ({generation}) must be a multiple of prompts_per_device x "
@@ -273,17 +285,11 @@ class GrpoRecipe(_Recipe):
 
     @property
     def judges(self) -> list[FeedbackReward]:
-        """The AI feedback rewards."""
         return [r for r in self.rewards if isinstance(r, FeedbackReward)]
 
     @property
     def every_judge(self) -> list[FeedbackReward]:
-        """Those, and the one that training does not see."""
         return self.judges + ([self.eval.judge_holdout] if self.eval and self.eval.judge_holdout else [])
-
-    @property
-    def served(self) -> Serve | None:
-        return next((r.serve for r in self.judges if r.serve), None)
 
 
 class WrongAnswers(Rows):
@@ -308,4 +314,5 @@ class SftRecipe(_Recipe):
         return self
 
 
+Recipe = GrpoRecipe | SftRecipe
 STAGES: dict[str, type[Strict]] = {"grpo": GrpoRecipe, "sft": SftRecipe}

@@ -1,7 +1,5 @@
 """The keys that TRL's configs accept, read from the installed source with `ast`: no torch import."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import re
@@ -70,11 +68,9 @@ _CHOICES = {
     "sft": {"loss_type": Literal["nll", "dft"]},
 }
 _TELLING = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "literal_error")
-_FILES = {
-    "grpo": [("trl", "trainer/grpo_config.py", "GRPOConfig")],
-    "sft": [("trl", "trainer/sft_config.py", "SFTConfig")],
-}
-_BASES = [("trl", "trainer/base_config.py", "_BaseConfig"), ("transformers", "training_args.py", "TrainingArguments")]
+# Where the fields stand: package, file, class; later ones override.
+_BASES = (("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"))
+_OWN = {"grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"), "sft": ("trl", "trainer/sft_config.py", "SFTConfig")}
 
 
 @cache
@@ -83,12 +79,11 @@ def trl_keys(stage: str) -> dict[str, Any]:
 
     A type that cannot be read without importing TRL is `typing.Any`.
 
-    Raises:
-        UsageError: TRL or transformers is not installed.
+    Raises UsageError: TRL or transformers is not installed.
     """
     keys: dict[str, Any] = {}
-    for package, file, name in reversed(_FILES[stage] + _BASES):
-        keys |= _fields(package, file, name)
+    for place in (*_BASES, _OWN[stage]):
+        keys |= _fields(*place)
     return keys | {name: choices for name, choices in (_CHOICES["both"] | _CHOICES[stage]).items() if name in keys}
 
 
@@ -142,8 +137,7 @@ def _type(annotation: str) -> Any:
 def trl_key_errors(stage: str, found: dict) -> list[str]:
     """One line per key of `found` (the `train` part, r1v's own keys left out) that TRL's config would not take."""
     owned = OWNED_GRPO if stage == "grpo" else OWNED
-    config = "trl.GRPOConfig" if stage == "grpo" else "trl.SFTConfig"
-    known = trl_keys(stage)
+    known, config = trl_keys(stage), f"trl.{_OWN[stage][2]}"
     errors: list[str] = []
     for key, value in found.items():
         if key in owned:

@@ -3,10 +3,7 @@
 `rewards.function` imports and calls them, in the workers.
 """
 
-from __future__ import annotations
-
 import ast
-import hashlib
 import importlib.util
 import inspect
 from collections.abc import Collection
@@ -25,11 +22,7 @@ _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def source_file(reward: UserReward) -> Path:
-    """The file that holds the reward; nothing is imported.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The file that holds the reward; nothing is imported. Raises UsageError: there is none."""
     if reward.source.endswith(".py"):
         path = Path(reward.source)
         if not path.is_file():
@@ -44,11 +37,6 @@ def source_file(reward: UserReward) -> Path:
         hint = "a file is given as FILE.py:FUNCTION"
         raise UsageError(f"rewards.{reward.key}: no module {reward.source} in this environment", hint=hint)
     return Path(spec.origin)
-
-
-def source_sha256(reward: UserReward) -> str:
-    """Hex digest of the file that holds the reward."""
-    return hashlib.sha256(source_file(reward).read_bytes()).hexdigest()
 
 
 def reward_errors(reward: UserReward, columns: Collection[str]) -> list[str]:
@@ -86,9 +74,7 @@ def reward_errors(reward: UserReward, columns: Collection[str]) -> list[str]:
     return [where + line for line in lines]
 
 
-def _mismatch(
-    function: ast.FunctionDef | ast.AsyncFunctionDef, given: set[str], arguments: set[str], *own: Any
-) -> list[str]:
+def _mismatch(function: _FUNCTION, given: set[str], arguments: set[str], *own: Any) -> list[str]:
     """Why a call with `arguments` and what it wants of `given` would fail; `own`: None for `self`."""
     if function.decorator_list:
         return []

@@ -1,7 +1,5 @@
 """What people see: logs and progress on stderr, results on stdout, one JSON document with --json."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -20,11 +18,6 @@ def _stderr():
         return _bars[-1]  # it writes above the bar; another one would write into its line
     # A fresh console each time: tests and workers swap sys.stderr.
     return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def is_terminal() -> bool:
-    """True when progress may be drawn: stderr is a terminal and not a dumb one."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -147,7 +140,7 @@ def clock(seconds: float) -> str:
 @contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Progress]:
     """A progress bar on a terminal, a plain line every 10 s elsewhere."""
-    if not is_terminal():
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield Progress(None, None, total, description)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn

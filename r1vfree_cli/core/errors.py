@@ -1,7 +1,5 @@
 """The one error tree. Every error a user can cause carries its exit code and, where there is one, the fix."""
 
-from __future__ import annotations
-
 
 class R1VError(Exception):
     """Base of all expected errors: one message, optional detail lines, an optional hint, an exit code.
@@ -17,15 +15,15 @@ class R1VError(Exception):
         self.hint = hint
         self.details = details or []
 
+    @property
+    def line(self) -> str:
+        """Message and hint as one line of a list."""
+        return self.message + (f" ({self.hint})" if self.hint else "")
+
     def to_dict(self) -> dict:
         """A JSON form; workers leave it in the run dir so that the launcher can show the cause."""
-        return {
-            "error": type(self).__name__,
-            "exit_code": self.exit_code,
-            "message": self.message,
-            "details": self.details,
-            "hint": self.hint,
-        }
+        kept = ("exit_code", "message", "details", "hint")
+        return {"error": type(self).__name__} | {name: getattr(self, name) for name in kept}
 
 
 class UsageError(R1VError):

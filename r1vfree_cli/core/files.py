@@ -4,8 +4,6 @@ Every file is written to a temporary name in the same folder and renamed, so a r
 files are appended to a complete line at a time.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -30,8 +28,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: temporary name, fsync, rename.
 
-    Raises:
-        UsageError: the disk is full, the place is a file's, no permission.
+    Raises UsageError: the disk is full, the place is a file's, no permission.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -69,11 +66,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file, with or without a byte order mark.
-
-    Raises:
-        DataError: missing, unreadable or not JSON.
-    """
+    """Parse a JSON file, with or without a byte order mark. Raises DataError: missing, unreadable or not JSON."""
     try:
         return parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as e:
@@ -81,11 +74,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict:
-    """`read_json` of a file that must hold an object.
-
-    Raises:
-        DataError: as `read_json`, or it holds something else.
-    """
+    """`read_json` of a file that must hold an object. Raises DataError: as `read_json`, or it holds something else."""
     document = read_json(path)
     if not isinstance(document, dict):
         raise DataError(f"{path} holds no JSON object")
@@ -106,11 +95,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def append_jsonl(path: Path, document: Any) -> None:
-    """Append one line, in one write call, or nothing.
-
-    Raises:
-        UsageError: as `write_bytes`.
-    """
+    """Append one line, in one write call, or nothing. Raises UsageError: as `write_bytes`."""
     line = (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +117,7 @@ def repair_tail(path: Path) -> None:
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, document). A last line without a newline (a killed writer) is left out.
 
-    Raises:
-        DataError: a complete line that is not JSON, or an unreadable file.
+    Raises DataError: a complete line that is not JSON, or an unreadable file.
     """
     try:
         with open(path, "rb") as f:
@@ -156,8 +140,7 @@ def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tu
 
     (document, None) where a line is not `what`: damaged, edited, or `read` raised. Such lines are named.
 
-    Raises:
-        DataError: an unreadable file.
+    Raises DataError: an unreadable file.
     """
     bad = []
     try:
@@ -195,8 +178,7 @@ def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
     A killed process lets go of it. With `wait`, another holder is waited for.
 
-    Raises:
-        UsageError: another process holds it, which is named; or the lock cannot be written.
+    Raises UsageError: another process holds it, which is named; or the lock cannot be written.
     """
     path = path.resolve()
     file = path.with_name(f".{path.name}.lock")
@@ -229,8 +211,7 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
 
     After an error it is removed, or with `keep` left until the next try. Hold the folder's lock.
 
-    Raises:
-        UsageError: the place cannot be written.
+    Raises UsageError: the place cannot be written.
     """
     staging, old = (folder.with_name(f".{folder.name}.{what}") for what in ("staging", "old"))
     try:

@@ -1,7 +1,5 @@
 """What the machine refused: disk, memory, permission. That is no bug, whichever library found out."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -37,10 +35,8 @@ def no_space(error: BaseException) -> bool:
 
 def disk_full(path: object) -> UsageError:
     """The error of a write that found no space."""
-    return UsageError(
-        f"no space left on the disk while writing {path}",
-        hint="earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it",
-    )
+    hint = "earlier checkpoints are intact: free some space and go on with --resume; train.save_total_limit bounds it"
+    return UsageError(f"no space left on the disk while writing {path}", hint=hint)
 
 
 def no_memory(error: BaseException) -> bool:
@@ -77,10 +73,14 @@ def refused(error: BaseException | None, writing: object = "its results") -> Usa
     return None
 
 
+def how_ended(code: int) -> str:
+    """What became of a process with this exit code."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def ended(what: str, code: int, log: list[str], writing: object) -> R1VError:
     """The error of a process that ended and left no cause, from its exit code and the end of its log."""
-    said = RuntimeError("\n".join(log))
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    said, how = RuntimeError("\n".join(log)), how_ended(code)
     if code == -signal.SIGKILL or _KILLED.search(str(said)):
         error: R1VError = memory_full(f"{what} was killed by SIGKILL, as the system does when memory runs out")
     elif no_memory(said):

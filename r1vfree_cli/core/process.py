@@ -3,8 +3,6 @@
 A rank locks its pid file as long as it lives; a process id alone may have been given to another process since.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import fcntl
@@ -29,8 +27,7 @@ POLL_S = 0.2
 def grace_s() -> float:
     """Seconds that a rank has for its last checkpoint once it was told to stop; r1v waits a quarter longer.
 
-    Raises:
-        UsageError: `$R1V_GRACE_S` is no such number.
+    Raises UsageError: `$R1V_GRACE_S` is no such number.
     """
     text = os.environ.get("R1V_GRACE_S", "120")
     if not re.fullmatch(r"\d{1,6}(\.\d+)?", text):

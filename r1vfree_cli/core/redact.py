@@ -1,7 +1,5 @@
 """What a secret looks like: by the key it stands under, or by itself."""
 
-from __future__ import annotations
-
 import re
 
 # `api_key_env` (a variable's name) and `max_prompt_tokens` are no secrets.

@@ -1,7 +1,5 @@
 """Reasoning in a reply, under any of the names that models give it."""
 
-from __future__ import annotations
-
 import re
 
 _THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|rationale|reflect|analysis|analy[sz]e|scratchpad|monologue|\bcot)\w*"

@@ -1,7 +1,5 @@
 """A user's own code (rewards, a model family, a benchmark): `FILE.py:NAME` or `package.module:NAME`."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys
@@ -38,8 +36,7 @@ def load_source(source: str) -> ModuleType:
 def load_named(spec: str, what: str) -> Any:
     """The object that `spec` names; `what` it is stands in the error.
 
-    Raises:
-        UsageError: there is none, or its code fails on import.
+    Raises UsageError: there is none, or its code fails on import.
     """
     source, _, name = spec.rpartition(":")
     try:

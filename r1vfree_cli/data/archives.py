@@ -1,7 +1,5 @@
 """Zip archives of images: members by name, read up to a limit whatever the archive's headers claim."""
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -15,8 +13,7 @@ from .images import MAX_FILE_BYTES
 def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
     """File name -> its reader, folders left out. Readers raise DataError: too large, damaged, encrypted.
 
-    Raises:
-        UsageError: not a zip. DataError: two members of one name, of which only one could be meant.
+    Raises UsageError: not a zip. DataError: two members of one name, of which only one could be meant.
     """
     try:
         archive = zipfile.ZipFile(path)

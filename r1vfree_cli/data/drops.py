@@ -1,7 +1,5 @@
 """What is left out of the data, and why: reasons that can be counted."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 PLACES = 5  # kept of each reason

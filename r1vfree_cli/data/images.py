@@ -1,7 +1,5 @@
 """Image files of raw records: found inside the given folders, checked, and made alike for every later stage."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import io
@@ -37,9 +35,8 @@ def normalise_image(data: bytes) -> bytes:
     written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG. Metadata that cannot be
     read (EXIF, text, colour profile) is left out.
 
-    Raises:
-        RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide,
-            over 64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
+    Raises RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide, over
+    64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
     """
     if len(data) > MAX_FILE_BYTES:
         raise RowProblem("image file too large")
@@ -81,7 +78,9 @@ def _normalise(data: bytes) -> bytes:
         except Exception:  # every reader of the stored file would stumble too: it is written again without
             upright = image.copy()
         plain = image.mode == "RGB" and upright is image and not image.has_transparency_data
-        if plain and (image.format == "JPEG" or (_is_8bit_png(data) and getattr(image, "n_frames", 1) == 1)):
+        # PNG's first chunk is IHDR, whose bit depth is byte 24 of the file.
+        still_png = data.startswith(b"\x89PNG") and data[24] == 8 and getattr(image, "n_frames", 1) == 1
+        if plain and (image.format == "JPEG" or still_png):
             return data
         rgb = _to_rgb(upright, _declared_white(image, data))
         rgb.info.clear()
@@ -110,10 +109,6 @@ def _png_without_metadata(data: bytes) -> bytes:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]  # WEBP and AVIF can be missing from a build
-
-
-def _is_8bit_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG") and data[24] == 8  # the IHDR chunk comes first; byte 24 is its bit depth
 
 
 def _to_rgb(image: Image.Image, white: int) -> Image.Image:
@@ -162,8 +157,7 @@ def read_image(roots: Sequence[Path], name: str) -> bytes:
 
     A relative name is looked for in each root in turn. An absolute name or a link may lead to any of the roots.
 
-    Raises:
-        RowProblem: a URL, a path that leaves the roots, no such file.
+    Raises RowProblem: a URL, a path that leaves the roots, no such file.
     """
     if _URL.match(name.removeprefix("file://")):
         raise RowProblem("image is a URL", name[:80])

@@ -1,15 +1,13 @@
 """prepare-data: any source to parquet shards of rows, atomically, with a count of what was dropped and why."""
 
-from __future__ import annotations
-
 import hashlib
-import json
 import os
 import random
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -21,7 +19,7 @@ from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.files import cannot_write, lock, sha256_file, staged, sync, write_json
 from . import layouts
 from .drops import Drops, RowProblem
-from .rows import SCHEMA_VERSION, RawRow, make_row
+from .rows import COLUMNS, SCHEMA_VERSION, RawRow, make_row
 from .sources import Source, Table, find_source, open_source
 
 SUMMARY = "data.json"
@@ -91,7 +89,7 @@ def prepare(
     return summary
 
 
-def _counted(readers: dict[str, Reader], drops: Drops, splits: dict[str, dict]) -> dict[str, Any]:
+def _counted(readers: "dict[str, Reader]", drops: Drops, splits: dict[str, dict]) -> dict[str, Any]:
     """What data.json says of what was read, dropped and written."""
     read_as: Counter[str] = sum((reader.layouts for reader in readers.values()), Counter())
     return {
@@ -233,68 +231,54 @@ class Reader:
 
 def arrow_schema():
     """The parquet schema of rows, with the `datasets` features in its metadata so that images load as images."""
-    import pyarrow as pa
+    from datasets import Features, Image, List, Value
 
-    texts = ("problem", "solution", "thinking", "source")
-    features: dict[str, Any] = {"id": {"dtype": "string", "_type": "Value"}}
-    features["images"] = {"feature": {"_type": "Image"}, "_type": "List"}
-    features |= {name: {"dtype": "string", "_type": "Value"} for name in texts}
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema(
-        [("id", pa.string()), ("images", pa.list_(image)), *[(name, pa.string()) for name in texts]],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
+    return Features({name: List(Image()) if name == "images" else Value("string") for name in COLUMNS}).arrow_schema
+
+
+def _groups(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """Rows as they are written, a row group at a time: no more are held in memory."""
+    group: list[dict] = []
+    size = 0
+    for row in rows:
+        size += sum(len(image) for image in row["images"])
+        group.append(row | {"images": [{"bytes": image, "path": None} for image in row["images"]]})
+        if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
-    """Write `SPLIT-00000.parquet`, ...; at most one row group is held in memory."""
+    """Write `SPLIT-00000.parquet`, ..."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = arrow_schema()
     files: list[dict] = []
     counts = {"rows": 0, "solution": 0, "thinking": 0}
-    group: list[dict] = []
-    group_bytes = 0
     writer: pq.ParquetWriter | None = None
-
-    def write_group() -> None:
-        nonlocal writer, group_bytes
-        if writer is None:
-            files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
-            path = folder / files[-1]["name"]
-            # Images are compressed already, and no two are alike.
-            writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
-        writer.write_table(pa.Table.from_pylist(group, schema=schema))
-        files[-1]["rows"] += len(group)
-        group.clear()
-        group_bytes = 0
-        if (folder / files[-1]["name"]).stat().st_size >= SHARD_BYTES:
-            close()
-
-    def close() -> None:
-        nonlocal writer
-        if writer is not None:
-            writer.close()
-            path = folder / files[-1]["name"]
-            files[-1] |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            writer = None
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about files that are dropped and counted here
-            for row in rows:
-                counts["rows"] += 1
-                for name in ("solution", "thinking"):
-                    counts[name] += row[name] is not None
-                group_bytes += sum(len(image) for image in row["images"])
-                group.append(row | {"images": [{"bytes": image, "path": None} for image in row["images"]]})
-                if len(group) == GROUP_ROWS or group_bytes >= GROUP_BYTES:
-                    write_group()
-        if group:
-            write_group()
-    finally:
-        close()
+    with warnings.catch_warnings(), ExitStack() as opened:
+        warnings.simplefilter("ignore")  # Pillow's, about files that are dropped and counted here
+        for group in _groups(rows):
+            if writer is None:
+                files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
+                path = folder / files[-1]["name"]
+                # Images are compressed already, and no two are alike.
+                writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
+                opened.callback(writer.close)
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            files[-1]["rows"] += len(group)
+            for name in ("solution", "thinking"):
+                counts[name] += sum(row[name] is not None for row in group)
+            if path.stat().st_size >= SHARD_BYTES:
+                opened.close()
+                writer = None
+    for file in files:
+        path = folder / file["name"]
+        file |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    counts["rows"] = sum(file["rows"] for file in files)
     return counts | {"sha256": digest(files), "files": files}
 
 
@@ -304,8 +288,7 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
 def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
     """Refuse a folder that holds something, or without `overwrite` anything.
 
-    Raises:
-        UsageError
+    Raises UsageError.
     """
     try:
         if out.exists() and not out.is_dir():

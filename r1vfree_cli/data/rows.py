@@ -5,8 +5,6 @@ that cannot become a row raises `RowProblem`, whose reason is counted: nothing i
 is dropped without being counted.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -55,8 +53,7 @@ def clean_problem(value: Any) -> str:
     Other control tokens of chat templates (`<|im_end|>` and the like) are left as they are: a row is data. Making sure
     that a tokenizer reads them as text is the prompt's work.
 
-    Raises:
-        RowProblem: not a string, empty, or not encodable.
+    Raises RowProblem: not a string, empty, or not encodable.
     """
     if not isinstance(value, str):
         raise RowProblem("question missing" if value is None else "question is not a string")
@@ -70,8 +67,7 @@ def clean_problem(value: Any) -> str:
 def clean_solution(value: Any) -> str | None:
     """The bare reference answer: `<answer> 3 </answer>` becomes `3`; None when there is none, as for NaN.
 
-    Raises:
-        RowProblem: neither text nor a finite number, or an answer with tags in it.
+    Raises RowProblem: neither text nor a finite number, or an answer with tags in it.
     """
     value = _known(value)
     if isinstance(value, float) and math.isinf(value):
@@ -90,8 +86,7 @@ def clean_solution(value: Any) -> str | None:
 def clean_thinking(value: Any) -> str | None:
     """The reasoning without its `<think>` tags; None when there is none.
 
-    Raises:
-        RowProblem: not text, or other tags in it, which would teach a wrong format.
+    Raises RowProblem: not text, or other tags in it, which would teach a wrong format.
     """
     if not isinstance(value, str | None):
         raise RowProblem("thinking is not text")
@@ -119,8 +114,7 @@ def _encodable(text: str) -> str:
 def clean_id(value: Any, fallback: str) -> str:
     """The record's id as text; `fallback` when it has none. Whole floats are integers: tables with gaps hold such.
 
-    Raises:
-        RowProblem: neither a string nor a number.
+    Raises RowProblem: neither a string nor a number.
     """
     if value is None or value == "":
         return fallback
@@ -144,8 +138,7 @@ def make_row(
     Returns:
         A dict with the keys of `COLUMNS`; `images` is a list of bytes.
 
-    Raises:
-        RowProblem: with the reason to count.
+    Raises RowProblem: with the reason to count.
     """
     items = _known(raw.images)
     if items is None:

@@ -5,8 +5,6 @@ line does not cost the others. That is why `datasets` reads only what it saved: 
 guesses types (an id of 007 becomes 7), and refuses them for one bad line.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -71,8 +69,7 @@ def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] 
     `images` are where image paths start, none: the folder of the file that names them; None: no path is read. `splits` are names of
     splits beside the usual ones.
 
-    Raises:
-        UsageError: a kind of file that is not read. DataError: nothing in it, or unreadable.
+    Raises UsageError: a kind of file that is not read. DataError: nothing in it, or unreadable.
     """
     if is_saved(path):
         return _saved(path, images)
@@ -108,11 +105,7 @@ def is_saved(path: Path) -> bool:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of the first kind that there is, hidden ones left out.
-
-    Raises:
-        DataError: a folder cannot be read.
-    """
+    """The files of the first kind that there is, hidden ones left out. Raises DataError: a folder cannot be read."""
     chosen: list[Path] = []
     others: list[str] = []
     for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json", "*.csv", "*.tsv"):
@@ -171,8 +164,7 @@ def _reading(path: Path | str) -> Iterator[None]:
 def parquet_table(path: Path, name: str, roots: Sequence[Path]) -> Table:
     """One parquet file, read a few records at a time, and never copied as `datasets` would do.
 
-    Raises:
-        DataError: not parquet, here or while it is read.
+    Raises DataError: not parquet, here or while it is read.
     """
     import pyarrow.parquet as pq
 

@@ -1,7 +1,5 @@
 """Judgements on disk, by content hash: what was judged once is not paid for again. Failures never get here."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sqlite3
@@ -48,14 +46,11 @@ class JudgementCache:
     def put(self, scores: Mapping[str, float], note: dict | None = None) -> None:
         """Add scores, in one transaction; `note` is kept beside them."""
         text = None if note is None else json.dumps(note)
+        rows = [(key, score, text) for key, score in scores.items()]
         try:
-            connection = self._open() if scores else None
-            if connection:
+            if rows and (connection := self._open()):
                 with connection:
-                    rows = [(key, score, text) for key, score in scores.items()]
-                    connection.executemany(
-                        "INSERT OR REPLACE INTO judgements (key, score, note) VALUES (?, ?, ?)", rows
-                    )
+                    connection.executemany("INSERT OR REPLACE INTO judgements VALUES (?, ?, ?)", rows)
         except (sqlite3.Error, OSError) as e:
             self._give_up(e)
 
@@ -95,9 +90,6 @@ class JudgementCache:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS judgements (key TEXT PRIMARY KEY, score REAL NOT NULL, note TEXT)"
             )
-            if "note" not in [row[1] for row in connection.execute("PRAGMA table_info(judgements)")]:
-                with contextlib.suppress(sqlite3.OperationalError):  # another process was faster
-                    connection.execute("ALTER TABLE judgements ADD COLUMN note TEXT")  # of an earlier r1v
         return self._connection
 
     def _give_up(self, error: Exception) -> None:

@@ -4,8 +4,6 @@ A verdict is JSON where the endpoint can be held to it (`Endpoint.chat` steps do
 text). A label in text counts only where it is stated as the verdict; any other mention of it is no verdict.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -56,8 +54,7 @@ _NO_LABEL = re.compile(r"\bcorrect\s+(?:answer|response|one|option|label|value)\
 def verdict_text(reply: Reply) -> str:
     """What a judge said after its thinking.
 
-    Raises:
-        Failure: it was cut, ended for any reason but the usual one, or is empty.
+    Raises Failure: it was cut, ended for any reason but the usual one, or is empty.
     """
     if reply.finish == "length":
         raise Failure("truncated", f"cut at the token limit: {reply.text}")
@@ -71,8 +68,7 @@ def verdict_text(reply: Reply) -> str:
 def json_object(text: str) -> dict | None:
     """The JSON object that a verdict is, alone or in a code fence; None for text.
 
-    Raises:
-        Failure: it has a key twice, or is JSON of another kind or no JSON although it opens like an object.
+    Raises Failure: it has a key twice, or is JSON of another kind or no JSON although it opens like an object.
     """
     fenced = _FENCED.search(text)
     text = fenced[1] if fenced else text

@@ -1,19 +1,15 @@
 """The `classify` backend: POST {base_url}/classify in the shape of vLLM's endpoint for chat messages.
 
-`r1v serve-reward` and `vllm serve` both speak it. vLLM takes chat messages with images there since its pull request 27516
-and turns a vision-language model into a classifier with `--runner pooling --hf-overrides '{"architectures":
-["Qwen2_5_VLForSequenceClassification"], "classifier_from_token": ["No", "Yes"], "method": "from_2_way_softmax"}'`: its one
-class is sigmoid(logit of Yes - logit of No) = P(Yes). (`no_post_processing` looks for the tokens in the text config only,
-where this does not put them.) Of several classes the last counts.
+`r1v serve-reward` and `vllm serve` both speak it. vLLM takes chat messages with images there since its pull request
+27516; `launch.vllm.judge_arguments` turns a vision-language model into a classifier whose one class is P(Yes). Of several
+classes the last counts.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
 from ..core.prompts import messages_for
 from .over_http import HttpJudge
-from .protocol import Failure, Question, Verdict, checked
+from .protocol import Failure, Question, Verdict, checked, with_images
 from .replies import tokens
 
 SUM_TOLERANCE = 0.01  # of probabilities in half precision
@@ -39,7 +35,7 @@ class ClassifyJudge(HttpJudge):
         """
         for path in ("/info", "/v1/models"):
             try:
-                document = await self.endpoint.get(path)
+                document = await self.endpoint.request(path, None, lambda found: found)
                 if path == "/info":
                     return dict(document["model"])
                 return {"models": [[m["id"], m.get("root")] for m in document["data"]]}
@@ -52,14 +48,10 @@ class ClassifyJudge(HttpJudge):
 
     async def ask(self, question: Question) -> Verdict:
         messages = messages_for(self.prompt, question.problem, question.answer, len(question.images))
-        images = iter(question.images)
-        for message in messages:
-            message["content"] = [
-                {"type": "image_url", "image_url": {"url": next(images).data_uri}} if part["type"] == "image" else part
-                for part in message["content"]
-            ]
-        body: dict[str, Any] = {"model": self.reward.model} if self.reward.model else {}
-        body = body | {"messages": messages, "add_generation_prompt": self.prompt == "judge", **self.reward.request}
+        messages = with_images(messages, (image.data_uri for image in question.images))
+        body: dict[str, Any] = {"messages": messages, "add_generation_prompt": self.prompt == "judge"}
+        body |= {"model": self.reward.model} if self.reward.model else {}
+        body |= self.reward.request
         return await self.endpoint.request(
             "/classify", lambda: body, lambda document: Verdict(self._score(document), *tokens(document))
         )

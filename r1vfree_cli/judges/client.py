@@ -8,8 +8,6 @@ A body is read as bytes under a limit, on the wire and unpacked, and is UTF-8 wh
 not followed: the key and the images go to the configured origin only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
@@ -54,8 +52,7 @@ class Endpoint:
     base_url: origin and path prefix; None is OpenAI's own (or $OPENAI_BASE_URL).
     timeout_s: for one attempt, from connecting to the reply's last byte; connecting alone gets at most 10 s.
     max_retries: attempts after the first, where trying again may help. A Retry-After of up to 120 s is honoured.
-    api_key_env: the variable that holds the key; each endpoint has its own.
-    api_key: the key itself; None reads the variable, "" sends none.
+    api_key_env: the variable that holds the key; each endpoint has its own. None sends none.
     max_image_bytes: an image whose PNG is larger goes as JPEG (`protocol.image_url`).
     what: what errors call it.
     failures: kind -> the first message, key removed, of calls that failed for good.
@@ -67,7 +64,6 @@ class Endpoint:
     max_retries: int = 4
     concurrency: int = 16
     api_key_env: str | None = "OPENAI_API_KEY"
-    api_key: str | None = field(default=None, repr=False)
     requests_per_minute: float | None = None
     max_image_bytes: int | None = None
     what: str = "endpoint"
@@ -81,8 +77,7 @@ class Endpoint:
     _format: int = 0
 
     def __post_init__(self):
-        if self.api_key is None and self.api_key_env:
-            self.api_key = (os.environ.get(self.api_key_env) or "").strip()
+        self.api_key = os.environ.get(self.api_key_env or "", "").strip()
 
     @property
     def url(self) -> str:
@@ -96,14 +91,11 @@ class Endpoint:
     def check(self) -> None:
         """What can be known before the first call.
 
-        Raises:
-            UsageError: the key that OpenAI's endpoint needs is not set, or cannot be sent; the URL is none.
+        Raises UsageError: the key that OpenAI's endpoint needs is not set, or cannot be sent; the URL is none.
         """
         if self.base_url is None and not self.api_key:
-            raise UsageError(
-                f"${self.api_key_env} is not set, and no base URL is given",
-                hint="export the key, or name your own endpoint (--judge-base-url, --endpoint)",
-            )
+            hint = "export the key, or name your own endpoint (--judge-base-url, --endpoint)"
+            raise UsageError(f"${self.api_key_env} is not set, and no base URL is given", hint=hint)
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise UsageError(f"${self.api_key_env} holds characters that no HTTP header may have")
         try:
@@ -163,8 +155,7 @@ class Endpoint:
                 (json_schema, json_object, text).
             more: put into the request's JSON, over the rest.
 
-        Raises:
-            UsageError, Failure: as `request`.
+        Raises UsageError, Failure: as `request`.
         """
         more = more or {}
 
@@ -185,16 +176,10 @@ class Endpoint:
 
         return await self.request("/chat/completions", make, lambda document: read(read_reply(document, self.model)))
 
-    async def get(self, path: str) -> Any:
-        """The JSON at a path; None from a server that has none there.
-
-        Raises:
-            UsageError, Failure: as `request`.
-        """
-        return await self.request(path, None, lambda document: document)
-
     async def request(self, path: str, make: Callable[[], dict] | None, read: Callable[[Any], T]) -> T:
-        """What `read` finds in the JSON that answers POST `make()` (GET without `make`); asked again where that helps.
+        """What `read` finds in the JSON that answers POST `make()`; asked again where that helps.
+
+        Without `make` it is GET, and None from a server that has nothing there.
 
         Raises:
             UsageError: every call would fail: no access, no such model, no quota, a URL that is none.
@@ -229,12 +214,8 @@ class Endpoint:
         Returns how many jobs failed for good, by kind; `failures` has an example of each. An `R1VError` stops all:
         what is done stays done.
 
-        Raises:
-            UsageError: as `request`, or nothing has ever answered at the URL.
+        Raises UsageError: as `request`, or nothing has ever answered at the URL.
         """
-        return asyncio.run(self._run(jobs, work, done))
-
-    async def _run(self, jobs, work, done) -> Counter[str]:
         failed: Counter[str] = Counter()
         queue = iter(jobs)
 
@@ -244,27 +225,25 @@ class Endpoint:
                     result = await work(job)
                 except Failure as e:
                     if e.kind == "connection" and not self._answered:
-                        raise UsageError(
-                            f"no endpoint at {self.where}: {e.message}",
-                            hint="start the server, or check the URL; what is finished is kept",
-                        ) from None
+                        hint = "start the server, or check the URL; what is finished is kept"
+                        raise UsageError(f"no endpoint at {self.where}: {e.message}", hint=hint) from None
                     failed[e.kind] += 1
                     self.failures.setdefault(e.kind, self.told(e.message))
                 else:
                     done(job, result)
 
-        await self.open()
-        try:
-            tasks = [asyncio.create_task(worker()) for _ in range(max(1, min(self.concurrency, len(jobs))))]
+        async def all_jobs() -> None:
+            await self.open()
             try:
-                await asyncio.gather(*tasks)
-            except R1VError:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                raise
-        finally:
-            await self.close()
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.concurrency, len(jobs))):
+                        group.create_task(worker())
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            finally:
+                await self.close()
+
+        asyncio.run(all_jobs())
         return failed
 
     # --- one attempt -------------------------------------------------------------------------------------------
@@ -292,15 +271,13 @@ class Endpoint:
             # What is no verdict was paid for all the same.
             refused.input_tokens, refused.output_tokens = tokens(document)
             raise
-        except httpx2.ConnectTimeout:
-            # A host that is off does not refuse connections, it does not answer at all.
-            message = f"no connection in time{proxy_before(self.url)}"
-            raise Failure("connection", message, down=True, temporary=True) from None
         except TimeoutError:
             message = f"no complete reply within {self.timeout_s:g} s"
             raise Failure("timeout", message, temporary=True) from None
         except httpx2.HTTPError as e:
-            message = f"{type(e).__name__}: {e}{proxy_before(self.url)}"
+            # A host that is off does not refuse connections, it does not answer at all.
+            message = "no connection in time" if isinstance(e, httpx2.ConnectTimeout) else f"{type(e).__name__}: {e}"
+            message += proxy_before(self.url)
             raise Failure("connection", message, down=True, temporary=True) from None
         except Exception as e:
             # A reply can break a library in ways that nobody foresaw; that is still this call's failure.
@@ -319,10 +296,7 @@ class Endpoint:
             unset |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         more = {"cast_to": httpx2.Response, "options": {"headers": unset}}
         try:
-            if body is None:
-                response = await self._client.get(path, **more)
-            else:
-                response = await self._client.post(path, body=body, **more)
+            response = await (self._client.post(path, body=body, **more) if body else self._client.get(path, **more))
         except openai.APIStatusError as e:
             response = e.response
         except openai.APIConnectionError as e:
@@ -338,8 +312,8 @@ class Endpoint:
         if status == 402 or _NO_QUOTA.search(code) or (400 <= status < 500 and _NO_MONEY.search(said)):
             return UsageError(f"{at} has no quota left ({status})", details=details, hint="what is finished is kept")
         if status in (401, 403):
-            hint = f"put its key in {self.api_key_env}" if self.api_key_env else "it wants a key"
-            hint += ", or name another variable" if self.api_key_env else ": name its variable"
+            known = self.api_key_env and f"put its key in {self.api_key_env}, or name another variable"
+            hint = known or "it wants a key: name the variable that holds it (api_key_env)"
             return UsageError(f"{at} refused access ({status})", details=details, hint=hint)
         if status == 404:
             hint = f"check the URL (OpenAI-compatible ones end in /v1) and the model's name {self.model!r}"
@@ -352,28 +326,24 @@ class Endpoint:
         wait = retry_after(headers.get("retry-after"))
         if wait is not None and wait > LONGEST_RETRY_AFTER_S:
             return Failure("rate_limited", f"asks to wait {wait:g} s; {message}", status=status)
+        if status in (502, 503, 504):
+            message = f"{status}{proxy_before(self.url)}: {said}"
+            return Failure("unavailable", message, down=True, temporary=True, wait=wait, status=status)
         kind = "rate_limited" if status == 429 else "server_error" if status >= 500 else "rejected"
         # A queue that is full, and says when it will not be, is as good as a server that is down for a while.
-        down = status in (502, 503, 504) or (status == 429 and wait is not None)
-        if down and status != 429:
-            kind, message = "unavailable", f"{status}{proxy_before(self.url)}: {said}"
+        down = status == 429 and wait is not None
         temporary = status >= 500 or status in (408, 409, 425, 429)
         return Failure(kind, message, down=down, temporary=temporary, wait=wait, status=status)
 
     def _learn(self, said: str, body: dict) -> None:
         """From a refusal: which parameter to leave out, to rename, or to ask for less strictly."""
         before = (self._temperature, self._limit, self._format)
-        limit = next((name for name in LIMITS if name in body), None)
-        wanted = (
-            (body.get("response_format") or {}).get("type") if isinstance(body.get("response_format"), dict) else None
-        )
+        limit, form = self._limit, body.get("response_format")
         if "temperature" in said and "temperature" in body:
             self._temperature = False
-        elif (
-            limit and limit == self._limit and limit in said and _NOT_KNOWN.search(said) and not _TOO_MANY.search(said)
-        ):
+        elif limit and limit in body and limit in said and _NOT_KNOWN.search(said) and not _TOO_MANY.search(said):
             self._limit = LIMITS[limit]
-        elif wanted and wanted == FORMATS[self._format] and _FORMAT_WORDS.search(said):
+        elif isinstance(form, dict) and form.get("type") == FORMATS[self._format] and _FORMAT_WORDS.search(said):
             self._format += 1
         if before != (self._temperature, self._limit, self._format):
             console.log(f"the {self.what} at {self.where} refuses a parameter, asked without: {self.told(said)}")

@@ -1,7 +1,5 @@
 """The `local` backend: a judge model in this process. torch is imported when the judge is first needed."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any

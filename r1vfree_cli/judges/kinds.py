@@ -7,8 +7,6 @@
   label (unbounded), the probability of its last label when it has more.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal
@@ -23,11 +21,7 @@ VALUE_HEAD = "value_head.safetensors"
 
 
 def detect_kind(model: str, revision: str | None = None) -> Kind:
-    """The kind of the checkpoint in a folder or on the hub.
-
-    Raises:
-        DataError: no such checkpoint.
-    """
+    """The kind of the checkpoint in a folder or on the hub. Raises DataError: no such checkpoint."""
     if is_adapter(model):
         raise DataError(f"judge {model} is a LoRA adapter", hint=f"first: {merge_command(model)}")
     path = checkpoint_file(model, "config.json", revision)
@@ -51,8 +45,7 @@ def prompt_of(kind: Kind) -> PromptKind:
 def checkpoint_file(model: str, name: str, revision: str | None) -> Path | None:
     """A file of a checkpoint, fetched from the hub when `model` is no folder; None when there is no such file.
 
-    Raises:
-        DataError: the hub does not have the repository, or cannot be reached.
+    Raises DataError: the hub does not have the repository, or cannot be reached.
     """
     if Path(model).is_dir():
         path = Path(model, name)
@@ -76,7 +69,5 @@ def checkpoint_file(model: str, name: str, revision: str | None) -> Path | None:
 def unloadable(model: str, error: object) -> DataError:
     """The error for a judge that cannot be loaded, with the first line of why."""
     lines = str(error).strip().splitlines()
-    return DataError(
-        f"cannot load judge {model}: {lines[0][:300] if lines else type(error).__name__}",
-        hint="a checkpoint with code of its own can be served from its own environment: backend classify, base_url",
-    )
+    hint = "a checkpoint with code of its own can be served from its own environment: backend classify, base_url"
+    return DataError(f"cannot load judge {model}: {lines[0][:300] if lines else type(error).__name__}", hint=hint)

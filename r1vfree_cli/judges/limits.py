@@ -1,13 +1,9 @@
 """What bounds the reward server: the time that a client may take to say something, and the memory of all that they said."""
 
-from __future__ import annotations
-
 import asyncio
-import contextlib
 import socket
 import threading
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from starlette.requests import Request
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -24,49 +20,32 @@ PROBE_S = (30, 10, 3)  # TCP keep-alive: when, how often, how many times; a peer
 
 
 class Room:
-    """The memory of all requests together, counted in bytes. Threads share it."""
+    """What one request holds of the memory that all in this process share, in bytes, until the block ends."""
+
+    _all, _lock = 0, threading.Lock()
 
     def __init__(self) -> None:
-        self._held, self._lock = 0, threading.Lock()
+        self._own = 0
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[Held]:
-        """What one request holds, until the block ends."""
-        held = Held(self)
-        try:
-            yield held
-        finally:
-            self.change(-held.bytes)
+    def __enter__(self) -> Self:
+        return self
 
-    def change(self, count: int) -> None:
-        with self._lock:
-            if count > 0 and self._held + count > MAX_HELD_BYTES:
-                raise Refused(429, "the requests that wait hold all the memory there is for them")
-            self._held += count
-
-
-class Held:
-    """What one request holds of a `Room`."""
-
-    def __init__(self, room: Room):
-        self.bytes, self._room = 0, room
+    def __exit__(self, *exc: object) -> None:
+        self.add(-self._own)
 
     def add(self, count: int) -> None:
-        """Hold more.
+        """Hold more; any thread may ask. Raises Refused: 429, there is no room now."""
+        with Room._lock:
+            if count > 0 and Room._all + count > MAX_HELD_BYTES:
+                raise Refused(429, "the requests that wait hold all the memory there is for them")
+            Room._all += count
+            self._own += count
 
-        Raises:
-            Refused: 429, there is no room now.
-        """
-        self._room.change(count)
-        self.bytes += count
 
-
-async def read_body(request: Request, held: Held) -> bytearray:
+async def read_body(request: Request, held: Room) -> bytearray:
     """The body of a request.
 
-    Raises:
-        Refused: it is too large, too slow, or there is no room for it now.
-        ClientDisconnect: its client left.
+    Raises Refused: it is too large, too slow, or there is no room for it now. ClientDisconnect: its client left.
     """
     length = request.headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MAX_BODY_BYTES:

@@ -1,7 +1,5 @@
 """A judge model in this process: scores (images, question, answer) in batches. `checkpoint` tells its kinds."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -43,8 +41,7 @@ class LocalJudge:
         pixels: fewest and most pixels of an image after resizing; None keeps the checkpoint's own limits.
         max_tokens: longest prompt; None is the model's own length, at most `MAX_TOKENS`.
 
-    Raises:
-        DataError: the checkpoint cannot be loaded whole, sees no images, or cannot tell Yes from No.
+    Raises DataError: the checkpoint cannot be loaded whole, sees no images, or cannot tell Yes from No.
     """
 
     def __init__(
@@ -91,7 +88,10 @@ class LocalJudge:
         # Counts tokens in other threads: a tokenizer that pads cannot be asked by two at once.
         self._counter = copy.deepcopy(self.processor.tokenizer)
         if self.kind == "yes_no":
-            self._yes, self._no = self._first_tokens()
+            words = ("Yes", "No")
+            self._yes, self._no = (self._counter.encode(w, add_special_tokens=False)[0] for w in words)
+            if self._yes == self._no:
+                raise DataError(f"judge {model}: its tokeniser begins Yes and No with the same token")
         elif self.kind == "value_head":
             self._weight, self._bias = _read_value_head(model, revision, self.device)
 
@@ -165,15 +165,12 @@ class LocalJudge:
             return failure
 
     def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        safe = [
-            {
-                **m,
-                "content": [{**p, "text": as_data(p["text"])} if p["type"] == "text" else p for p in m["content"]],
-            }
-            for m in messages
-        ]
+        def safe(part: dict) -> dict:
+            return part | {"text": as_data(part["text"])} if part["type"] == "text" else part
+
+        said = [m | {"content": [safe(part) for part in m["content"]]} for m in messages]
         try:
-            return render(self.processor, safe, add_generation_prompt=add_generation_prompt, what=f"judge {self.name}")
+            return render(self.processor, said, add_generation_prompt=add_generation_prompt, what=f"judge {self.name}")
         except DataError as e:
             raise Failure("template", e.message) from None
 
@@ -242,13 +239,6 @@ class LocalJudge:
             else:
                 ids.append(token)
         return ids, end
-
-    def _first_tokens(self) -> tuple[int, int]:
-        encode = self.processor.tokenizer.encode
-        yes, no = (encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
-        if yes == no:
-            raise DataError(f"judge {self.name}: its tokeniser begins Yes and No with the same token")
-        return yes, no
 
 
 def next_batch(lengths: Sequence[int], mates: Sequence[Hashable], most: int) -> list[int]:

@@ -1,9 +1,6 @@
 """What the reward judges behind HTTP (`classify`, `chat`) share: one endpoint, and patience while it is down."""
 
-from __future__ import annotations
-
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable
@@ -22,7 +19,6 @@ class HttpJudge:
     Args:
         reward: the recipe's feedback reward.
         base_url: origin and path prefix.
-        api_key: sent as a bearer token; None sends none.
         stopping: whether the run is asked to end; then a judge that is down is not waited for.
     """
 
@@ -30,12 +26,21 @@ class HttpJudge:
     one_by_one = True
     waiting = ""  # ": REASON" while questions wait for a judge that is down
 
-    def __init__(self, reward: FeedbackReward, base_url: str, api_key: str | None, stopping: Callable[[], bool]):
+    def __init__(self, reward: FeedbackReward, base_url: str, stopping: Callable[[], bool]):
         self.reward, self.base_url, self._stopping = reward, base_url.rstrip("/"), stopping
         self.identity: dict = {}
-        patience = (reward.timeout_s, reward.max_retries, reward.concurrency)
-        key = (reward.api_key_env, api_key or "", reward.requests_per_minute)
-        self.endpoint = Endpoint(base_url, reward.model or "", *patience, *key, what="judge")
+        # A key that the environment holds for OpenAI goes to chat endpoints only.
+        keyless = reward.serve or (reward.backend == "classify" and reward.api_key_env == "OPENAI_API_KEY")
+        self.endpoint = Endpoint(
+            base_url,
+            reward.model or "",
+            reward.timeout_s,
+            reward.max_retries,
+            reward.concurrency,
+            None if keyless else reward.api_key_env,
+            reward.requests_per_minute,
+            what="judge",
+        )
 
     async def open(self) -> None:
         await self.endpoint.open()
@@ -46,8 +51,7 @@ class HttpJudge:
     async def ask(self, question: Question) -> Verdict:
         """One question, asked once.
 
-        Raises:
-            UsageError, Failure
+        Raises UsageError, Failure.
         """
         raise NotImplementedError
 
@@ -72,14 +76,3 @@ class HttpJudge:
                 wait = failure.wait or pause
             await asyncio.sleep(wait * random.uniform(1, 1.25))
             pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def key_of(reward: FeedbackReward) -> str | None:
-    """The API key to send, from the environment.
-
-    A key that the environment holds for OpenAI goes to chat endpoints only: a classify server gets one when
-    `api_key_env` names a variable of its own.
-    """
-    if reward.serve or (reward.backend == "classify" and reward.api_key_env == "OPENAI_API_KEY"):
-        return None
-    return os.environ.get(reward.api_key_env) or None

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -53,6 +54,16 @@ def image_url(image: Image, max_bytes: int | None = None) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def with_images(messages: list[dict], urls: Iterable[str]) -> list[dict]:
+    """A conversation as HTTP has it: the next of `urls` in place of each placeholder for an image."""
+    left = iter(urls)
+
+    def sent(part: dict) -> dict:
+        return {"type": "image_url", "image_url": {"url": next(left)}} if part["type"] == "image" else part
+
+    return [m | {"content": [sent(part) for part in m["content"]]} for m in messages]
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,7 @@ class Failure(Exception):
 def checked(score: object, bounded: bool) -> float:
     """`score` as a float.
 
-    Raises:
-        Failure: not a number, not finite, beyond `MAX_SCORE`, or out of [0, 1] where scores are probabilities.
+    Raises Failure: not a number, not finite, beyond `MAX_SCORE`, or out of [0, 1] where scores are probabilities.
     """
     if isinstance(score, bool) or not isinstance(score, int | float):
         raise Failure("unparsable", f"score {score!r} is not a number")
@@ -135,16 +145,13 @@ class Backend(Protocol):
     async def open(self) -> None:
         """Get ready; called before the first question, again when it failed.
 
-        Raises:
-            UsageError, DataError: the configuration is wrong.
-            Failure: the judge cannot be reached.
+        Raises UsageError, DataError: the configuration is wrong. Failure: the judge cannot be reached.
         """
 
     async def judge(self, questions: list[Question]) -> list[Verdict | Failure]:
         """One result per question, in order.
 
-        Raises:
-            UsageError: the configuration is wrong (no access, no such model).
+        Raises UsageError: the configuration is wrong (no access, no such model).
         """
 
     async def close(self) -> None:

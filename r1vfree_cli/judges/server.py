@@ -7,8 +7,6 @@ One process: the HTTP server in an event loop, and a thread per device that runs
 that a client can make it hold is bounded: `wire` bounds a request, `limits` its time and the memory of all together.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import hmac
@@ -28,7 +26,7 @@ import uvicorn
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from ..config.embedded import is_embedded, resolve_model
+from ..config.embedded import resolve_model
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console
 from ..core.errors import R1VError, UsageError
@@ -60,8 +58,7 @@ class Queue:
     async def score(self, job: Job, request: Request) -> float | Failure:
         """The job's result.
 
-        Raises:
-            ClientDisconnect: nobody waits for it any more; it is not computed if it has not begun.
+        Raises ClientDisconnect: nobody waits for it any more; it is not computed if it has not begun.
         """
         job.result = asyncio.get_running_loop().create_future()
         self._waiting.append(job)
@@ -88,9 +85,9 @@ class Queue:
                 self._some.clear()
                 await self._some.wait()
                 await asyncio.sleep(BATCH_WAIT_S)
-            if not (jobs := self._take()):
+            if not self._waiting:  # who was there has left, or another device has it
                 continue
-            begin = time.monotonic()
+            jobs, begin = self._take(), time.monotonic()
             ask = partial(judge.score_messages, add_generation_prompt=jobs[0].add_generation_prompt)
             try:
                 scores = await asyncio.get_running_loop().run_in_executor(thread, ask, [job.request for job in jobs])
@@ -105,8 +102,6 @@ class Queue:
         """The next batch, of one kind of prompt: from the shortest on, or from the oldest."""
         from .local import next_batch
 
-        if not self._waiting:
-            return []
         oldest, kept = self._waiting[0], self._waiting
         self._short_first = not self._short_first or time.monotonic() - oldest.since < PATIENCE_S
         if not self._short_first:
@@ -136,7 +131,7 @@ class App:
 
     def __init__(self, judges: list, threads: list[ThreadPoolExecutor], key: str | None, batch: int, said: dict):
         self._judges, self._threads, self._key, self._said = judges, threads, key, said
-        self._queue, self._room, self._requests = Queue(batch), Room(), 0
+        self._queue, self._requests = Queue(batch), 0
         self._preparing = asyncio.Semaphore(PREPARING)
         self._workers: list[asyncio.Task] = []
 
@@ -177,12 +172,12 @@ class App:
             raise Refused(429, f"{self._requests} requests wait already")
         self._requests += 1
         try:
-            with self._room.claim() as held:
+            with Room() as held:
                 return await self._classify(request, held)
         finally:
             self._requests -= 1
 
-    async def _classify(self, request: Request, held: Any) -> Response:
+    async def _classify(self, request: Request, held: Room) -> Response:
         body = await read_body(request, held)
         async with self._preparing:
             if await request.is_disconnected():
@@ -191,21 +186,11 @@ class App:
         score = await self._queue.score(job, request)
         if isinstance(score, Failure):
             raise Refused(500, str(score))
-        return JSONResponse(
-            {
-                "id": f"classify-{uuid.uuid4().hex}",
-                "object": "list",
-                "created": int(time.time()),
-                "model": self._said["name"],
-                "data": [classification(score, self._said["prompt"] == "judge")],
-                "usage": {
-                    "prompt_tokens": job.tokens,
-                    "total_tokens": job.tokens,
-                    "completion_tokens": 0,
-                    "prompt_tokens_details": None,
-                },
-            }
-        )
+        n, said = job.tokens, self._said
+        usage = {"prompt_tokens": n, "total_tokens": n, "completion_tokens": 0, "prompt_tokens_details": None}
+        reply = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+        reply |= {"model": said["name"], "data": [classification(score, said["prompt"] == "judge")], "usage": usage}
+        return JSONResponse(reply)
 
 
 # --- the process -----------------------------------------------------------------------------------------------
@@ -220,7 +205,8 @@ def serve(
     api_key_env: str | None = None,
     seed: int = 42,
     batch: int = MAX_BATCH,
-    pixels: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS),
+    min_pixels: int = MIN_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     max_tokens: int | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, with a copy of the model on each visible GPU, else on the CPU.
@@ -231,22 +217,22 @@ def serve(
         api_key_env: environment variable that holds the key which clients must send.
         seed: of an embedded model.
         batch: most requests in one batch; 1 turns batching off.
-        pixels: fewest and most pixels of an image after resizing: those of the policy, which then sees the same picture.
+        min_pixels, max_pixels: of an image after resizing: those of the policy, which then sees the same picture.
         max_tokens: longest prompt, see `LocalJudge`.
 
-    Raises:
-        UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
+    Raises UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
     """
     if api_key_env and not os.environ.get(api_key_env):
         raise UsageError(f"--api-key-env {api_key_env}: the variable is not set")
     if host not in (LOOPBACK, ANY, "::"):
         raise UsageError(f"--host {host}: not an address to bind to", hint=f"{LOOPBACK}, {ANY} or ::")
-    if not FEWEST_PIXELS <= pixels[0] <= pixels[1]:
-        found = f"--min-pixels {pixels[0]}, --max-pixels {pixels[1]}"
+    if not FEWEST_PIXELS <= min_pixels <= max_pixels:
+        found = f"--min-pixels {min_pixels}, --max-pixels {max_pixels}"
         raise UsageError(f"{found}: {FEWEST_PIXELS} <= min <= max is allowed")
+    pixels = (min_pixels, max_pixels)
     # Taken before the model is loaded, listened on after: until then connections are refused.
     with _bound(host, port) as bound:
-        path = resolve_model(model, seed) if is_embedded(model) else model
+        path = resolve_model(model, seed)
         kind = detect_kind(path, revision)
         said = {"name": model, "revision": revision, "kind": kind, "prompt": prompt_of(kind), "pixels": list(pixels)}
         if Path(path).is_dir():
@@ -307,21 +293,16 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of `python -m r1vfree_cli.judges.server`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m r1vfree_cli.judges.server", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m r1vfree_cli.judges.server", description=__doc__, argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("--model", required=True)
-    parser.add_argument("--revision")
-    parser.add_argument("--host", default=LOOPBACK)
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--api-key-env")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--batch", type=int, default=MAX_BATCH)
-    parser.add_argument("--min-pixels", type=int, default=MIN_PIXELS)
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS)
-    parser.add_argument("--max-tokens", type=int)
-    given = vars(parser.parse_args(argv))
-    pixels = given.pop("min_pixels"), given.pop("max_pixels")
+    for text in ("--revision", "--host", "--api-key-env"):
+        parser.add_argument(text)
+    for number in ("--port", "--seed", "--batch", "--min-pixels", "--max-pixels", "--max-tokens"):
+        parser.add_argument(number, type=int)
     try:
-        serve(given.pop("model"), pixels=pixels, **given)
+        serve(**vars(parser.parse_args(argv)))
     except KeyboardInterrupt:
         return 130
     except Exception as e:

@@ -1,7 +1,5 @@
 """What lies below the one HTTP client: bodies under a limit, proxies, this machine's own addresses, Retry-After."""
 
-from __future__ import annotations
-
 import functools
 import ipaddress
 import math

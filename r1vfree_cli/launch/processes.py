@@ -4,8 +4,6 @@ Ranks write their own logs, pid and error files into `logs/attempt-N/`; the laun
 happened, so the cause is read from those files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -24,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import Recipe
 from ..core import console
 from ..core import process as ranks
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
-from ..core.machine import disk_full, ended
+from ..core.machine import disk_full, ended, how_ended
 from ..core.process import POLL_S, die_with_parent
 from .plan import Plan, free_port, port_is_free, server_plan
 
@@ -125,7 +123,7 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 
 @contextmanager
-def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[Server | None]:
+def serving(recipe: Recipe, logs: Path) -> "Iterator[Server | None]":
     """Run the recipe's reward server, if it has one, while the body runs.
 
     Raises:
@@ -143,16 +141,14 @@ def serving(recipe: GrpoRecipe | SftRecipe, logs: Path) -> Iterator[Server | Non
 
 
 @contextmanager
-def server(plan: Plan, port: int, log: Path, what: str) -> Iterator[Server]:
+def server(plan: Plan, port: int, log: Path, what: str) -> "Iterator[Server]":
     """Run an HTTP server that answers /health while the body runs. Raises as `serving`."""
     if not port_is_free(port):  # else whatever is there would be taken for it
-        raise UsageError(
-            f"port {port} of the {what} is in use on this machine", hint="another port, or none: a free one"
-        )
+        hint = "another port, or none: a free one"
+        raise UsageError(f"port {port} of the {what} is in use on this machine", hint=hint)
     started = Server(plan, port, log, what)
     try:
-        with _Signals() as signals:
-            _wait_healthy(started.process, port, log, signals, what)
+        started.wait_healthy()
         yield started
     finally:
         _kill(started.process)
@@ -173,11 +169,33 @@ class Server:
             self.process = _start(self._plan, out)
         threading.Thread(target=_end_with_leader, args=(self.process.pid,), daemon=True).start()
 
+    def wait_healthy(self) -> None:
+        """Return once it answers. Raises as `serving`."""
+        deadline = time.monotonic() + SERVER_START_S
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
+        why = f"was not ready after {SERVER_START_S} s"
+        with _Signals() as signals:
+            for _ in _ticks(self.process):
+                if signals.count:
+                    raise Interrupted(f"interrupted while the {self._what} was starting")
+                with contextlib.suppress(OSError), direct.open(f"{self.url}/health", timeout=2) as reply:
+                    if reply.status == 200:
+                        return
+                if time.monotonic() > deadline:
+                    break
+            else:
+                cause = ended("it", self.process.wait(), tail(self.log), self.log.parent)
+                why = "ended before it was ready" + (f": {cause.message}" if isinstance(cause, UsageError) else "")
+        # The last few messages of exceptions stand before the log's tail: vLLM ends with "see root cause above".
+        said = [m.group() for line in tail(self.log, 400)[:-15] if (m := _ERROR.search(line))]
+        details = [*list(dict.fromkeys(said))[-3:], *tail(self.log)]
+        raise UsageError(f"the {self._what} {why}", details=details, hint=f"the whole log: {self.log}")
+
     def watch(self) -> bool:
         """Whether it runs; starts it again once. Who asks it waits for it, and stops the run if it stays away."""
         if self.process.poll() is not None and self._deaths < 2:
             self._deaths += 1
-            how = f"the {self._what} ended ({_how(self.process.returncode)}), its log: {self.log}"
+            how = f"the {self._what} {how_ended(self.process.returncode)}, its log: {self.log}"
             again = self._deaths == 1
             console.warn(f"{how}; {'it is started again, once' if again else 'for the second time, it stays down'}")
             _kill(self.process)  # what it left behind holds GPUs
@@ -198,10 +216,8 @@ def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT
             preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
         )
     except OSError as e:  # also where the file is there and the interpreter of its first line is not
-        raise UsageError(
-            f"cannot run {plan.argv[0]}: {e.strerror}",
-            hint="make its environment again if that moved; R1V_VLLM names another vllm",
-        ) from None
+        hint = "make its environment again if that moved; R1V_VLLM names another vllm"
+        raise UsageError(f"cannot run {plan.argv[0]}: {e.strerror}", hint=hint) from None
 
 
 def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:
@@ -224,16 +240,11 @@ def _outlive_signals() -> None:
 
 def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
     """End a process group: politely unless `first` says otherwise, then not."""
-    for number, wait in ((first, 10), (signal.SIGKILL, 10)):
+    for number in (first, signal.SIGKILL, signal.SIGKILL):  # the last: for what the leader left behind in its group
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        try:
-            process.wait(wait)
-        except subprocess.TimeoutExpired:
-            continue
-    # What the leader left behind in its group.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
 
 
 def _end_with_leader(pid: int) -> None:
@@ -241,36 +252,6 @@ def _end_with_leader(pid: int) -> None:
     with contextlib.suppress(ChildProcessError, ProcessLookupError):  # reaped already, nothing left
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the zombie keeps its number until Popen reaps it
         os.killpg(pid, signal.SIGKILL)
-
-
-def _wait_healthy(process: subprocess.Popen, port: int, log: Path, signals: _Signals, what: str) -> None:
-    deadline = time.monotonic() + SERVER_START_S
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not find this machine
-    for _ in _ticks(process):
-        if signals.count:
-            raise Interrupted(f"interrupted while the {what} was starting")
-        with contextlib.suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=2) as reply:
-            if reply.status == 200:
-                return
-        if time.monotonic() > deadline:
-            raise _not_ready(f"the {what} was not ready after {SERVER_START_S} s", log)
-    why = ended("it", process.wait(), tail(log), log.parent)
-    told = f": {why.message}" if isinstance(why, UsageError) else ""
-    raise _not_ready(f"the {what} ended before it was ready{told}", log)
-
-
-def _not_ready(message: str, log: Path) -> UsageError:
-    return UsageError(message, details=[*_errors(log), *tail(log)], hint=f"the whole log: {log}")
-
-
-def _errors(log: Path) -> list[str]:
-    """The last few messages of exceptions before a log's tail: vLLM ends with "see root cause above"."""
-    found = [m.group() for line in tail(log, 400)[:-15] if (m := _ERROR.search(line))]
-    return list(dict.fromkeys(found))[-3:]
-
-
-def _how(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _cause(logs: Path, code: int) -> R1VError:
@@ -281,10 +262,10 @@ def _cause(logs: Path, code: int) -> R1VError:
             error = from_dict(json.loads(file.read_text()))
         except ValueError:
             continue
-        rank = file.name.split(".")[0]
         if error.exit_code == 1:
-            error.details = error.details + tail(logs / f"{rank}.log")
-            error.hint = error.hint or f"this looks like a bug; the whole log: {logs / f'{rank}.log'}"
+            log = file.with_name(file.name.replace(".error.json", ".log"))
+            error.details = error.details + tail(log)
+            error.hint = error.hint or f"this looks like a bug; the whole log: {log}"
         return error
     if shutil.disk_usage(logs).free < 1e6:  # too little for a rank to say so itself
         return disk_full(logs)

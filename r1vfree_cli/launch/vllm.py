@@ -3,8 +3,6 @@
 The server may have an environment of its own, with other versions than r1v: R1V_VLLM names its `vllm`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -23,8 +21,7 @@ SUFFIX = "ForConditionalGeneration"
 def executable() -> str:
     """The `vllm` command: R1V_VLLM, else the one beside this Python, else the PATH's.
 
-    Raises:
-        UsageError: there is none, it cannot be run, or it is of another release than r1v was run with.
+    Raises UsageError: there is none, it cannot be run, or it is of another release than r1v was run with.
     """
     found = os.environ.get("R1V_VLLM")
     if found:
@@ -34,16 +31,12 @@ def executable() -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         found = shutil.which("vllm", path=path)
     if found is None:
-        raise UsageError(
-            "vLLM is not installed here",
-            hint="pip install -e '.[vllm]', or R1V_VLLM=/path/to/venv/bin/vllm from an environment of its own",
-        )
+        hint = "pip install -e '.[vllm]', or R1V_VLLM=/path/to/venv/bin/vllm from an environment of its own"
+        raise UsageError("vLLM is not installed here", hint=hint)
     release = release_of(found)
     if release and not release.startswith(f"{RELEASE}."):
-        raise UsageError(
-            f"{found} is vLLM {release}; r1v was run with {RELEASE}",
-            hint=f"pip install 'vllm=={RELEASE}.*' in its environment, or R1V_VLLM names another",
-        )
+        hint = f"pip install 'vllm=={RELEASE}.*' in its environment, or R1V_VLLM names another"
+        raise UsageError(f"{found} is vLLM {release}; r1v was run with {RELEASE}", hint=hint)
     return found
 
 
@@ -96,9 +89,8 @@ def judge_arguments(model: str, revision: str | None) -> list[str]:
     vLLM reads the two rows of the head by itself and asks the text config whether the head is tied, where
     transformers 5 no longer writes it.
 
-    Raises:
-        UsageError: its config cannot be read, it generates nothing, or Yes or No are several tokens, of which vLLM
-            would take another without an error.
+    Raises UsageError: its config cannot be read, it generates nothing, or Yes or No are several tokens, of which vLLM
+    would take another without an error.
     """
     config = config_of(model, revision)
     architecture = str((config.get("architectures") or [""])[0])
@@ -133,11 +125,7 @@ def _vocabulary(model: str) -> set[str] | None:
 
 
 def config_of(model: str, revision: str | None) -> dict[str, Any]:
-    """The model's config.json, from its folder or the hub's cache or the hub.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """The model's config.json, from its folder or the hub's cache or the hub. Raises UsageError: it cannot be read."""
     file = Path(model) / "config.json"
     try:
         if not Path(model).is_dir():

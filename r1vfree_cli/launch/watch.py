@@ -1,7 +1,5 @@
 """What a run shows: what would be started, how it goes on, the table at its end; the files of its workers tell."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -17,26 +15,16 @@ from ..run.run_dir import SAID, RunDir
 from . import processes as launch
 
 
-class _View:
+class _View(ExitStack):
     """What follows a file: a progress bar on a terminal, a line every 10 s elsewhere, from the first step on."""
 
     def __init__(self) -> None:
-        self._bar = ExitStack()
+        super().__init__()
         self._progress: console.Progress | None = None
         self._step = 0
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        """Show what is new since the last call."""
-        raise NotImplementedError
-
     def _begin(self, title: str) -> console.Progress:
-        return self._bar.enter_context(console.progress(title))
+        return self.enter_context(console.progress(title))
 
     def _advance(self, title: str, step: int, total: int | None, note: str) -> None:
         self._progress = self._progress or self._begin(title)
@@ -45,15 +33,15 @@ class _View:
 
 
 _SHOWN = {  # GRPO's loss is near 0 whatever is learnt
-    "grpo": (
-        ("reward", "reward", "{:.3f}"),
-        ("reward_std", "spread", "{:.2f}"),
-        ("rewards/format/mean", "format", "{:.2f}"),
-        ("completions/mean_length", "length", "{:.0f}"),
-        ("kl", "kl", "{:.2g}"),
-        ("judge/latency_p95", "judge", "{:.2g} s"),
-    ),
-    "sft": (("loss", "loss", "{:.4g}"), ("mean_token_accuracy", "token accuracy", "{:.2f}")),
+    "grpo": {
+        "reward": "reward {:.3f}",
+        "reward_std": "spread {:.2f}",
+        "rewards/format/mean": "format {:.2f}",
+        "completions/mean_length": "length {:.0f}",
+        "kl": "kl {:.2g}",
+        "judge/latency_p95": "judge {:.2g} s",
+    },
+    "sft": {"loss": "loss {:.4g}", "mean_token_accuracy": "token accuracy {:.2f}"},
 }
 
 
@@ -80,9 +68,9 @@ class RunView(_View):
             if "loss" not in line or type(line.get("step")) is not int or line["step"] > 10**12:
                 continue
             note = " ".join(
-                f"{n} {f.format(line[k])}"
-                for k, n, f in _SHOWN[self._stage]
-                if isinstance(line.get(k), int | float) and abs(line[k]) < 1e300
+                told.format(line[key])
+                for key, told in _SHOWN[self._stage].items()
+                if isinstance(line.get(key), int | float) and abs(line[key]) < 1e300
             )
             self._advance(self._stage, line["step"], self._where.status.get("max_steps"), note)
 
@@ -125,8 +113,7 @@ class LogView(_View):
 def show_dry_run(name: str, plan: dict[str, Any], json: bool) -> None:
     """Print what `jobs.train(dry_run=True)` found: recipe and commands on stdout, findings on stderr; or as one JSON.
 
-    Raises:
-        UsageError: a check failed. With `json` stdout is then empty, as with every error.
+    Raises UsageError: a check failed. With `json` stdout is then empty, as with every error.
     """
     failed = plan["errors"]
     if not json:

@@ -13,8 +13,6 @@ Asked but not answered is a failure too. Right answers are the rows' `solution`,
 asked for the colour.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -113,8 +111,7 @@ def check(
         seed: which rows are taken and how images are exchanged; the same seed asks the same again.
         prompt: the policy's; its instruction is one of the templates.
 
-    Raises:
-        UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
+    Raises UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
     """
     rng = random.Random(seed)
     sample = [rows[i] for i in sorted(rng.sample(range(len(rows)), min(len(rows), cfg.samples)))]
@@ -124,50 +121,43 @@ def check(
     where = "solutions"
     if len(labelled) < FEWEST or len({normalised(answer or "") for _, _, answer in labelled}) < 2:
         labelled, where = _discs(max(FEWEST, min(cfg.samples, 8))), "drawn discs"
-    right = _Part(labelled)
     worse = {
-        "right over wrong": _Part(_with_wrong_answers(labelled, rng)),
-        "own image over another": _Part(_about_other_images(labelled)),
+        "right over wrong": _with_wrong_answers(labelled, rng),
+        "own image over another": _about_other_images(labelled),
     }
     templates = {
-        t: _Part([(r["images"], r["problem"], t) for r in sample if fits(t, r["problem"])])
-        for t in (*TEMPLATES, prompt.ask())
+        t: [(r["images"], r["problem"], t) for r in sample if fits(t, r["problem"])] for t in (*TEMPLATES, prompt.ask())
     }
-    _ask(judge, [right, *worse.values(), *templates.values()])
+    right, *others = _ask(judge, [labelled, *worse.values(), *templates.values()])
+    scores_of = dict(zip((*worse, *templates), others, strict=True))
 
     report, highest = CanaryReport(judge.__name__), cfg.max_empty_score
     report.add("empty", "no answer", [judge.floor], f"<= {highest:g}", lambda s: s <= highest)
-    if known := [s for s in right.scores if s is not None]:
+    if known := [s for s in right if s is not None]:
         best = fmean(known)
         report.add("empty", "no answer", [judge.floor], f"<= {best:.3f}, right answers", lambda s: s <= best)
-    for text, part in templates.items():
-        if report.add("template", repr(text[:40]), part.scores, f"<= {highest:g}", lambda s: s <= highest):
-            report.examples += part.highest()
-    for name, part in worse.items():
-        pairs = [(a, b) for a, b, i in zip(right.scores, part.scores, part.items, strict=True) if i is not None]
+    for text, items in templates.items():
+        if report.add("template", repr(text[:40]), scores_of[text], f"<= {highest:g}", lambda s: s <= highest):
+            report.examples += _highest(items, scores_of[text])
+    for name, changed in worse.items():
+        pairs = [(a, b) for a, b, i in zip(right, scores_of[name], changed, strict=True) if i is not None]
         gaps = [None if a is None or b is None else a - b for a, b in pairs]
         wanted = f"> {cfg.min_margin:g}"
         if report.add(name, f"difference, {where}", gaps, wanted, lambda s: s > cfg.min_margin):
-            report.examples += part.highest()
+            report.examples += _highest(changed, scores_of[name])
     return report
 
 
-class _Part:
-    """Some of the questions, and their scores once they were asked. A None among the questions is not asked."""
-
-    def __init__(self, items: Sequence[Asked | None]):
-        self.items = list(items)
-        self.scores: list[float | None] = [None] * len(self.items)
-
-    def highest(self) -> list[str]:
-        """The two that the judge liked best, as lines."""
-        scored = [(s, i) for s, i in zip(self.scores, self.items, strict=True) if s is not None and i is not None]
-        scored.sort(key=lambda pair: -pair[0])
-        return [f"scored {s:.3f}: {str(i[2])[:80]!r} for {i[1][:100]!r}" for s, i in scored[:2]]
+def _highest(items: Sequence[Asked | None], scores: Sequence[float | None]) -> list[str]:
+    """The two that the judge liked best, as lines."""
+    scored = [(s, i) for s, i in zip(scores, items, strict=True) if s is not None and i is not None]
+    scored.sort(key=lambda pair: -pair[0])
+    return [f"scored {s:.3f}: {str(i[2])[:80]!r} for {i[1][:100]!r}" for s, i in scored[:2]]
 
 
-def _ask(judge: Feedback, parts: Sequence[_Part]) -> None:
-    items = [item for part in parts for item in part.items if item is not None]
+def _ask(judge: Feedback, parts: Sequence[Sequence[Asked | None]]) -> list[list[float | None]]:
+    """The scores of each part; an item that is None is not asked."""
+    items = [item for part in parts for item in part if item is not None]
     scores = judge.ask(items, use_cache=False)
     missing = sum(s is None for s in scores)
     if items and missing * 2 >= len(items):
@@ -175,8 +165,7 @@ def _ask(judge: Feedback, parts: Sequence[_Part]) -> None:
             f"the judge gave no verdict on {missing} of {len(items)} canaries", details=list(judge.failures)[-3:]
         )
     found = iter(scores)
-    for part in parts:
-        part.scores = [None if item is None else next(found) for item in part.items]
+    return [[None if item is None else next(found) for item in part] for part in parts]
 
 
 def fits(template: str, problem: str) -> bool:

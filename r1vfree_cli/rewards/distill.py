@@ -4,8 +4,6 @@ Replies are kept in the cache as they come, by image, question, teacher and limi
 again with other rows, asks only what it does not know. Failures are not kept.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -23,14 +21,13 @@ from ..core.errors import DataError, UsageError
 from ..core.files import append_jsonl, cache_dir, lock, read_records, repair_tail
 from ..core.prompts import build_messages, parse, template_hash
 from ..judges.client import Endpoint
-from ..judges.protocol import Failure, image_url
+from ..judges.protocol import Failure, image_url, with_images
 from ..judges.replies import Reply
 from .text import reference_answer
 from .verify import equivalent
 
 LARGE_BYTES = 4_000_000  # an image file above it is sent as JPEG
 CHARS_A_TOKEN = 4  # for the estimate
-CEILING = "cost ceiling"
 
 
 @dataclass
@@ -52,19 +49,19 @@ class Teacher:
     async def ask(self, row: dict) -> Reply:
         spent = self.cost(self.used)
         if self.max_cost is not None and spent is not None and spent >= self.max_cost:
-            raise Failure(CEILING, f"{spent:.4g} of --max-cost {self.max_cost:g} is spent")
+            raise Failure("cost ceiling", f"{spent:.4g} of --max-cost {self.max_cost:g} is spent")
+        used = (0, 0)
         try:
             reply: Reply = await self.endpoint.chat(_messages(row), self.max_tokens, 0)
+            used = (reply.prompt_tokens, reply.completion_tokens)
         except Failure as failed:
-            self._count(failed.input_tokens, failed.output_tokens)
+            used = (failed.input_tokens, failed.output_tokens)
             raise
-        self._count(reply.prompt_tokens, reply.completion_tokens)
+        finally:
+            self.used = [a + b for a, b in zip(self.used, used, strict=True)]
         if self.max_cost is not None and not reply.prompt_tokens:
             raise UsageError(f"{self.endpoint.where} does not say how many tokens it used: --max-cost cannot hold")
         return reply
-
-    def _count(self, *tokens: int) -> None:
-        self.used = [a + b for a, b in zip(self.used, tokens, strict=True)]
 
 
 def distill(
@@ -93,10 +90,8 @@ def distill(
     from ..data.prepare import check_out, prepare
 
     if not (input and asked.get("endpoint") and asked.get("model")):
-        raise UsageError(
-            "distill needs --input, --endpoint and --model",
-            hint="--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME",
-        )
+        hint = "--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME"
+        raise UsageError("distill needs --input, --endpoint and --model", hint=hint)
     teacher = _teacher(**asked)
     if not estimate:
         check_out(out, [Path(input)], overwrite)
@@ -109,9 +104,7 @@ def distill(
         wanted = {key: i for i, key in enumerate(keys) if key not in known}
         if estimate:
             return _estimate(teacher, rows, list(wanted.values()), len(rows))
-        failed: Counter[str] = Counter()
-        if wanted:
-            failed = _ask(teacher, rows, wanted, known, file)
+        failed = _ask(teacher, rows, wanted, known, file) if wanted else Counter[str]()
     records, dropped = _sorted_out(rows, keys, known)
     for kind, message in teacher.endpoint.failures.items():
         console.warn(f"{failed[kind]} x not answered ({kind}): {message}; the same command asks again")
@@ -119,7 +112,9 @@ def distill(
     summary |= {"dropped": dict(dropped), "prompt_tokens": teacher.used[0], "completion_tokens": teacher.used[1]}
     summary |= {"cost": teacher.cost(teacher.used)}
     if not records:
-        raise _nothing_learnt(dropped, [known[key]["text"] for key in keys if key in known])
+        details = [f"{n} x {reason}" for reason, n in dropped.items()]
+        details += [f"a reply: {known[key]['text'][:300]!r}" for key in keys if key in known][:1]
+        raise DataError("no reply of the teacher can be learnt from", details=details)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "distilled.jsonl"
         with open(path, "w", encoding="utf-8") as lines:
@@ -142,11 +137,6 @@ def _teacher(
         raise UsageError("--max-cost needs --price", hint="--price 0.15,0.6: of a million tokens in and out")
     asked = Endpoint(endpoint, model, concurrency=concurrency, timeout_s=300, api_key_env=api_key_env, what="teacher")
     return Teacher(asked, max_tokens, _price(price), max_cost)
-
-
-def _nothing_learnt(dropped: Counter[str], told: list[str]) -> DataError:
-    details = [f"{n} x {reason}" for reason, n in dropped.items()] + [f"a reply: {text[:300]!r}" for text in told[:1]]
-    return DataError("no reply of the teacher can be learnt from", details=details)
 
 
 def _price(text: str | None) -> tuple[float, float] | None:
@@ -183,17 +173,13 @@ def _messages(row: dict) -> list[dict]:
     """The policy's own prompt, with the images as data URLs."""
     from PIL import Image
 
-    parts: list[dict] = []
-    for image in row["images"]:
-        data = image["bytes"]
+    def url(data: bytes) -> str:
         if len(data) > LARGE_BYTES:
-            url = image_url(Image.open(io.BytesIO(data)), LARGE_BYTES)
-        else:
-            kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
-            url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    asked = [part for part in build_messages(row["problem"], len(parts))[-1]["content"] if part["type"] == "text"]
-    return [{"role": "user", "content": parts + asked}]
+            return image_url(Image.open(io.BytesIO(data)), LARGE_BYTES)
+        kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+    return with_images(build_messages(row["problem"], len(row["images"])), (url(i["bytes"]) for i in row["images"]))
 
 
 def _ask(teacher: Teacher, rows, wanted: dict[str, int], known: dict[str, dict], file: Path) -> Counter[str]:
@@ -232,11 +218,10 @@ def _sorted_out(rows, keys: list[str], known: dict[str, dict]) -> tuple[list[dic
             dropped["cut off" if known[key]["finish"] == "length" else "reasoning or answer not in tags"] += 1
         else:
             found.append((row, said.thinking, said.answer, reference_answer(row["solution"])))
-    right = equivalent([(reference, answer) for _, _, answer, reference in found if reference is not None])
-    verdicts = iter(right)
+    right = iter(equivalent([(reference, answer) for _, _, answer, reference in found if reference is not None]))
     records = []
     for row, thinking, answer, reference in found:
-        if reference is not None and not next(verdicts):
+        if reference is not None and not next(right):
             dropped["wrong answer"] += 1
             continue
         images = [base64.b64encode(image["bytes"]).decode() for image in row["images"]]

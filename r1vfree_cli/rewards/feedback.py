@@ -5,9 +5,8 @@ score, and no request. The infrastructure's: None, which means not scored and is
 and a used-up budget: an `R1VError`, which stops the run.
 """
 
-from __future__ import annotations
-
 import asyncio
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -35,7 +34,6 @@ class Feedback:
     Args (figures, stopping: as of `registry.build_feedback`):
         identity: what decides a judgement beside the question: model, revision, prompt. Part of cache keys.
         cache: folder of the judgement cache, or None.
-        share: the part of `max_cost` that this process may spend.
     """
 
     def __init__(
@@ -44,10 +42,9 @@ class Feedback:
         backend: Backend,
         *,
         identity: dict,
-        figures: str = "judge",
-        cache: Path | None = None,
-        share: float = 1.0,
-        stopping: Callable[[], bool] = lambda: False,
+        figures: str,
+        cache: Path | None,
+        stopping: Callable[[], bool],
     ):
         self.__name__, self._figures = reward.key, figures
         self.weight, self.required = reward.weight, reward.required
@@ -55,7 +52,8 @@ class Feedback:
         self.failures: deque[str] = deque(maxlen=100)
         self._reward, self._backend, self._identity = reward, backend, identity
         self._cache = JudgementCache(cache)
-        self._budget = None if reward.max_cost is None else reward.max_cost * share
+        processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))  # each of them may spend its share
+        self._budget = None if reward.max_cost is None else reward.max_cost / processes
         self._spent = 0.0
         self._stopping = stopping
         self._opened = False
@@ -97,8 +95,7 @@ class Feedback:
     ) -> list[float | None]:
         """The same for (images, question, answer) directly, from synchronous code.
 
-        Raises:
-            UsageError, GuardStop: as when called.
+        Raises UsageError, GuardStop: as when called.
         """
         seconds = self._reward.step_deadline_s if deadline_s is None else deadline_s
         return self._submit(self._score(items, use_cache, seconds)).result()
@@ -106,8 +103,7 @@ class Feedback:
     def probe(self) -> None:
         """Ask the judge one question, so that a wrong configuration is known before step 1.
 
-        Raises:
-            UsageError, DataError: with what the judge said.
+        Raises UsageError, DataError: with what the judge said.
         """
         from PIL import Image
 

@@ -1,7 +1,5 @@
 """Rewards that are functions or classes: r1v's own text rewards, and users' from a file or a module."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json
@@ -12,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.rewards import Reward, UserReward
-from ..config.user_rewards import source_file, source_sha256
+from ..config.user_rewards import source_file
 from ..core.errors import R1VError, UsageError, brief
+from ..core.files import sha256_file
 from ..core.user_code import load_source
 
 _LARGEST = 3.4e38  # TRL holds scores in float32
@@ -53,8 +52,7 @@ class FunctionReward:
     async def __call__(self, *, completions: Sequence[Any], **given: Any) -> list[float | None]:
         """One score, or None, for each completion.
 
-        Raises:
-            UsageError: a user's code raised, or returned something else; with file and line.
+        Raises UsageError: a user's code raised, or returned something else; with file and line.
         """
         given |= {"completions": completions}
         named = {k: v for k, v in given.items() if self._wanted is None or k in self._wanted}
@@ -126,12 +124,11 @@ def blamed(name: str, file: Path | None, what: str) -> Iterator[None]:
 def user_reward(reward: UserReward) -> FunctionReward:
     """Import a user's function, or make an object of their class.
 
-    Raises:
-        UsageError: there is none, or its code raised.
+    Raises UsageError: there is none, or its code raised.
     """
     file, arguments = source_file(reward), reward.arguments
     name = f"{file.name if reward.source.endswith('.py') else reward.source}:{reward.function}"
-    identity = {"source": name, "sha256": source_sha256(reward), "arguments": arguments}
+    identity = {"source": name, "sha256": sha256_file(file), "arguments": arguments}
     with blamed(reward.key, file, "raised on import"):
         call = getattr(load_source(reward.source), reward.function)
         if isinstance(call, type):

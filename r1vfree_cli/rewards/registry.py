@@ -3,21 +3,17 @@
 Nothing here imports torch until a local judge is asked.
 """
 
-from __future__ import annotations
-
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.embedded import is_embedded, resolve_model
+from ..config.embedded import resolve_model
 from ..config.rewards import AnyReward, FeedbackReward, UserReward
 from ..core.errors import UsageError
 from ..core.files import cache_dir
 from ..judges.chat import ChatJudge
 from ..judges.classify import ClassifyJudge
 from ..judges.in_process import InProcessJudge
-from ..judges.over_http import key_of
 from ..judges.protocol import Backend
 from ..run.checkpoint import fingerprint
 from .feedback import Feedback
@@ -36,8 +32,7 @@ def build_rewards(rewards: Sequence[AnyReward], **options: Any) -> list[Function
     (figures since the last call), `state_dict()` and `load_state_dict()` (carried by checkpoints), `failures` (why
     scores are missing), `close()`.
 
-    Raises:
-        UsageError, DataError: an embedded judge is not there or not built yet; a user's code cannot be loaded.
+    Raises UsageError, DataError: an embedded judge is not there or not built yet; a user's code cannot be loaded.
     """
     several = sum(isinstance(reward, FeedbackReward) for reward in rewards) > 1
     built: list[FunctionReward | Feedback] = []
@@ -72,28 +67,24 @@ def build_feedback(
         stopping: whether the run is asked to end; then a judge that is down is not waited for.
         pixels: the policy's limits on the pixels of an image, for a judge in this process or served by the run.
 
-    Raises:
-        UsageError, DataError: an embedded judge is not there or not built yet.
+    Raises UsageError, DataError: an embedded judge is not there or not built yet.
     """
-    model = (reward.serve.model if reward.serve else reward.model) or ""
+    model = resolve_model((reward.serve.model if reward.serve else reward.model) or "", seed)
     revision = reward.serve.revision if reward.serve else reward.revision
-    if is_embedded(model):
-        model = resolve_model(model, seed)
     url = served_url if reward.serve else reward.base_url
     if reward.serve and not url:
         raise UsageError(f"rewards.{reward.key}.serve: no server was started")
     folder: Path | None = None
     if reward.cache:
         folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")
-    share = 1 / max(1, int(os.environ.get("WORLD_SIZE", "1")))
     backend: Backend
     if reward.backend == "local":
         backend = InProcessJudge(model, revision, pixels)
     else:
         judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
-        backend = judge(reward, str(url), key_of(reward), stopping)
+        backend = judge(reward, str(url), stopping)
     identity = _identity(reward, model, revision, pixels)
-    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, share=share, stopping=stopping)
+    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, stopping=stopping)
 
 
 def _identity(reward: FeedbackReward, model: str, revision: str | None, pixels: tuple[int, int] | None) -> dict:

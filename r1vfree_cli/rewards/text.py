@@ -1,7 +1,5 @@
 """Rewards that need only the text: the asked form, and equality with a reference answer."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ math-verify bounds its own time with SIGALRM, which works in main threads only a
 power. It therefore runs in one child process for all calls, which is killed and restarted when it is late.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import re
@@ -66,39 +64,38 @@ class _Child:
     def ask(self, reference: str, answer: str) -> bool:
         with self._lock:
             try:
-                if self._process is None:
-                    self._start()
-                self._write([reference, answer])
-                return bool(self._read(TIMEOUT_S))
-            except (OSError, ValueError, TimeoutError):
+                process = self._process or self._start()
+                assert process.stdin is not None
+                process.stdin.write(json.dumps([reference, answer]).encode() + b"\n")
+                return bool(_read(process, TIMEOUT_S))
+            except (OSError, ValueError):
                 self.stop()
                 return False
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         # -P: run as a file, this folder must not be on the path; its cache.py and others would hide top-level modules.
         command = [sys.executable, "-P", __file__]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
-        self._read(START_S)
-
-    def _write(self, document: list[str]) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(json.dumps(document).encode() + b"\n")
-
-    def _read(self, seconds: float) -> bool:
-        assert self._process is not None and self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(seconds):
-                raise TimeoutError
-        return json.loads(self._process.stdout.readline())
+        _read(self._process, START_S)
+        return self._process
 
     def stop(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
+
+
+def _read(process: subprocess.Popen, seconds: float) -> bool:
+    """The next line that the child says. Raises TimeoutError, which is an OSError, when it is late."""
+    assert process.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        if not selector.select(seconds):
+            raise TimeoutError
+    return json.loads(process.stdout.readline())
 
 
 _child = _Child()

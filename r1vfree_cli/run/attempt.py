@@ -3,11 +3,10 @@
 Both lie in the folder that the worker is started with: the run dir, or `nodes/N` in it on a node above 0.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Self
 
 from ..core.errors import DataError
 from ..core.files import read_object, write_json
@@ -45,11 +44,10 @@ class Attempt:
         write_json(folder / FILE, asdict(self))
 
     @classmethod
-    def read(cls, folder: Path) -> Attempt:
+    def read(cls, folder: Path) -> Self:
         """What `write` wrote; a fresh attempt of the run dir `folder` where there is none.
 
-        Raises:
-            DataError: the file is damaged.
+        Raises DataError: the file is damaged.
         """
         if not (folder / FILE).is_file():
             return cls.of(RunDir(folder))
@@ -59,7 +57,7 @@ class Attempt:
             raise DataError(f"{folder / FILE} is damaged: {e}") from None
 
     @classmethod
-    def of(cls, run: RunDir, *, resume: bool = False) -> Attempt:
+    def of(cls, run: RunDir, *, resume: bool = False) -> Self:
         """The attempt of a run dir that no launcher has started."""
         return cls(str(run.path), str(run.logs), resume=resume)
 

@@ -3,8 +3,6 @@
 Used by merge, eval, resume, `model.name` and judges. It stands below `launch`, which asks it before anything starts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -16,7 +14,7 @@ from typing import Literal
 
 import xxhash
 
-from ..config.embedded import is_embedded, resolve_model
+from ..config.embedded import resolve_model
 from ..config.recipes import read_yaml
 from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.files import read_object, sync, write_json
@@ -53,10 +51,9 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
         verify: compare the bytes of what r1v wrote with its file list, not the sizes alone (0.3 s a GB).
         shards: accept ZeRO shards, which only merge can read.
 
-    Raises:
-        DataError: no such place, a folder without a model, a run without a final one, or damaged files.
+    Raises DataError: no such place, a folder without a model, a run without a final one, or damaged files.
     """
-    path = Path(resolve_model(name, seed)) if is_embedded(name) else Path(os.path.expanduser(name))
+    path = Path(os.path.expanduser(resolve_model(name, seed)))
     if not os.path.exists(path):  # False also for a name that cannot be one
         hint: str | None = "give a model folder, a run dir, or a hub name like org/model"
         if _HUB.fullmatch(name):
@@ -72,10 +69,8 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
     if kind == "shards" and not shards:
         raise DataError(f"{path} holds ZeRO shards, not a loadable model", hint=f"first: {merge_command(path)}")
     if damaged := damage(path, verify=verify):
-        raise DataError(
-            f"{path} is damaged: {_some(damaged)}",
-            hint=f"copy it again, or use another checkpoint; after a change on purpose delete {path / FILES}",
-        )
+        hint = f"copy it again, or use another checkpoint; after a change on purpose delete {path / FILES}"
+        raise DataError(f"{path} is damaged: {', '.join(damaged[:3])}{' ...' * (len(damaged) > 3)}", hint=hint)
     return Checkpoint(name, str(path), kind, _contract(path), fingerprint(path))
 
 
@@ -90,11 +85,7 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def adapter_settings(folder: Path | str) -> dict:
-    """What `adapter_config.json` says.
-
-    Raises:
-        DataError: it cannot be read, or describes no LoRA adapter.
-    """
+    """What `adapter_config.json` says. Raises DataError: it cannot be read, or describes no LoRA adapter."""
     settings = read_object(Path(folder) / ADAPTER)
     if settings.get("peft_type") != "LORA":
         raise DataError(f"{folder}/{ADAPTER} does not describe a LoRA adapter")
@@ -104,8 +95,7 @@ def adapter_settings(folder: Path | str) -> dict:
 def adapter_base(folder: Path | str, given: str | None = None) -> str:
     """The base model of a LoRA folder: the one that is given with --base, else the one that it names.
 
-    Raises:
-        DataError: it describes no LoRA adapter, names no base, or the base is not where it was.
+    Raises DataError: it describes no LoRA adapter, names no base, or the base is not where it was.
     """
     base = given or adapter_settings(folder).get("base_model_name_or_path")
     if not base:
@@ -116,11 +106,7 @@ def adapter_base(folder: Path | str, given: str | None = None) -> str:
 
 
 def kind_of(folder: Path) -> Kind:
-    """What the files of a folder are.
-
-    Raises:
-        DataError: no model; says what is there.
-    """
+    """What the files of a folder are. Raises DataError: no model; says what is there."""
     if is_adapter(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would take a pickle instead
             pickled = next(folder.glob("adapter_model.[bp]*"), None)
@@ -164,11 +150,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _final(name: str, run: RunDir) -> Path:
-    """The run's final model.
-
-    Raises:
-        DataError: it has none; the hint names its last complete checkpoint.
-    """
+    """The run's final model. Raises DataError: it has none; the hint names its last complete checkpoint."""
     if _is_model(run.final):
         return run.final
     complete = [path for _, path in checkpoints(run.checkpoints) if not lacking(path, verify=False)]
@@ -264,7 +246,3 @@ def _hashes(files: Iterable[Path]) -> list[str]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(one, files))
-
-
-def _some(lines: list[str]) -> str:
-    return ", ".join(lines[:3]) + (" ..." if len(lines) > 3 else "")

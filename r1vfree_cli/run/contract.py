@@ -1,7 +1,5 @@
 """The run contract, `r1v.json` beside every model that r1v writes: what the model was trained with and must be run with."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..config.schema import GrpoRecipe, SftRecipe
+from ..config.schema import Recipe
 from ..core import console, prompts
 from ..core.files import read_object, write_json
 
@@ -18,20 +16,23 @@ FILE = "r1v.json"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
 
 
+def installed(distribution: str) -> str | None:
+    """Its version, None where it is not installed."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what shapes a run."""
-    found = {"r1v": __version__}
-    for name in ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "vllm", "flash-attn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    names = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "datasets", "vllm", "flash-attn")
+    return {"r1v": __version__} | {name: found for name in names if (found := installed(name))}
 
 
 def build(
     stage: str,
-    recipe: GrpoRecipe | SftRecipe,
+    recipe: Recipe,
     *,
     data_sha256: str | None,
     rewards: list[dict] | None = None,
@@ -68,14 +69,9 @@ def warn_of_changes(checkpoint: Path, now: dict) -> None:
 
 def git_commit(folder: Path) -> str | None:
     """The commit of the repository that holds `folder`, `-dirty` when it has changes, None outside one."""
+    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        commit = subprocess.run(asked, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return commit.stdout.strip() or None
@@ -89,8 +85,7 @@ def write(folder: Path, contract: dict) -> None:
 def read(folder: Path) -> dict | None:
     """The contract of a model folder, None when it has none.
 
-    Raises:
-        DataError: the file is there and holds no JSON object.
+    Raises DataError: the file is there and holds no JSON object.
     """
     path = Path(folder) / FILE
     return read_object(path) if path.is_file() else None

@@ -1,7 +1,5 @@
 """Run dirs: names, the guard against overwriting, attempts, status."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path
@@ -35,11 +33,7 @@ class RunDir:
 
     @property
     def status(self) -> dict:
-        """`status.json`, or {} when there is none.
-
-        Raises:
-            DataError: it is damaged.
-        """
+        """`status.json`, or {} when there is none. Raises DataError: it is damaged."""
         hint = "deleted, it costs nothing but the count of attempts: --resume goes on from the newest checkpoint"
         try:
             found = read_object(self.status_file) if self.status_file.is_file() else {}
@@ -84,8 +78,7 @@ class RunDir:
 
         It may be killed at any moment: what is left is always a run dir that the next call accepts.
 
-        Raises:
-            UsageError: it holds a run and neither resume nor overwrite was asked; or it holds something else.
+        Raises UsageError: it holds a run and neither resume nor overwrite was asked; or it holds something else.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a folder", hint="choose another --run-dir")
@@ -96,10 +89,8 @@ class RunDir:
             half.unlink(missing_ok=True)
         if self.holds_run and not resume:
             state = self.status.get("state", "unknown state")
-            raise UsageError(
-                f"{self.path} holds a run already ({state})",
-                hint="--resume continues it, --run-dir names another folder, --overwrite deletes it first",
-            )
+            hint = "--resume continues it, --run-dir names another folder, --overwrite deletes it first"
+            raise UsageError(f"{self.path} holds a run already ({state})", hint=hint)
         if resume and not self.holds_run:
             raise UsageError(f"{self.path} holds no run to resume", hint="leave out --resume to start one")
         if not self.holds_run and self.path.is_dir() and self._own():

@@ -142,7 +142,7 @@ def _reply(kind: str, body: bytes) -> Case:
             "max_retries": 0,
         }
         judge = {"chat": ChatJudge, "classify": ClassifyJudge}[kind](
-            FeedbackReward.model_validate(settings), "", None, lambda: False
+            FeedbackReward.model_validate(settings), "", lambda: False
         )
         judge.endpoint._exchange = exchange  # type: ignore[method-assign]
         try:

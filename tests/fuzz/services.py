@@ -101,8 +101,10 @@ def _reply(shape: str, status: str, headers: tuple[str, ...], body: bytes, frami
 
         url = f"http://127.0.0.1:{port}"
         settings = {"name": "feedback", "base_url": url, "model": "m", "max_retries": 0, "timeout_s": 5}
-        judge = ClassifyJudge(FeedbackReward.model_validate(settings), url, "sk-secret-0123456789", lambda: False)
-        endpoint = Endpoint(url, "m", timeout_s=5, max_retries=0, api_key="sk-secret-0123456789")
+        os.environ["R1V_FUZZ_KEY"] = "sk-secret-0123456789"
+        reward = FeedbackReward.model_validate(settings | {"api_key_env": "R1V_FUZZ_KEY"})
+        judge = ClassifyJudge(reward, url, lambda: False)
+        endpoint = Endpoint(url, "m", timeout_s=5, max_retries=0, api_key_env="R1V_FUZZ_KEY")
         asked = judge.endpoint if shape == "classify" else endpoint
         said["reply"] = reply
 
@@ -196,6 +198,7 @@ def _request(method: str, path: str, headers: tuple[tuple[bytes, bytes], ...], p
     """One answer below 500, of JSON; and the next good request gets its score."""
 
     def call() -> None:
+        from r1vfree_cli.judges.limits import Room
         from r1vfree_cli.judges.server import App
 
         async def both() -> None:
@@ -211,7 +214,7 @@ def _request(method: str, path: str, headers: tuple[tuple[bytes, bytes], ...], p
                 status, document = await _answer(
                     app, "POST", "/classify", ((b"authorization", b"Bearer key"),), (GOOD,)
                 )
-                assert status == 200 and app._requests == 0 and app._room._held == 0, (status, document)
+                assert status == 200 and app._requests == 0 and Room._all == 0, (status, document)
                 for worker in app._workers:
                     worker.cancel()
 

@@ -420,6 +420,15 @@ def test_no_access_and_no_such_model_stop_at_once(tmp_path, monkeypatch, backend
             call(judge, ["red", "blue"])
 
 
+def test_a_classify_server_that_wants_a_key_is_not_promised_openais(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai-0123456789")
+    with js.JudgeServer(js.status(401, b"{}")) as server:
+        with pytest.raises(UsageError) as error:
+            feedback(server.url, tmp_path).probe()
+        assert "authorization" not in server.requests[0]["_headers"]
+        assert "api_key_env" in error.value.hint and "OPENAI_API_KEY" not in error.value.hint
+
+
 def test_probe_says_what_is_wrong(tmp_path):
     with js.JudgeServer(js.raw(HTML, "text/html")) as server:
         with pytest.raises(UsageError) as error:

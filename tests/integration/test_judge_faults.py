@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import ssl
 import zlib
 
@@ -105,16 +106,18 @@ FAULTS |= {name: (lambda s, b=body: http(b), "failure") for name, body in CHATS.
 
 
 async def ask(shape: str, url: str, timeout_s: float) -> object:
+    os.environ["JUDGE_KEY"] = KEY
     settings = {"name": "feedback", "base_url": url, "model": "m", "max_retries": 0, "timeout_s": timeout_s}
+    settings["api_key_env"] = "JUDGE_KEY"
     if shape in ("classify", "chat"):
         kind = ClassifyJudge if shape == "classify" else ChatJudge
-        judge = kind(FeedbackReward.model_validate(settings | {"backend": shape}), url, KEY, lambda: False)
+        judge = kind(FeedbackReward.model_validate(settings | {"backend": shape}), url, lambda: False)
         await judge.endpoint.open()
         try:
             return await judge.ask(Question((), "What colour?", "red"))
         finally:
             await judge.close()
-    endpoint = Endpoint(url, "m", timeout_s=timeout_s, max_retries=0, api_key=KEY)
+    endpoint = Endpoint(url, "m", timeout_s=timeout_s, max_retries=0, api_key_env="JUDGE_KEY")
     await endpoint.open()
     try:
         if shape == "generation":

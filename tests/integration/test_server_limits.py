@@ -200,7 +200,7 @@ def test_a_body_that_does_not_end_is_refused_and_one_that_is_too_large_too(runni
                 link.sendall(chunk)
                 time.sleep(0.002)
             raise OSError("it took it all")
-    until(lambda: running.app._room._held == 0)
+    until(lambda: limits.Room._all == 0)
     assert running.app._requests == 0 and running.classify("x")[0] == 200
 
 
@@ -241,7 +241,7 @@ def test_requests_of_clients_that_left_are_not_computed(running):
     running.gate.open.set()
     assert reply(links["stays"])[0] == reply(first)[0] == 200
     assert running.gate.batches == [["first"], ["stays"]]
-    until(lambda: running.app._room._held == 0)
+    until(lambda: limits.Room._all == 0)
 
 
 def test_all_requests_together_hold_bounded_memory(running, monkeypatch):

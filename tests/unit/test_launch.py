@@ -355,7 +355,7 @@ def test_trained_weights_have_32_bits_somewhere(sets, held):
 )
 def test_a_vllm_that_cannot_be_right_is_refused_before_the_launch(sets, found, said, monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: object())
-    monkeypatch.setattr(preflight, "_version", lambda name: found if name == "vllm" else None)
+    monkeypatch.setattr(preflight, "installed", lambda name: found if name == "vllm" else None)
     errors = preflight.check(recipes.load("grpo", "tiny", ["train.use_vllm=true", *sets])).errors
     assert [said in e for e in errors] == ([] if said is None else [True])
 

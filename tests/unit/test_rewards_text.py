@@ -1,5 +1,7 @@
 """Text rewards and the judge's prompt: pure functions, no torch."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -88,8 +90,7 @@ def test_accuracy_works_outside_the_main_thread():
 def test_an_answer_that_never_ends_is_wrong_and_the_next_is_scored(monkeypatch):
     assert score("2/4", "1/2") == 1.0  # the child is up: starting it is not what is timed
     monkeypatch.setattr(verify, "TIMEOUT_S", 0.5)
-    # Signals cannot interrupt this one power of integers.
-    monkeypatch.setattr(verify._child, "_write", lambda _: None)
+    os.kill(verify._child._process.pid, signal.SIGSTOP)  # as deaf as in one huge power of integers
     begin = time.monotonic()
     assert score("4/8 + 0", "1/2") == 0.0
     assert time.monotonic() - begin < 3
