@@ -22,6 +22,7 @@ from ..judges.protocol import JPEG_QUALITY, Failure
 from ..judges.replies import Reply
 from ..launch import plan as plans
 from ..launch import processes, vllm
+from ..models import family
 from ..run.checkpoint import Checkpoint, merge_command, resolve
 from .benchmark import Benchmark, content_key
 from .judgements import by_id
@@ -118,6 +119,10 @@ def plan(o: EvalOptions) -> Plan:
     if o.vllm and found and found.kind == "adapter":
         what = f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter"
         raise UsageError(what, hint=f"first: {merge_command(found.path)}")
+    config = Path(found.path, "config.json") if o.vllm and found else Path()
+    if config.is_file() and not family.of_type(str(read_object(config).get("model_type"))).edges:
+        what = f"vLLM is told the pixel limits of Qwen-VL models alone, and {o.checkpoint} is none"
+        raise UsageError(what, hint="leave out --vllm, or serve it yourself and give --endpoint")
     return Plan(identity, found, warnings, prompt)
 
 

@@ -61,6 +61,11 @@ class Family:
     encodes_apart: bool = False
 
     @property
+    def edges(self) -> bool:
+        """Whether its pixel limits are Qwen's, which vLLM takes too."""
+        return self.set_pixel_limits is edge_limits
+
+    @property
     def lora_exclusion(self) -> str:
         """The pattern (PEFT matches it against complete module names) that keeps adapters off a frozen tower."""
         return rf"(.*\.)?({'|'.join(self.vision)})\..*"
@@ -101,7 +106,12 @@ def register(family: Family) -> Family:
 
 def of(config) -> Family:
     """The family of a transformers config, or one that knows nothing special of it."""
-    return _FAMILIES.get(config.model_type) or Family(config.model_type, (), ())
+    return of_type(config.model_type)
+
+
+def of_type(model_type: str) -> Family:
+    """The family of a `model_type`."""
+    return _FAMILIES.get(model_type) or Family(model_type, (), ())
 
 
 def use(spec: str | None) -> None:

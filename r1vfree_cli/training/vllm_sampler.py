@@ -27,6 +27,8 @@ def installed(args, processor, revision: str | None = None):
     """While the returned context is active, a GRPOTrainer that is built makes its sampler a `VLLMSampler`."""
     dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     size = processor.image_processor.size
+    if size.get("shortest_edge") is None:
+        raise UsageError("vLLM is told the pixel limits of Qwen-VL models alone", hint="train.use_vllm: false")
     engine = {
         "dtype": dtype,  # left to vLLM, float32 weights are rounded to bfloat16
         "revision": revision,

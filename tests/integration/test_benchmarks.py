@@ -370,6 +370,15 @@ def test_without_vllm_an_evaluation_says_how_to_have_it(pope, tmp_path, monkeypa
     assert raised.value.exit_code == 2 and not list((tmp_path / "v").glob("*.json*"))
 
 
+def test_vllm_is_refused_for_a_family_whose_pixel_limits_it_does_not_take(pope, tmp_path, monkeypatch):
+    monkeypatch.setenv("R1V_VLLM", sys.executable)
+    write_json(tmp_path / "m" / "config.json", {"model_type": "internvl"})
+    (tmp_path / "m" / "model.safetensors").touch()
+    told = {"questions": str(pope / "coco"), "images": pope / "val2014", "out": tmp_path / "v", "vllm": True}
+    with pytest.raises(UsageError, match="pixel limits of Qwen-VL models alone"):
+        evaluate(EvalOptions(benchmark="pope", checkpoint=str(tmp_path / "m"), **told))
+
+
 FAKE_VLLM = """#!{python}
 import http.server, json, os, sys, threading
 one = threading.Lock()
