@@ -15,7 +15,7 @@ import typer
 
 from ..core.errors import Interrupted, R1VError, UsageError
 from . import evaluate, recipes
-from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDirPath, Set, option, with_options
+from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDirPath, Set, option, recipe_names, with_options
 
 app = typer.Typer(
     name="r1v",
@@ -188,7 +188,9 @@ def merge(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Check this recipe too.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Check this recipe too.", autocompletion=recipe_names)
+    ] = None,
     set: Set = None,
     step: Annotated[bool, typer.Option("--step", help="Also run one step on the longest rows.")] = False,
     json: Json = False,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Json, Set, option, with_options
+from .options import Json, Set, option, recipe_names, with_options
 
 app = typer.Typer()
 
@@ -61,7 +61,8 @@ def _evaluate(
     benchmark: str,
     checkpoint: Annotated[str | None, typer.Argument(help="A model folder, run dir, hub name or LoRA folder.")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A recipe's options; those given here win.")
+        str | None,
+        typer.Option("--recipe", "-r", help="A recipe's options; those given here win.", autocompletion=recipe_names),
     ] = None,
     set: Set = None,
     json: Json = False,

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="A shipped recipe's name or the path of a YAML file.")]
+
+def recipe_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Shell completion of `--recipe`: shipped names, the command's own without its stage, and YAML files."""
+    from ..config.recipes import STAGES, shipped
+
+    stage = ctx.info_name if ctx.info_name in STAGES else "eval" if str(ctx.info_name).startswith("eval") else None
+    names = [name.removeprefix(f"{stage}/") for name in shipped(stage)]
+    here = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    files = [f"{p}/" if p.is_dir() else str(p) for p in here.glob("*") if p.is_dir() or p.suffix in (".yaml", ".yml")]
+    return [name for name in [*names, *sorted(files)] if name.startswith(incomplete)]
+
+
+_RECIPE = "A shipped recipe's name or the path of a YAML file."
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help=_RECIPE, autocompletion=recipe_names)]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: a.b=value, the value is YAML. Repeatable.")
 ]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -289,6 +290,23 @@ def test_python_m_and_shell_completion():
     done = subprocess.run([sys.executable, "-m", "r1vfree_cli", "--version"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("r1v ")
     assert "--install-completion" in r1v("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [("grpo --recipe qwen25vl-7b", {"qwen25vl-7b-qlora-24gb", "qwen25vl-7b-rlhfv"}), ("sft -r tiny-vqa-j", {"tiny-vqa-judge"}),
+     ("doctor --recipe grpo/own", {"grpo/own-data"}), ("grpo --recipe mi", {"mine.yaml"}), ("eval hallusion --recipe po", {"pope"})],
+)  # fmt: skip
+def test_a_shell_completes_recipes(typed, found, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").touch()
+    words = ["r1v", *typed.split()]
+    asked = {"_R1V_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [Path(sys.executable).parent / "r1v"], env=os.environ | asked, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert found <= set(done.stdout.split()) and all(name.startswith(words[-1]) for name in done.stdout.split()), (
+        done.stderr
+    )
 
 
 def test_recipes_fit_80_columns_and_say_what_they_need():

@@ -24,7 +24,7 @@ ROOMS = {
     "report": 1395,
     "doctor": 393,
     "tiny": 410,
-    "cli": 489,
+    "cli": 501,
 }
 ORDER = list(ROOMS)
 
