@@ -132,7 +132,7 @@ def _reply(kind: str, body: bytes) -> Case:
                 return
             text.encode()
             assert stated_label(text, {"correct": 1, "incorrect": 0}) in (1, 0, None)
-            assert read_yes_no(judged_text(text, "answer")) in ("yes", "no", None)
+            assert read_yes_no(judged_text(text, "answer") or "") in ("yes", "no", None)
             return
         settings = {
             "name": "feedback",

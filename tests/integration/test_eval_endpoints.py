@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,9 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(pope, serve):  # noqa: F811
     server = serve(lambda prompt, body: "Yes" if len(server.prompts) < 3 else held.wait(30) or "Yes")
     argv = [sys.executable, "-m", "r1vfree_cli", "eval", "pope", "--endpoint", server.url, "--model", "m", "--questions",
             str(pope / "coco"), "--images", str(pope / "val2014"), "--concurrency", "1", "--out", str(pope / "i")]  # fmt: skip
-    r1v = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    # Jobs in the background of a script ignore it, and so would their children.
+    hears = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    r1v = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
     kept = pope / "i" / "predictions.jsonl"
     while r1v.poll() is None and (not kept.exists() or kept.read_text().count("\n") < 3):
         time.sleep(0.05)

@@ -541,7 +541,7 @@ def test_a_reply_that_says_nothing_is_never_right_and_never_judged(reply, tmp_pa
         out = tmp_path / f"e{len(judge)}"
         doc = evaluate(EvalOptions(**options, **judge, out=out))
         assert doc["empty"]["n"] == silent and any("replies are empty" in w for w in doc["warnings"])
-        judged = BENCHMARK.load_judged(out / "judged.json")
+        judged = BENCHMARK.load_judged([out / "judged.json"])
         assert {item.code for item, record in zip(*judged) if record["model_prediction"] == reply} == {score.WRONG}
     assert server.prompts and not any(f"answer: {reply}" in p for p in server.prompts)
 
