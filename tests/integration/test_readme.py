@@ -24,6 +24,7 @@ from tiny_models import draw, save_tiny
 
 from r1vfree_cli.config import recipes
 from r1vfree_cli.core.files import write_json
+from r1vfree_cli.data.prepare import prepare
 from r1vfree_cli.eval.options import EvalOptions
 from r1vfree_cli.eval.runner import evaluate
 from r1vfree_cli.launch import vllm
@@ -80,6 +81,10 @@ def desk(tmp_path_factory):
     if contract:
         write_json(final / "r1v.json", contract | {"min_pixels": None, "max_pixels": None})
     save_tiny(at / "runs" / "mine")
+    for part, split in (("start", "train"), ("judge", "train"), ("train", "train"), ("test", "test")):  # of tiny-vqa
+        prepare("shapes", at / "data" / part, split=split, limit=4)
+    for name in ("tiny-vqa-start", "tiny-vqa-judge"):
+        save_tiny(at / "runs" / name / "final")
     made = prediction_file(at / "base.json")
     questions = str(at / "HallusionBench.json")
     evaluate(EvalOptions(predictions=made, questions=questions, images=at / "figures", out=at / "evals" / "base"))
@@ -112,11 +117,11 @@ def ends_well(argv: list[str], at: Path, done: subprocess.CompletedProcess) -> N
 def test_each_command_runs(desk):
     given = commands()
     names = [argv[0] for argv in given]
-    expected = {"doctor", "grpo", "eval", "eval-hallusion", "report", "prepare-data", "recipes", "serve-reward"}
+    expected = {"doctor", "grpo", "eval", "eval-hallusion", "report", "prepare-data", "recipes", "serve-reward", "sft"}
     assert set(names) == expected
     with JudgeServer(lambda handler, body: reply(handler, chat_reply("<think>I see it.</think><answer>sleeping</answer>"))) as teacher:  # fmt: skip
         for argv in given:
-            if argv[0] == "grpo" and argv != ["grpo", "--recipe", "tiny"]:
+            if argv[0] in ("grpo", "sft") and argv != ["grpo", "--recipe", "tiny"]:
                 argv = [*argv, "--dry-run"]
             elif argv[0] == "grpo":
                 continue
