@@ -10,16 +10,16 @@ PACKAGE = Path(__file__).parents[2] / "r1vfree_cli"
 # From the bottom up: a room may import itself and those above it in this table. Numbers: non-blank lines at most.
 # A room that needs more first asks what can go; a budget is raised in the commit that needs it, with the reason.
 ROOMS = {
-    "core": 814,  # 620 before users' code and staging had one place; 800 before a holder that ends while it is named, 805 before threads had time limits, 808 before what is read back was checked in one place
-    "config": 989,  # 960 before the texts that transformers and TRL know, 1027 before what they would refuse later
+    "core": 814,
+    "config": 989,
     "run": 411,
-    "data": 1700,  # 1640 before choices, declared ranges of grey, and image files in a module of their own
-    "launch": 1215,  # 850 before vLLM servers; 1030 before every optimizer and tracker, 1280 before steps told what is new and edits were survived, 1288 before a command that cannot be run
+    "data": 1700,
+    "launch": 1215,
     "models": 713,
-    "shared_prefix": 1177,  # 1050 before judges, a sampler that lasts the run and Qwen3.5
-    "judges": 1766,  # 1500 before the reward server had limits of its own, 1825 before all reasons why a reply ends, 1832 before what templates and overflows do
+    "shared_prefix": 1177,
+    "judges": 1766,
     "rewards": 954,
-    "training": 2608,  # 2390 before the room that a final save needs
+    "training": 2608,
     "eval": 3239,
     "report": 1395,
     "doctor": 393,
