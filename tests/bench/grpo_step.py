@@ -83,6 +83,24 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    batch, heads, length, dim = query
+    return 2 * batch * heads * length * key[2] * (dim + value[3])
+
+
+def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """Scores once more, their gradient, and those of query, key and value."""
+    batch, heads, length, dim = query
+    return 2 * batch * heads * length * key[2] * (3 * dim + 2 * value[3])
+
+
+# torch's counter knows the attention kernels of GPUs alone.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
 class Parts:
     """Seconds and FLOPs by part of the step; a part inside another counts for itself only."""
 
@@ -229,7 +247,7 @@ class Steps:
     def count(self) -> dict[str, int]:
         """FLOPs of one step by part."""
         self.parts.flops.clear()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             self.parts.counter = counter
             self.step()
         self.parts.counter = None
