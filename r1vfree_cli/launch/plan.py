@@ -72,6 +72,8 @@ def _common() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a folder vllm/ or wandb/ in the working directory is no module
+        # cuDNN's attention builds a plan for every new shape, and lengths differ from step to step.
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") or "1",
         # TRL tells the hub about every trainer, vLLM its makers about every start: only for those who ask for it.
         "DO_NOT_TRACK": os.environ.get("DO_NOT_TRACK") or "1",
     }

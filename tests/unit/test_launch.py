@@ -66,6 +66,18 @@ def test_every_preset_has_its_file_and_runs_on_cpu_when_asked(preset, tmp_path):
     assert plan.env["ACCELERATE_USE_CPU"] == ("false" if zero else "true")
 
 
+def test_attention_kernels_that_plan_for_each_shape_come_last_unless_asked(tmp_path, monkeypatch):
+    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    for value in (None, "0"):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+        recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")
+        assert {plans.plan("grpo", recipe, tmp_path).env[name], plans.server_plan(recipe, 1).env[name]} == {
+            value or "1"
+        }
+
+
 def test_nothing_is_reported_to_anybody_unless_asked(tmp_path, monkeypatch):
     """TRL sends what is trained, and on what, to the hub; vLLM looks at the same variable."""
     recipe = recipes.load("grpo", "qwen25vl-3b-rlhfv")

@@ -14,7 +14,7 @@ ROOMS = {
     "config": 989,
     "run": 411,
     "data": 1700,
-    "launch": 1215,
+    "launch": 1217,
     "models": 713,
     "shared_prefix": 1177,
     "judges": 1766,
