@@ -32,7 +32,7 @@ _THOUGHT = re.compile(
 )
 _LETTERS = "ABCDEFGHIJKLMNOP"
 _LETTER = re.compile(r"\(?([A-P])(?:[).:]|$)")
-SPLIT_COLUMNS = ("split", "partition", "data_split", "data_subtype", "subset")
+SPLIT_COLUMNS = ("split", "partition", "data_split", "data_subtype")
 _UNFILLED = ("<ref-object>", "<bbox>")  # ms-swift puts names and boxes from `objects` there
 
 

@@ -249,7 +249,7 @@ def read_yes_no(text: str) -> str | None:
             found[_LOOSE].add(NO)
     else:
         found.pop(_LOOSE, None)
-    if _UNSEEN.search(plain):
+    if _UNSEEN.search(plain) or _withdrawn(plain):
         found = {rank: said for rank, said in found.items() if rank < _HEAD}
     deciding = next((found[rank] for rank in sorted(found) if found[rank]), set())
     return deciding.copy().pop() if len(deciding) == 1 else None
@@ -284,12 +284,14 @@ def _verdicts(plain: str) -> Iterable[tuple[int, str, int]]:
             yield _LOOSE, _AS[m[1]], m.start()
 
 
+def _withdrawn(plain: str) -> bool:
+    """Whether a verdict is taken back at once: then only a stated answer counts."""
+    after = ((m, _WITHDRAWN.match(plain, m.end())) for m in _WORD.finditer(plain))
+    return any(taken and (_AS[m[1]] == YES) == bool(taken["no"]) for m, taken in after)
+
+
 def _contradicted(plain: str) -> bool:
-    """Whether a verdict is taken back at once, or the reply opens with one and states the other: nothing was thought over
-    in between."""
-    for m in _WORD.finditer(plain):
-        if (withdrawn := _WITHDRAWN.match(plain, m.end())) and (_AS[m[1]] == YES) == bool(withdrawn["no"]):
-            return True
+    """Whether the reply opens with a verdict and states the other one at once: nothing was thought over in between."""
     first = _WORD.match(plain, re.match(r"\W*", plain).end())  # type: ignore[union-attr]
     if not first:
         return False

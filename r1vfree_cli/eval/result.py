@@ -10,7 +10,6 @@ from ..core.files import read_json
 from ..core.prompts import parse
 from . import reading, stats
 from .benchmark import UNCLEAR, Benchmark, content_key
-from .options import EvalOptions
 from .predict import Other, Work
 
 WARN_EMPTY = 1.0  # percent of empty replies
@@ -72,9 +71,7 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
     unanswered = Counter(r["unanswered"] for id_ in texts if (r := records[id_]).get("unanswered"))
     doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
     answered = {id_: text for id_, text in texts.items() if not records[id_].get("unanswered")}
-    said = {id_: reading.judged_text(text, "answer", benchmark.reader) for id_, text in answered.items()}
-    empty = Counter(_cause(records[id_], answered[id_]) for id_, text in said.items() if text is None)
-    doc["empty"] = {"n": empty.total(), "causes": dict(empty)}
+    doc["empty"] = empty_replies(w, settings.get("judged") or str(w.out))
     if len(texts) == len(judged):
         judge = settings.get("judge") or {}
         asked = [q for q in questions if q.id in answered]
@@ -86,9 +83,7 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
             rule = {q.id: benchmark.code(q, text) for q in asked if (text := read[q.id]) is not None}
             doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in judged})
     doc["settings"] = settings
-    doc["warnings"] = (
-        _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc) + _empty(o, doc, len(texts))
-    )
+    doc["warnings"] = _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc)
     if w.other:
         same_questions(judged, w.other.judged, w.other.path)
         compared = stats.compare(judged, w.other.judged, benchmark.score, seed=o.seed)
@@ -98,10 +93,28 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
     return doc
 
 
-def _cause(record: dict, text: str) -> str:
-    """Why a reply says nothing: as its endpoint told, or cut in its reasoning, or nothing but reasoning."""
-    cut = "length" if record.get("finish") == "length" else "reasoning" if text.strip() else "empty"
-    return record.get("cause") or cut
+def empty_replies(w: Work, source: str) -> dict:
+    """{n, causes} of the replies that say nothing: as the endpoint told, cut in their reasoning, or reasoning alone.
+
+    Raises:
+        DataError: they are more than `--max-empty` allows; told before a judge is asked.
+    """
+    texts = {
+        id_: r["model_prediction"] for id_, r in (w.records or {}).items() if isinstance(r.get("model_prediction"), str)
+    }
+    found: Counter[str] = Counter()
+    for id_, text in texts.items():
+        record = (w.records or {})[id_]
+        if not record.get("unanswered") and reading.judged_text(text, "answer", w.benchmark.reader) is None:
+            cut = "length" if record.get("finish") == "length" else "reasoning" if text.strip() else "empty"
+            found[record.get("cause") or cut] += 1
+    empty: dict[str, Any] = {"n": found.total(), "causes": dict(found)}
+    if 100 * empty["n"] > w.o.max_empty * len(texts):
+        raise DataError(
+            f"{source}: {empty['n']} of {len(texts)} replies are empty ({causes(empty)}), so there is no score",
+            hint=f"--max-empty is {w.o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens",
+        )
+    return empty
 
 
 def _who(judge: Any) -> tuple:
@@ -124,17 +137,9 @@ def _first(doc: dict) -> list[str]:
     if doc["unjudged"]:
         asked = counted(doc["unjudged"], "question is", "questions are")
         found.append(f"{asked} unjudged; what has no verdict counts as not right")
+    if 100 * (n := doc["empty"]["n"]) > WARN_EMPTY * doc["n_questions"]:
+        found.append(f"{n} of {doc['n_questions']} replies are empty: {causes(doc['empty'])}")
     return found
-
-
-def _empty(o: EvalOptions, doc: dict, n: int) -> list[str]:
-    share = 100 * doc["empty"]["n"] / n if n else 0
-    if share > o.max_empty:
-        raise DataError(
-            f"{doc['empty']['n']} of {n} replies are empty ({causes(doc['empty'])}), so there is no score",
-            hint=f"--max-empty is {o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens",
-        )
-    return [f"{doc['empty']['n']} of {n} replies are empty: {causes(doc['empty'])}"] if share > WARN_EMPTY else []
 
 
 def agreement(rule: dict[str, int], judged: dict[str, int | None]) -> dict:

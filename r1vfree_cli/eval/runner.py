@@ -27,7 +27,7 @@ from .options import EvalOptions, check, parse_gates
 from .predict import Work
 from .questions import QuestionSet, unique
 from .records import named
-from .result import build, dump_judged, load_other, same_questions
+from .result import build, dump_judged, empty_replies, load_other, same_questions
 
 
 def evaluate(o: EvalOptions) -> dict:
@@ -85,6 +85,7 @@ def _stages(w: Work) -> dict:
     if o.stage == "generate":
         return {"stage": "generate", "out": str(out), "n_questions": len(w.records)}
 
+    empty_replies(w, str(w.file))
     outcome = _judge(w, w.records, log.state)
     if o.stage != "score":
         log.save("judge", outcome.failures)
@@ -228,6 +229,7 @@ def _take(w: Work, records: list[tuple[str, dict]], source: str) -> None:
             f"{counted(unanswered, 'question')} of {source} have no answer",
             hint="run the generate stage again, or --count-unanswered-wrong counts them as not right",
         )
+    empty_replies(w, source)
 
 
 def _chosen(w: Work, known: QuestionSet) -> QuestionSet:

@@ -62,8 +62,8 @@ class Family:
 
     @property
     def edges(self) -> bool:
-        """Whether its pixel limits are Qwen's, which vLLM takes too."""
-        return self.set_pixel_limits is edge_limits
+        """Whether its pixel limits are Qwen's, which vLLM takes too, as far as is known."""
+        return self.set_pixel_limits in (None, edge_limits)
 
     @property
     def lora_exclusion(self) -> str:

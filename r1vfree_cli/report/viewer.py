@@ -30,7 +30,7 @@ _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
 class Rollouts:
     """The rollouts of one run dir, read when asked for.
 
-    Raises: DataError: the folder holds no GRPO run.
+    Raises DataError: the folder holds no GRPO run.
     """
 
     def __init__(self, path: Path, label: str):

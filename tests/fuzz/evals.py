@@ -59,7 +59,7 @@ def _predicted(content: bytes, file: str = "p.json", questions: bytes | None = N
     if questions is not None:
         argv += ["--questions", "q.json"]
         files["q.json"] = questions
-    return Case("a prediction file", argv, files, names=(file, "q.json", "replies are empty"), out="out")
+    return Case("a prediction file", argv, files, names=(file, "q.json"), out="out")
 
 
 def _elsewhere(content: bytes, file: str = "p.json") -> Case:

@@ -283,8 +283,6 @@ def _judge(case: Case, o: Outcome, before: dict, after: dict, folder: Path) -> I
         elif before.get(name) != after.get(name) and not name.startswith(case.keeps or "\0"):
             if name in before:
                 yield f"changed: {name}"
-            elif "replies are empty" in o.stderr and mine:
-                pass  # the score alone is refused; replies and verdicts stay
             elif o.code or (case.out is not None and not mine):
                 yield f"left behind: {name}"
     if o.code == 0 and case.out:

@@ -127,6 +127,7 @@ def test_pope_end_to_end_by_parts_with_comparison_and_report(pope, serve, capsys
         ("counting", 3, "not 2 but 3", RIGHT),
         ("counting", 4, "Figure 1 shows 4 cubes.", RIGHT),
         ("counting", 1, "only one", RIGHT),
+        ("counting", 3, "In the image 3 cubes are red.", RIGHT),
         *(("counting", 3, text, UNCLEAR) for text in ("at least 3", "not 3", "3 or more", "3+", "more than three")),
         *(("counting", 1, text, UNCLEAR) for text in ("no one can tell", "figure 1", "There isn't one.")),
         ("counting", 3, "", UNCLEAR),

@@ -458,7 +458,12 @@ def test_a_folder_key_or_column_that_says_test_keeps_rows_out_of_training(tmp_pa
     with pytest.raises(DataError, match="holds records of test"):
         prepare("files", tmp_path / "out", input=str(tmp_path / "rows.json"))
     said = [{"split": "val"}, {"extra_info": {"split": "test"}}, {"split": "train"}, {"split": None}, {"split": "x"}]
-    said += [{"partition": "test"}, {"data_subtype": "val2014"}, {"data_subtype": "train2014"}, {"subset": "clevr"}]
+    said += [
+        {"partition": "test"},
+        {"data_subtype": "val2014"},
+        {"data_subtype": "train2014"},
+        {"subset": "test tubes"},
+    ]
     path = write_lines(tmp_path / "rows.jsonl", [record | more for more in said])
     summary = prepare("files", tmp_path / "column", input=str(path))
     assert (summary["rows"], summary["dropped"]) == (5, {"record of another split": 4})

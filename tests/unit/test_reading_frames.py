@@ -44,7 +44,7 @@ READ = [
     "{}, if you look closely.", "{}, even if it looks curved.", "If I had to guess, {}.", "Final answer: {}, as if it were drawn.", "<{}>", "Answer: <{}>",
     "The answer is {}. If the bar were red, the answer would be another.", "{}, the image does not show a dog.", "{}, there is no image of a dog.",
     "{}, I can not see any dog in the image.", "{}, the picture is missing a leg.", "{}, the figure is not visible in the mirror.", "{} in the picture, as drawn",
-    "{}, no bar is red", "{}, no image attached to the wall is red", "{0} {0}", "{0} {0} {0}", "{0}, {0}, {0}!", "Yes, no? {}", "是/否：{}", "是或否: {}", "{}, but it's not red.",
+    "{}, no bar is red", "{}, no image attached to the wall is red", "{0} {0}", "{0} {0} {0}", "{0}, {0}, {0}!", "Yes, no? {}", "是/否：{}", "是或否: {}", "{}, but it's not red.", "At first it looks like yes, but it's not. The answer is {}.",
 ]  # fmt: skip
 # Tags of reasoning, as models write them: what is inside is never read, closed, open, or closed only.
 THOUGHT = ["think", "thinking", "Thinking", "thought", "thoughts", "thought_process", "reason", "reasoning", "REASONING", "rationale", "reflection", "reflect",

@@ -20,7 +20,7 @@ ROOMS = {
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
-    "eval": 3239,
+    "eval": 3247,
     "report": 1395,
     "doctor": 393,
     "tiny": 410,

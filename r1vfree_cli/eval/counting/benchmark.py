@@ -23,7 +23,7 @@ _NUMBER = re.compile(_ONE)
 _NO_NUMBER = re.compile(
     r"\b(?:no|any|every|some|which|this|that|each|another|the\s+other)\s+one\b"
     r"|(?:\b(?:at\s+(?:least|most)|(?:more|fewer|less|greater|other|rather)\s+than|not|up\s+to|over|under|above|below|minimum\s+of|"
-    rf"maximum\s+of|figure|fig\.|image|picture|option|question|step|table|scene)|n't|[<>≥≤~]=?)\s*(?:exactly\s+|be\s+)?{_ONE}"
+    rf"maximum\s+of|(?<!the )(?<!this )(?:figure|fig\.|image|picture|option|question|step|table|scene))|n't|[<>≥≤~]=?)\s*(?:exactly\s+|be\s+)?{_ONE}"
     rf"|{_ONE}\s*(?:\+|or\s+(?:more|fewer|less|so)\b)"
 )
 
