@@ -13,6 +13,7 @@ from ..core.errors import first_line
 from ..models.sampling import draw
 from .attention import assert_installed, no_mask
 from .cache import BranchCache, PromptCache
+from .cpu import packed_weights
 from .delta import StepStates
 from .pack import Tree, lay_out
 
@@ -54,7 +55,7 @@ class Sampler:
         assert_installed(model)
         batch, width = input_ids.shape
         max_new = generation_config.max_length - width
-        pad = generation_config.pad_token_id
+        pad, sample = generation_config.pad_token_id, generation_config.do_sample
         sequences = torch.cat([input_ids, input_ids.new_full((batch, max_new), pad)], dim=1)
         logits, forward = self._start(model, trees, sizes, max_new, images, input_ids.device, all_ranks)
 
@@ -62,31 +63,29 @@ class Sampler:
         rows, live = torch.arange(batch, device=input_ids.device), sequences.clone()
         running = torch.ones_like(rows, dtype=torch.bool)
         step, finished = 0, False
-        while True:
-            if not finished:
-                scores = logits_processor(live[:, : width + step], logits.to(copy=True, dtype=torch.float32))
-                if generation_config.do_sample:
-                    tokens = draw(torch.softmax(scores, dim=-1), rows)
-                else:
-                    tokens = scores.argmax(dim=-1)
-                tokens = torch.where(running, tokens, pad)
-                live[:, width + step] = tokens
-                step += 1
-                running = running & ~stopping_criteria(live[:, : width + step], scores)
-                if step == max_new:
-                    finished = True
-                elif step % forward.look_every == 0:
-                    stay = running.nonzero()[:, 0]
-                    finished = not len(stay)
-                    if forward.rows_leave and 0 < len(stay) < len(rows):
-                        sequences[rows] = live
-                        rows, live, tokens, running = rows[stay], live[stay], tokens[stay], running[stay]
-                        forward.keep(stay)
-            # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
-            if not any_rank(not finished, input_ids.device) if all_ranks else finished:
-                sequences[rows] = live
-                return sequences[:, : width + step]
-            logits = forward(tokens, min(step - 1, max_new - 1))
+        with packed_weights(model):
+            while True:
+                if not finished:
+                    scores = logits_processor(live[:, : width + step], logits.to(copy=True, dtype=torch.float32))
+                    chosen = draw(scores.softmax(dim=-1), rows) if sample else scores.argmax(dim=-1)
+                    tokens = torch.where(running, chosen, pad)
+                    live[:, width + step] = tokens
+                    step += 1
+                    running = running & ~stopping_criteria(live[:, : width + step], scores)
+                    if step == max_new:
+                        finished = True
+                    elif step % forward.look_every == 0:
+                        stay = running.nonzero()[:, 0]
+                        finished = not len(stay)
+                        if forward.rows_leave and 0 < len(stay) < len(rows):
+                            sequences[rows] = live
+                            rows, live, tokens, running = rows[stay], live[stay], tokens[stay], running[stay]
+                            forward.keep(stay)
+                # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
+                if not any_rank(not finished, input_ids.device) if all_ranks else finished:
+                    sequences[rows] = live
+                    return sequences[:, : width + step]
+                logits = forward(tokens, min(step - 1, max_new - 1))
 
     def _start(
         self,

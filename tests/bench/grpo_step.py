@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -94,8 +95,13 @@ def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs
     return 2 * batch * heads * length * key[2] * (3 * dim + 2 * value[3])
 
 
-# torch's counter knows the attention kernels of GPUs alone.
-CPU_ATTENTION = {
+def _packed_linear(x, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+# What torch's counter does not know: attention kernels of the CPU, and products with packed weights.
+CPU_KERNELS = {
+    torch.ops.mkldnn._linear_pointwise: _packed_linear,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -247,7 +253,7 @@ class Steps:
     def count(self) -> dict[str, int]:
         """FLOPs of one step by part."""
         self.parts.flops.clear()
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
             self.parts.counter = counter
             self.step()
         self.parts.counter = None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from tiny_models import TAKES_FEATURES, draw, load_tiny, save_tiny, tiny_model
+from torch import nn
 from torch.distributed.utils import _recursive_to
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +35,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from r1vfree_cli.core.errors import DataError
 from r1vfree_cli.models.sampling import keyed_draws
+from r1vfree_cli.shared_prefix import cpu as shared_prefix_cpu
 from r1vfree_cli.shared_prefix import decode as shared_prefix_decode
 from r1vfree_cli.shared_prefix.attention import PREFIX, PackedLayout, Segment, install
 from r1vfree_cli.shared_prefix.cache import BranchCache
@@ -474,6 +476,55 @@ def test_greedy_tokens_are_those_of_trl(kind, models, tmp_path):
         found.append(generate(trainer))
     assert found[0] == found[1]
     assert len({tuple(ids) for ids in found[1]}) > 1 and max(map(len, found[1])) > 8
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj", "up_proj"]}], ids=["full", "lora"])
+def test_packed_weights_decode_the_tokens_of_the_weights_as_they_are_now(peft, models, tmp_path, monkeypatch):
+    greedy = {"do_sample": False, "top_k": None, "top_p": None, "temperature": None, "repetition_penalty": 1.2}
+    used, reorder = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda w: used.append(w.shape) or reorder(w))
+    monkeypatch.setattr(shared_prefix_cpu, "LEAST", 1)
+    found = {}
+    for cls in (Plain, Shared):
+        options = {"peft": LoraConfig(**peft)} if peft else {}
+        trainer = build(
+            cls, models(), tmp_path / cls.__name__, rows(), beta=0.0, max_completion_length=20,
+            generation_kwargs=greedy, **options,
+        )  # fmt: skip
+        found[cls] = [generate(trainer)]
+        with torch.no_grad():
+            for i, weight in enumerate(p for n, p in trainer.model.named_parameters() if p.dim() == 2):
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)), alpha=0.05)
+        found[cls].append(generate(trainer))
+        assert not any("forward" in vars(module) for module in trainer.model.modules() if type(module) is nn.Linear)
+        assert bool(used) == (cls is Shared)
+    assert found[Plain] == found[Shared] and found[Shared][0] != found[Shared][1]
+
+
+def test_packed_weights_leave_what_they_cannot_help(monkeypatch):
+    monkeypatch.setattr(shared_prefix_cpu, "LEAST", 8)
+    x = torch.randn(3, 4)
+
+    def packed(model: nn.Module, **autocast) -> bool:
+        before = model(x.to(next(model.parameters()).dtype))
+        with torch.inference_mode(), torch.autocast("cpu", **autocast), shared_prefix_cpu.packed_weights(model):
+            torch.testing.assert_close(model(x.to(before.dtype)).to(before.dtype), before, rtol=2e-2, atol=2e-2)
+            found = any("forward" in vars(module) for module in model.modules())
+        assert not any("forward" in vars(module) for module in model.modules())
+        return found
+
+    off = {"enabled": False}
+    assert packed(nn.Sequential(nn.Linear(4, 3)), **off) and packed(nn.Linear(4, 3, bias=False), **off)
+    assert not packed(nn.Linear(4, 1), **off), "too small"
+    assert not packed(nn.Linear(4, 3).bfloat16(), **off)
+    assert not packed(nn.Linear(4, 3), dtype=torch.bfloat16), "autocast casts"
+    monkeypatch.setattr(shared_prefix_cpu, "MOST", 11)
+    assert not packed(nn.Linear(4, 3), **off), "too large"
+    wrapped = nn.Linear(4, 3)
+    wrapped.forward = lambda x: x.new_zeros(3, 3)
+    with shared_prefix_cpu.packed_weights(wrapped):
+        assert not wrapped(x).any()
+    assert "forward" in vars(wrapped)
 
 
 def test_sampled_tokens_are_those_of_trl_for_the_same_random_numbers(models, tmp_path):
