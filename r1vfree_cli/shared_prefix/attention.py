@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models import family
+from . import buckets
 from .delta import States, install_scan, layers_of, takes_layout
 
 PREFIX = "r1v_shared_prefix_over_"
@@ -64,57 +65,60 @@ class Layout:
 class PackedLayout(Layout):
     """Which tokens of a packed row see which: a prompt sees itself, a branch sees its prompt and itself, causally.
 
-    Branches of unequal length are padded to the longest of their group inside attention only; the padding lies behind
-    the branch's own tokens, so causality hides it.
+    Inside attention branches of unequal length are padded to the longest of their group; the padding lies behind the
+    branch's own tokens, so causality hides it.
     """
 
     segments: list[Segment]
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._branches = [_branches(seg, self.device) for seg in self.segments]
+        self._branches = [_Branches.of(seg, self.device) for seg in self.segments]
+        self._rooms = self._branches
+        if buckets.wanted(self.device):
+            self._rooms = [_Branches.of(seg, self.device, rounded=True) for seg in self.segments]
 
     def attend(self, module, query, key, value, dropout: float, scaling: float | None) -> torch.Tensor:
         """Attention output (1, L, H, D) for query (1, H, L, D), key and value (1, Hkv, L, D)."""
         self.layers_seen += 1
         heads = query.shape[1] // key.shape[1]
         outputs = []
-        for seg, (mask, scatter, gather) in zip(self.segments, self._branches, strict=True):
+        for seg, room in zip(self.segments, self._rooms, strict=True):
             middle = seg.start + seg.prompt
-            prompt_k, prompt_v = (x[:, :, seg.start : middle] for x in (key, value))
+            prompt_q, prompt_k, prompt_v = (
+                _filled(x[:, :, seg.start : middle], room.prompt) for x in (query, key, value)
+            )  # (1, H or Hkv, P, D)
             if seg.prompt:
                 out = F.scaled_dot_product_attention(
-                    query[:, :, seg.start : middle],
+                    prompt_q,
                     repeat_heads(prompt_k, heads),
                     repeat_heads(prompt_v, heads),
                     dropout_p=dropout,
                     scale=scaling,
                     is_causal=True,
                 )
-                outputs.append(out[0].transpose(0, 1))  # (P, H, D)
+                outputs.append(out[0, :, : seg.prompt].transpose(0, 1))  # (tokens, H, D)
             if not seg.lengths:
                 continue
-            count = len(seg.lengths)
             branch_q, branch_k, branch_v = (
-                _fold(x[0, :, middle : seg.end], count, scatter) for x in (query, key, value)
+                room.fold(x[0, :, middle : seg.end]) for x in (query, key, value)
             )  # (G, H or Hkv, C, D)
             out = F.scaled_dot_product_attention(
                 branch_q,
-                repeat_heads(torch.cat([prompt_k.expand(count, -1, -1, -1), branch_k], dim=2), heads),
-                repeat_heads(torch.cat([prompt_v.expand(count, -1, -1, -1), branch_v], dim=2), heads),
-                attn_mask=mask,
+                repeat_heads(torch.cat([prompt_k.expand(room.count, -1, -1, -1), branch_k], dim=2), heads),
+                repeat_heads(torch.cat([prompt_v.expand(room.count, -1, -1, -1), branch_v], dim=2), heads),
+                attn_mask=room.mask,
                 dropout_p=dropout,
                 scale=scaling,
             )
-            out = out.transpose(1, 2).flatten(0, 1)  # (G * C, H, D)
-            outputs.append(out if gather is None else out.index_select(0, gather))
+            outputs.append(room.unfold(out.transpose(1, 2).flatten(0, 1)))  # (tokens, H, D)
         return torch.cat(outputs)[None]
 
     def scan(self, module, run, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
         """Output (1, L, H) of linear attention; branches start from the states that their prompt ends with."""
         self.layers_seen += 1
         outputs = []
-        for seg, (_, scatter, gather) in zip(self.segments, self._branches, strict=True):
+        for seg, rows in zip(self.segments, self._branches, strict=True):
             states, middle = States(), seg.start + seg.prompt
             if seg.prompt:
                 outputs.append(run(hidden[:, seg.start : middle], states)[0])  # (P, H)
@@ -122,37 +126,60 @@ class PackedLayout(Layout):
                 cache.states.setdefault(module.layer_idx, []).append(states)
             if not seg.lengths:
                 continue
-            branches = hidden[0, middle : seg.end]
-            branches = branches if scatter is None else branches.index_select(0, scatter)
-            branches = branches.unflatten(0, (len(seg.lengths), -1))  # (G, C, H)
+            branches = rows.fold(hidden[:, middle : seg.end])[:, 0]  # (G, C, H)
             alone = branches.shape[1] == 1  # the kernel for single tokens has no gradients
             branches = branches.expand(-1, 2, -1) if alone else branches
-            out = run(branches, states.expand(len(seg.lengths)))[:, : 1 if alone else None].flatten(0, 1)
-            outputs.append(out if gather is None else out.index_select(0, gather))
+            out = run(branches, states.expand(rows.count))[:, : 1 if alone else None].flatten(0, 1)
+            outputs.append(rows.unfold(out))
         return torch.cat(outputs)[None]
 
 
-def _branches(seg: Segment, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What a branch of a segment sees, (C, P + C), and how to pad its branches to C tokens and back.
+@dataclass
+class _Branches:
+    """How the branches of a segment lie side by side.
 
-    The padded tokens' places (G * C) among the branches' tokens, and theirs among the padded; None where none is padded.
+    prompt, count: room for prompt tokens, and for branches.
+    mask: (C, P + C) what a branch sees: its prompt, and itself up to the token.
+    scatter, gather: places of the padded tokens (G * C) among the branches' tokens, and theirs among the padded; None
+        where none is padded.
     """
-    width = max(seg.lengths, default=0)
-    own = torch.ones(width, width, dtype=torch.bool, device=device).tril()  # (C, C)
-    mask = torch.cat([own.new_ones(width, seg.prompt), own], dim=1)
-    if len(set(seg.lengths)) < 2:
-        return mask, None, None
-    inside = torch.arange(width)[None] < torch.tensor(seg.lengths)[:, None]  # (G, C)
-    flat = torch.zeros(inside.shape, dtype=torch.long)
-    flat[inside] = torch.arange(sum(seg.lengths))  # padding repeats the first token; nobody sees it
-    return mask, flat.view(-1).to(device), inside.view(-1).nonzero()[:, 0].to(device)
+
+    prompt: int
+    count: int
+    mask: torch.Tensor
+    scatter: torch.Tensor | None = None
+    gather: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, seg: Segment, device: torch.device, *, rounded: bool = False) -> _Branches:
+        """With the room that is needed, or `rounded` up to one of few sizes."""
+        prompt, count, width = seg.prompt, len(seg.lengths), max(seg.lengths, default=0)
+        if rounded:
+            prompt, count = buckets.rounded(prompt, buckets.PROMPT), buckets.rounded(count, buckets.BRANCHES)
+            width = buckets.rounded(width, buckets.BRANCH) if width else 0
+        mask = torch.ones(width, prompt + width, dtype=torch.bool, device=device).tril(prompt)
+        mask[:, seg.prompt : prompt] = False
+        if set(seg.lengths) <= {width} and count == len(seg.lengths):
+            return cls(prompt, count, mask)
+        lengths = torch.tensor(seg.lengths + [0] * (count - len(seg.lengths)))
+        inside = torch.arange(width)[None] < lengths[:, None]  # (G, C)
+        flat = torch.zeros(inside.shape, dtype=torch.long)
+        flat[inside] = torch.arange(sum(seg.lengths))  # padding repeats the first token; nobody sees it
+        return cls(prompt, count, mask, flat.view(-1).to(device), inside.view(-1).nonzero()[:, 0].to(device))
+
+    def fold(self, x: torch.Tensor) -> torch.Tensor:
+        """(H, tokens of all branches, D) to (G, H, C, D)."""
+        x = x if self.scatter is None else x.index_select(1, self.scatter)
+        return x.unflatten(1, (self.count, -1)).transpose(0, 1)
+
+    def unfold(self, x: torch.Tensor) -> torch.Tensor:
+        """(G * C, ...) to (tokens of all branches, ...)."""
+        return x if self.gather is None else x.index_select(0, self.gather)
 
 
-def _fold(x: torch.Tensor, count: int, scatter: torch.Tensor | None) -> torch.Tensor:
-    """(H, tokens of all branches, D) to (G, H, C, D)."""
-    if scatter is not None:
-        x = x.index_select(1, scatter)
-    return x.unflatten(1, (count, -1)).transpose(0, 1)
+def _filled(x: torch.Tensor, length: int) -> torch.Tensor:
+    """(..., n, D) with zeros behind up to `length`."""
+    return x if x.shape[-2] == length else F.pad(x, (0, 0, 0, length - x.shape[-2]))
 
 
 def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
@@ -199,7 +226,11 @@ def install(model) -> None:
     AttentionInterface.register(name, partial(_attention, base=base))
     # Without a mask function of its own, an unknown name gets no mask at all, and padding would be seen.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    model.set_attn_implementation({"text_config": name})
+    parts = {"text_config": name}
+    if getattr(model.config, "vision_config", None) and model.config.vision_config._attn_implementation == "sdpa":
+        AttentionInterface.register(buckets.VISION, buckets.vision_attention)
+        parts["vision_config"] = buckets.VISION
+    model.set_attn_implementation(parts)
     for module in layers_of(model):
         install_scan(module)
     assert_installed(model)

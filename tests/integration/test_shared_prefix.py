@@ -35,6 +35,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from r1vfree_cli.core.errors import DataError
 from r1vfree_cli.models.sampling import keyed_draws
+from r1vfree_cli.shared_prefix import buckets
 from r1vfree_cli.shared_prefix import cpu as shared_prefix_cpu
 from r1vfree_cli.shared_prefix import decode as shared_prefix_decode
 from r1vfree_cli.shared_prefix.attention import PREFIX, PackedLayout, Segment, install
@@ -295,6 +296,43 @@ def test_other_model_classes(kind, models, tmp_path):
         models(kind), tmp_path, completions(16), rows(MIXED_ROWS), per_device_train_batch_size=16
     )
     assert_same_run(plain, shared)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_shapes_are_rounded_on_a_gpu_and_no_number_changes(kind, models, tmp_path, monkeypatch):
+    """As on a GPU: few shapes of attention, wherever it runs, and TRL's loss, gradients and greedy tokens."""
+    greedy = {"do_sample": False, "top_k": None, "top_p": None, "temperature": None}
+    options = {"per_device_train_batch_size": 16, "generation_kwargs": greedy}
+    plain, _ = train_both(models(kind), tmp_path / "cpu", completions(16), rows(MIXED_ROWS), **options)
+    # What is added must matter where it is seen: rooms of 4 are seldom filled, and many chunks need several calls.
+    for name, least in {"PROMPT": 4, "BRANCHES": 3, "BRANCH": 4, "WINDOW": 16, "WINDOWS": 3, "IMAGE": 24}.items():
+        monkeypatch.setattr(buckets, name, least)
+    monkeypatch.setattr(buckets, "wanted", lambda device: True)
+    made, shapes, attention = [], set(), F.scaled_dot_product_attention
+    chunks = buckets._Chunks.of
+    monkeypatch.setattr(buckets._Chunks, "of", lambda *args: made.append(args[0][-1]) or chunks(*args))
+
+    def seen(q, k, *args, **kwargs):
+        own = k.shape[-2] - q.shape[-2]  # a branch sees its prompt's room before its own
+        shapes.update((q.shape[-2], own or q.shape[-2]))
+        return attention(q, k, *args, **kwargs)
+
+    shared = build(Shared, models(kind), tmp_path / "gpu", rows(MIXED_ROWS), **options)
+    shared.table = completions(16)
+    torch.manual_seed(11)
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", seen)
+        shared.train()
+    assert_same_run(plain, shared)
+    assert all(n in (24, 48, 96) or n & (n - 1) == 0 for n in shapes), shapes
+    assert 0 < len(made) <= 4, "once a pass for all images, and once for all windows, however many layers"
+    plain.table = shared.table = None
+    assert generate(plain) == generate(shared)
+
+
+@pytest.mark.parametrize("length, least, room", [(0, 64, 64), (1, 64, 64), (64, 64, 64), (65, 64, 128), (129, 64, 256)])
+def test_rooms_double(length, least, room):
+    assert buckets.rounded(length, least) == room
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
@@ -894,7 +932,8 @@ def test_ordinary_padded_passes_keep_their_mask(kind, base, models):
         after = model(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(before, after)
     assert model.config.text_config._attn_implementation == PREFIX + base
-    assert PREFIX not in model.config.to_json_string(use_diff=False), "a saved model must load without this package"
+    told = model.config.to_json_string(use_diff=False)
+    assert PREFIX not in told and buckets.VISION not in told, "a saved model must load without this package"
 
 
 def fake_flash_attention(monkeypatch) -> list[str]:

@@ -91,6 +91,9 @@ def test_a_packed_pass_waits_before_it_begins(name, grad):
         assert logps.shape == entropies.shape == (16, 64) and logps.dtype == torch.float32
         assert logps.device.type == "cuda" and logps.requires_grad == grad
     ours = [x for x in gpu.asked.syncs + gpu.asked.copies if "r1vfree_cli" in x]
-    assert not ours, ours
-    print(f"{name}: {len(before.syncs)} reads before a pass, {len(gpu.asked.syncs)} in it, all by transformers")
+    # Where images and windows end is read once each; transformers' own would read it in every layer.
+    assert all("buckets.py" in x for x in ours), ours
+    print(
+        f"{name}: {len(before.syncs)} reads before a pass, {len(gpu.asked.syncs)} in it, by transformers or once for all images"
+    )
     assert len(before.syncs) <= 3, before.syncs

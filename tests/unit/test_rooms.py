@@ -16,7 +16,7 @@ ROOMS = {
     "data": 1700,
     "launch": 1217,
     "models": 713,
-    "shared_prefix": 1216,
+    "shared_prefix": 1307,
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
