@@ -31,12 +31,11 @@ def normalise_image(data: bytes) -> bytes:
     """Make an image file into one that every later stage reads alike: 8-bit RGB, upright, one frame.
 
     8-bit RGB PNG and JPEG files without rotation pass through byte for byte. Others are decoded (first frame of an
-    animation, transparent parts on white, 16-bit grey scaled by the range that its file declares, other deep grey by its own) and
-    written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG. Metadata that cannot be
-    read (EXIF, text, colour profile) is left out.
+    animation, transparent parts on white, 16-bit grey scaled by the range that its file declares, other deep grey by
+    its own) and written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG.
 
-    Raises RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide, over
-    64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
+    Raises RowProblem: not an image, corrupt, a side under 28 pixels, over 200 times longer than wide, over 64 million
+    pixels (a decompression bomb), or a colour space that cannot become RGB.
     """
     if len(data) > MAX_FILE_BYTES:
         raise RowProblem("image file too large")

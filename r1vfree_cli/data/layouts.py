@@ -58,15 +58,9 @@ def is_train(record: dict) -> bool | None:
 
 
 def read(record: dict) -> RawRow:
-    """A record of any accepted layout.
-
-    Raises:
-        RowProblem: a conversation that is none.
-    """
-    for needed, convert in _LAYOUTS:
-        if any(record.get(name) is not None for name in needed):
-            return convert(record)
-    return own_rows(record)
+    """A record of any accepted layout. Raises RowProblem: a conversation that is none."""
+    layouts = (convert for needed, convert in _LAYOUTS if any(record.get(name) is not None for name in needed))
+    return next(layouts, own_rows)(record)
 
 
 def own_rows(record: dict) -> RawRow:
@@ -85,8 +79,7 @@ def own_rows(record: dict) -> RawRow:
 def _with_choices(record: dict, problem: Any, solution: Any) -> Any:
     """The question and, below it, the choices that a table holds beside it: a list, or columns A, B, ...
 
-    Raises:
-        RowProblem: they are no texts, or the solution is neither a letter nor one of them, as an index is.
+    Raises RowProblem: they are no texts, or the solution is neither a letter nor one of them, as an index is.
     """
     found = parsed(first(record, "choices", "options"))
     found = found.get("text") or list(found.values()) if isinstance(found, dict) else found  # ARC has labels beside
@@ -119,24 +112,17 @@ def _images(record: dict) -> Any:
 
 
 def parse_columns(text: str) -> dict[str, str]:
-    """`problem=question,image=img` -> {"problem": "question", "images": "img"}.
-
-    Raises:
-        UsageError: another form, or a name that is no column of a row.
-    """
+    """`problem=question,image=img` -> {"problem": "question", "images": "img"}. Raises UsageError: another form."""
     found: dict[str, str] = {}
     for part in text.split(","):
-        target, _, column = (word.strip() for word in part.partition("="))
-        if target not in TARGETS or not column:
-            raise UsageError(
-                f"--columns {part!r}: want NAME=COLUMN, with a name of {', '.join(TARGETS)}",
-                hint="--columns problem=question,image=img",
-            )
-        if TARGETS[target] in found:
-            raise UsageError(
-                f"--columns names two columns for {TARGETS[target]}: {found[TARGETS[target]]} and {column}"
-            )
-        found[TARGETS[target]] = column
+        name, _, column = (word.strip() for word in part.partition("="))
+        if name not in TARGETS or not column:
+            what = f"--columns {part!r}: want NAME=COLUMN, with a name of {', '.join(TARGETS)}"
+            raise UsageError(what, hint="--columns problem=question,image=img")
+        target = TARGETS[name]
+        if target in found:
+            raise UsageError(f"--columns names two columns for {target}: {found[target]} and {column}")
+        found[target] = column
     return found
 
 
@@ -173,6 +159,7 @@ def _conversation(record: dict, layout: str, messages: Any, problem: Any = None,
         raise RowProblem("placeholders for objects and boxes")
     thought = _THOUGHT.fullmatch(reply or "")
     thinking, answer = thought.groups()[1:] if thought else (None, reply)
+    left_out = ["system message"] * (systems or bool(record.get("system")))
     return RawRow(
         id=record.get("id"),
         images=images,
@@ -180,8 +167,7 @@ def _conversation(record: dict, layout: str, messages: Any, problem: Any = None,
         solution=next((s for s in (solution, first(record, "solution", "answer"), answer) if s is not None), None),
         thinking=thinking,
         layout=layout,
-        left_out=["system message"] * (systems or bool(record.get("system")))
-        + ["later turn of a conversation"] * (len(turns) - 1),
+        left_out=left_out + ["later turn of a conversation"] * (len(turns) - 1),
     )
 
 
@@ -276,9 +262,8 @@ def _verl(record: dict) -> RawRow:
     if isinstance(messages, list) and reply is not None:
         messages = messages + (reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])
     truth = next((t for t in (reward.get("ground_truth"), record.get("ground_truth")) if t is not None), None)
-    return _conversation(
-        record, "verl prompt" if reply is None else "TRL prompt", messages, extra.get("question"), truth
-    )
+    layout = "verl prompt" if reply is None else "TRL prompt"
+    return _conversation(record, layout, messages, extra.get("question"), truth)
 
 
 _LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict], RawRow]], ...] = (

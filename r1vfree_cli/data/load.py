@@ -1,8 +1,7 @@
 """Rows for the stages: a recipe's `data.path` becomes a folder of rows, and that a `datasets.Dataset`.
 
 `path` is a folder written by prepare-data; parquet files or a folder saved by `datasets`, in any layout that
-prepare-data reads; the repository of a known source on the hub; or `shapes`, also as `shapes?seed=1&n=512`. All but
-the first are prepared once, into the cache.
+prepare-data reads; a known source's repository; or `shapes?seed=1&n=512`. All but the first are prepared once.
 """
 
 from __future__ import annotations
@@ -52,13 +51,10 @@ class _Summary(BaseModel):
 
 
 def ensure_rows(path: str, split: str = "train") -> Path:
-    """The folder that holds the rows of `path`, prepared first where it must be.
+    """The folder that holds the rows of `path`, prepared first where it must be; several processes may call it at once.
 
-    Several processes may call it at once: one prepares, the others wait for it.
-
-    Raises:
-        UsageError: there is no such data, or no such split of a source.
-        DataError: the folder or file does not hold rows, is damaged, or lacks the split.
+    Raises UsageError: there is no such data, or no such split of a source. DataError: it does not hold rows, is damaged, or
+    lacks the split.
     """
     cached = _cached(path, split)
     if cached is None:
@@ -86,14 +82,11 @@ def find_rows(path: str, split: str = "train") -> Path | None:
 
 
 def load_rows(path: str, split: str = "train", limit: int | None = None) -> datasets.Dataset:
-    """The rows of a split that have an image, the first `limit` of them.
+    """The rows of a split that have an image, the first `limit` of them: a memory-mapped dataset of `COLUMNS`.
 
-    Returns:
-        A memory-mapped dataset with exactly the columns id, images (a list of images, decoded to PIL when a row is
-        fetched), problem, solution, thinking, source; solution and thinking may be None.
+    Images are decoded to PIL when a row is fetched; solution and thinking may be None.
 
-    Raises:
-        UsageError, DataError: as `ensure_rows`; or the files are not as they were written.
+    Raises UsageError, DataError: as `ensure_rows`; or the files are not as they were written.
     """
     import datasets
     import pyarrow as pa
@@ -121,12 +114,9 @@ def data_sha256(path: str, split: str = "train") -> str:
 
 
 def columns(path: str, split: str = "train") -> list[str]:
-    """The row's columns that hold something in at least one row, without downloading anything.
+    """The row's columns that hold something in at least one row, without downloading: of a known source what it should have.
 
-    For a known source they are what the source is known to have.
-
-    Raises:
-        UsageError, DataError: as `ensure_rows`.
+    Raises UsageError, DataError: as `ensure_rows`.
     """
     source = _source_of(path)
     if source is not None:
@@ -152,11 +142,9 @@ def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[i
     from PIL import Image
 
     folder = find_rows(path, split)
-    if folder is None or not (folder / SUMMARY).is_file():
-        return []
     try:
-        first = pq.ParquetFile(folder / _split(folder, split).files[0].name)
-        batch = next(first.iter_batches(rows, columns=["images"])).to_pylist()
+        first = pq.ParquetFile(folder / _split(folder, split).files[0].name) if folder else None
+        batch = next(first.iter_batches(rows, columns=["images"])).to_pylist() if first else []
         return [Image.open(io.BytesIO(i["bytes"])).size for row in batch for i in row["images"] or []]
     except (OSError, ValueError, LookupError, TypeError, DataError):  # damaged: told when the rows are loaded
         return []
@@ -186,13 +174,8 @@ def _cached(path: str, split: str) -> tuple[str, dict[str, Any]] | None:
             return None
         split = canonical(split)
         arguments: dict[str, Any] = {"source": "files", "split": split, "input": str(here), "images": None}
-        key = [
-            SCHEMA_VERSION,
-            split,
-            _content(here),
-            *(sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)),
-        ]
-        return f"files-{split}-{_fingerprint(key)}", arguments
+        code = [sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)]
+        return f"files-{split}-{_fingerprint([SCHEMA_VERSION, split, _content(here), *code])}", arguments
     query = path.partition("?")[2]
     arguments = {"source": source.name, "split": split}
     key = [SCHEMA_VERSION, arguments]
@@ -216,8 +199,7 @@ def _fingerprint(document: Any) -> str:
 def _content(path: Path) -> list[list[str]]:
     """Split by name, name and sha256 of the files of data that prepare-data did not write.
 
-    Raises:
-        DataError: it names its images by path, so that the files' content says nothing about them; or it is no data.
+    Raises DataError: it names its images by path, so that the content says nothing about them; or it is no data.
     """
     try:
         if not path.is_dir():
@@ -272,16 +254,13 @@ def _hint(path: str) -> str:
 def _split(folder: Path, split: str) -> _Split:
     """A split of `data.json`, with all its files there in their size.
 
-    Raises:
-        DataError: no such summary or split, another schema, a file that is missing or has changed.
+    Raises DataError: no such summary or split, another schema, a file that is missing or has changed.
     """
     document = read_json(folder / SUMMARY)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version not in (None, SCHEMA_VERSION):
-        raise DataError(
-            f"{folder} has rows of schema {version!r}, this version reads {SCHEMA_VERSION}",
-            hint="prepare the data again",
-        )
+        what = f"{folder} has rows of schema {version!r}, this version reads {SCHEMA_VERSION}"
+        raise DataError(what, hint="prepare the data again")
     try:
         splits = _Summary.model_validate(document).splits
     except ValidationError:

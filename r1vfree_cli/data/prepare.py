@@ -20,7 +20,8 @@ from ..core.files import cannot_write, lock, sha256_file, staged, sync, write_js
 from . import layouts
 from .drops import Drops, RowProblem
 from .rows import COLUMNS, SCHEMA_VERSION, RawRow, make_row
-from .sources import Source, Table, find_source, open_source
+from .sources import Source, find_source, open_source
+from .tables import Table
 
 SUMMARY = "data.json"
 GROUP_BYTES, GROUP_ROWS = 16 * 2**20, 100  # held in memory, then written as one row group
@@ -42,21 +43,18 @@ def prepare(
 ) -> dict:
     """Turn a source into a folder of parquet shards with a `data.json`, whose content it returns.
 
-    Records are checked one by one (`rows.make_row`); what fails is counted by reason. Rows keep the source's order.
     The same input, limit and seed give the same files, byte for byte, with the same versions of the libraries.
 
     Args:
         input: a local file or folder in the source's layout; None takes the hub.
-        images: folder or folders that image paths are looked for in, and that absolute paths and links may lead to;
-            by default the folder of the file that names them. None: images must be there as bytes.
+        images: folder or folders that image paths are looked for in; by default that of the file that names them.
+            None: images must be there as bytes.
         columns: `problem=question,image=img`: the input's columns where r1v does not know their names.
-        limit: rows a split at most: a random subset chosen by `seed`; a chosen record that is dropped is replaced by
-            another, so that `limit` rows result where there are that many. For `shapes`, how many are drawn.
-        seed: of the choice (nothing else depends on it without `limit`), and of what `shapes` draws.
+        limit: rows a split at most: a random subset chosen by `seed`, in which another record takes the place of a
+            dropped one. For `shapes`, how many are drawn.
 
-    Raises:
-        UsageError: unknown source, impossible arguments, an output folder that is in use, a full disk.
-        DataError: unreadable input, or not one row left.
+    Raises UsageError: unknown source, impossible arguments, an output folder that is in use, a full disk.
+    DataError: unreadable input, or not one row left.
     """
     out = Path(os.path.abspath(out))
     roots = [Path(images)] if isinstance(images, str | Path) else images
@@ -72,15 +70,14 @@ def prepare(
         _check_columns(names, tables)
     drops = Drops()
     readers = {name: Reader(found, name, tables[name], limit, seed, drops) for name in sorted(tables)}
-    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "source": found.name, "columns": names}
-    summary |= {"limit": limit, "seed": seed}
     try:
         with lock(out, "data folder"), staged(out) as temporary:
             check_out(out, [], overwrite)
             splits = {name: _write_split(temporary, name, reader) for name, reader in readers.items()}
             if not any(s["rows"] for s in splits.values()):
                 raise _nothing_left(found, tables, drops, names)
-            summary |= _counted(readers, drops, splits)
+            summary = {"schema_version": SCHEMA_VERSION, "source": found.name, "columns": names}
+            summary |= {"limit": limit, "seed": seed} | _counted(readers, drops, splits)
             write_json(temporary / SUMMARY, summary)
             for path in temporary.iterdir():
                 sync(path)
@@ -286,17 +283,11 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
 
 
 def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
-    """Refuse a folder that holds something, or without `overwrite` anything.
-
-    Raises UsageError.
-    """
-    try:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
-        if not out.is_dir() or not any(out.iterdir()):
-            return
-    except OSError as e:
-        raise UsageError(f"cannot use {out}: {e.strerror}") from None
+    """Raises UsageError: a folder that holds something, or with `overwrite` something else than prepared data."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
     if not overwrite:
         raise UsageError(f"{out} is not empty", hint="--overwrite replaces prepared data, --out names another folder")
     if not (out / SUMMARY).is_file():

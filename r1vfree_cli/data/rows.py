@@ -1,8 +1,6 @@
-"""The row: what a row of training data holds, and what a raw record must pass to become one.
+"""The row, and what a raw record must pass to become one; images are the bytes of PNG or JPEG files.
 
-A row is `id, images, problem, solution, thinking, source`; images are the bytes of PNG or JPEG files. Everything
-that cannot become a row raises `RowProblem`, whose reason is counted: nothing is repaired by guessing, and nothing
-is dropped without being counted.
+What cannot become a row raises `RowProblem`, whose reason is counted: nothing is repaired by guessing.
 """
 
 import math
@@ -30,8 +28,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 class RawRow:
     """A record in the row's terms, not yet checked; any field may hold anything.
 
-    images: a list of bytes, paths, base64 texts, data URLs or {"bytes", "path"}; or one of these.
-    layout: the layout that it was read as, for the summary.
+    images: bytes, a path, base64, a data URL or {"bytes", "path"}, or a list of these. layout: what it was read as.
     left_out: reasons to count for what is not part of the row, such as later turns of a conversation.
     """
 
@@ -50,8 +47,7 @@ class RawRow:
 def clean_problem(value: Any) -> str:
     """The question without image markers (`<image>`, `<image_1>`, Qwen's own) and outer white space.
 
-    Other control tokens of chat templates (`<|im_end|>` and the like) are left as they are: a row is data. Making sure
-    that a tokenizer reads them as text is the prompt's work.
+    Other control tokens of chat templates are left as they are: the prompt sees that a tokenizer reads them as text.
 
     Raises RowProblem: not a string, empty, or not encodable.
     """
@@ -126,17 +122,10 @@ def clean_id(value: Any, fallback: str) -> str:
 def make_row(
     raw: RawRow, *, source: str, fallback_id: str, roots: Sequence[Path] = (), text_only: bool = False
 ) -> dict:
-    """Check and normalise one record.
+    """Check and normalise one record: a dict with the keys of `COLUMNS`; `images` is a list of bytes.
 
-    Args:
-        raw: the record; NaN anywhere in it, as tables with gaps hold, is none.
-        source: name of the source, kept in the row.
-        fallback_id: the id of a record without one.
-        roots: folders that image paths are looked for in, none when images must come as bytes.
-        text_only: whether a row may have no image (HallusionBench has such questions; training data has not).
-
-    Returns:
-        A dict with the keys of `COLUMNS`; `images` is a list of bytes.
+    NaN anywhere in it, as tables with gaps hold, is none. `fallback_id`: of a record without one. `roots`: folders that
+    image paths are looked for in, none when images must come as bytes. `text_only`: whether a row may have no image.
 
     Raises RowProblem: with the reason to count.
     """
