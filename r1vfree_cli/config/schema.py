@@ -89,10 +89,9 @@ class Prompt(Strict):
 class Evaluation(Strict):
     """Greedy answers of the current weights before step 1, every `every_steps` and after the last one.
 
-    `benchmark`: `heldout` is `data.heldout`, scored by its solutions and by the run's judges; any other is one of
-    `r1v eval`, scored by its rule, image questions alone. `keep_best`: the metric whose best checkpoint is never deleted.
-    `judge_holdout`: a judge that training does not see; when the rewarding judge's score of held-out answers rises and
-    this one's does not, the guard stops the run.
+    `benchmark`: `heldout`, scored by its solutions and the run's judges, or one of `r1v eval`, scored by its rule, image
+    questions alone. `keep_best`: the metric whose best checkpoint is never deleted. `judge_holdout`: a judge that training
+    does not see; when the rewarding judge's score rises and this one's does not, the guard stops the run.
     """
 
     every_steps: int = Field(50, ge=1)
@@ -128,22 +127,20 @@ class Guard(Strict):
     sampler_difference_warning: float = Field(0.1, gt=0)
 
 
-class GrpoTrain(BaseModel):
-    """r1v's own keys; every other key must be a field of trl.GRPOConfig."""
+class SftTrain(BaseModel):
+    """Every key must be a field of trl.SFTConfig. `max_length` drops and counts longer rows; nothing is cut."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+class GrpoTrain(SftTrain):
+    """r1v's own keys; every other key must be a field of trl.GRPOConfig."""
 
     num_generations: int = Field(8, ge=2)
     prompts_per_device: int = Field(1, ge=1)
     shared_prefix: bool = True
     show_rollouts: int = Field(0, ge=0)
     guard: Guard | None = Field(default_factory=Guard)
-
-
-class SftTrain(BaseModel):
-    """Every key must be a field of trl.SFTConfig. `max_length` drops and counts longer rows; nothing is cut."""
-
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
 class Launch(Strict):
@@ -217,9 +214,8 @@ class _Recipe(Strict):
     def weights_dtype(self) -> str:
         """What trained weights are held in. `model.dtype` is what is computed with.
 
-        A bfloat16 weight of 0.02 has neighbours 1e-4 away, so a step of 1e-6 leaves it as it is. DeepSpeed keeps
-        32-bit copies for the optimizer, PEFT keeps adapters in 32 bits; without them the weights themselves are
-        float32, and autocast computes in `model.dtype` (Micikevicius et al., 2018).
+        A bfloat16 weight of 0.02 has neighbours 1e-4 away, so a step of 1e-6 leaves it as it is. DeepSpeed keeps 32-bit
+        copies, PEFT 32-bit adapters; else the weights are float32, and autocast computes (Micikevicius et al., 2018).
         """
         exact = self.launch.preset.startswith("zero") or self.model.lora is not None
         return self.model.dtype if exact else "float32"
@@ -292,19 +288,14 @@ class GrpoRecipe(_Recipe):
         return self.judges + ([self.eval.judge_holdout] if self.eval and self.eval.judge_holdout else [])
 
 
-class WrongAnswers(Rows):
-    """Rows whose `solution` is a wrong answer to their question."""
-
-
 class SftRecipe(_Recipe):
     """A complete `r1v sft` recipe. `role: judge` trains one: to say Yes to a right answer and No to a wrong one.
 
-    `wrong`, for a judge: judged answers of your own. Without it each row gives its solution as the right answer and
-    another row's as a wrong one.
+    `wrong`: judged answers of your own; without it each row gives its solution, and another row's as a wrong answer.
     """
 
     role: Literal["policy", "judge"] = "policy"
-    wrong: WrongAnswers | None = None
+    wrong: Rows | None = None  # whose `solution` is a wrong answer to their question
     train: SftTrain
 
     @model_validator(mode="after")

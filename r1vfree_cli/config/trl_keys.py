@@ -75,9 +75,7 @@ _OWN = {"grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"), "sft": ("trl", 
 
 @cache
 def trl_keys(stage: str) -> dict[str, Any]:
-    """Name -> type of every field of the TRL config of `stage` (`grpo` or `sft`), inherited ones included.
-
-    A type that cannot be read without importing TRL is `typing.Any`.
+    """Name -> type of every field of the TRL config of `stage`, inherited ones included; `Any` where it needs TRL to be read.
 
     Raises UsageError: TRL or transformers is not installed.
     """
@@ -102,11 +100,10 @@ def _enumerations() -> dict[str, Any]:
     found = {}
     for file in ("training_args.py", "trainer_utils.py"):
         for name, node in _classes("transformers", file).items():
-            values = [
-                n.value.value for n in node.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
-            ]
+            set_to = [n.value for n in node.body if isinstance(n, ast.Assign)]
+            values = tuple(value.value for value in set_to if isinstance(value, ast.Constant))
             if values and any(getattr(base, "id", None) == "ExplicitEnum" for base in node.bases):
-                found[name] = Literal[tuple(values)]
+                found[name] = Literal[values]
     return found
 
 
@@ -150,9 +147,7 @@ def trl_key_errors(stage: str, found: dict) -> list[str]:
             errors.append(f"train.{key}: {value} follows an evaluation loss, which r1v does not give TRL")
         elif key == "generation_kwargs" and (twice := sorted((value or {}).keys() & {*RANGES, "max_new_tokens"})):
             keys = ", ".join(twice).replace("max_new_tokens", "max_completion_length")
-            errors.append(
-                f"train.generation_kwargs: {', '.join(twice)}: write train.{keys}, which is checked and recorded"
-            )
+            errors.append(f"train.{key}: {', '.join(twice)}: write train.{keys}, which is checked and recorded")
         else:
             kind = known[key].__name__ if isinstance(known[key], type) else str(known[key])
             try:

@@ -16,7 +16,7 @@ SECTIONS = {
     "model.lora": schema.Lora,
     "data": schema.Data,
     "data.heldout": schema.Heldout,
-    "wrong (sft)": schema.WrongAnswers,
+    "wrong (sft)": schema.Rows,
     "prompt": schema.Prompt,
     "rewards[]": rewards.Reward,
     "rewards[] feedback": rewards.FeedbackReward,
