@@ -33,7 +33,7 @@ repeat: Callable[[str, bool], None] | None = None
 
 
 def log(message: str) -> None:
-    """One line for people, on stderr. The text is data: markup in it is not interpreted."""
+    """One line for people, on stderr; markup in it is not interpreted."""
     _stderr().print(_visible(message), markup=False)
     if repeat is not None:
         repeat(message, False)

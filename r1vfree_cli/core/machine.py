@@ -25,12 +25,8 @@ def _number(error: BaseException) -> int | None:
 
 def no_space(error: BaseException) -> bool:
     """Whether it says that a disk, quota or file-size limit is full."""
-    # torch.save's zip writer says only that it failed.
-    return (
-        _number(error) in FULL
-        or "inline_container.cc" in str(error)
-        or any(os.strerror(number) in str(error) for number in FULL)
-    )
+    texts = ["inline_container.cc", *map(os.strerror, FULL)]  # torch.save's zip writer says only that it failed
+    return _number(error) in FULL or any(text in str(error) for text in texts)
 
 
 def disk_full(path: object) -> UsageError:
@@ -41,12 +37,8 @@ def disk_full(path: object) -> UsageError:
 
 def no_memory(error: BaseException) -> bool:
     """Whether it says that memory, of the machine or of a GPU, is used up."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or _number(error) == errno.ENOMEM
-        or bool(_MEMORY.search(str(error)))
-    )
+    told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return told or _number(error) == errno.ENOMEM or bool(_MEMORY.search(str(error)))
 
 
 def memory_full(what: str) -> UsageError:

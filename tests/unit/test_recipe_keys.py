@@ -78,7 +78,6 @@ def test_every_section_of_the_schema_is_listed():
     containers = {
         BaseModel,
         schema.Strict,
-        schema.Rows,
         schema._Recipe,
         schema.GrpoRecipe,
         schema.SftRecipe,
