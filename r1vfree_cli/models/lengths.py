@@ -71,22 +71,18 @@ def _key(rows, processor, prompt: Prompt) -> str:
 
 
 def drop_long_prompts(rows, processor, limit: int | None, prompt: Prompt = DEFAULT, *, longest_first: bool = False):
-    """(rows whose prompt has at most `limit` tokens, all for None; number dropped).
+    """(rows whose prompt has at most `limit` tokens, all for None; number dropped). Raises DataError: nothing is left.
 
     `longest_first`: in that order; what fits first fits later.
-
-    Raises:
-        DataError: nothing is left.
     """
     if limit is None and not longest_first:
         return rows, 0
     lengths = prompt_lengths(rows, processor, prompt)
     keep = [i for i, n in enumerate(lengths) if limit is None or n <= limit]
     if not keep:
-        shortest = min(lengths) if lengths else 0
+        shortest = f", the shortest prompt has {min(lengths)} tokens" if lengths else ""
         raise DataError(
-            f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped"
-            + (f", the shortest prompt has {shortest} tokens" if lengths else ""),
+            f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped{shortest}",
             hint="raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens",
         )
     if longest_first:

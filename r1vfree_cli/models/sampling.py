@@ -59,15 +59,11 @@ def merge_generation_kwargs(given: dict | None, forbidden: dict[str, list]) -> d
 class KeyedDraws:
     """`torch.multinomial(probs, 1)` with row i's t-th token drawn by a number that only (key, i, t) decides.
 
-    So a rollout depends on the seed, the step and its place in the global batch, not on how many processes share the
-    work, on what was drawn before or on which rows have finished: 1 and N processes sample the same completions, and a
-    resumed run those of an uninterrupted one. The distribution is unchanged: inverse transform sampling with
-    independent uniform numbers.
+    So 1 and N processes sample the same completions, and a resumed run those of an uninterrupted one. The distribution is
+    unchanged: inverse transform sampling with independent uniform numbers.
 
-    Args:
-        key: integers, such as (seed, step, micro-step).
-        rows: numbers of this process's rows, such as their places in the global batch.
-        tokens: how many draws a row there can be.
+    key: integers, such as (seed, step, micro-step). rows: this process's places in the global batch. tokens: how many draws
+    a row there can be.
     """
 
     def __init__(self, key: tuple[int, ...], rows: Sequence[int], tokens: int) -> None:
@@ -79,10 +75,8 @@ class KeyedDraws:
     def __call__(self, probs: torch.Tensor, num_samples: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = len(self._uniform)
         if num_samples != 1 or probs.dim() != 2 or probs.shape[0] != rows:
-            raise ValueError(
-                f"keyed draws need one token for each of {rows} rows, found probabilities of shape "
-                f"{tuple(probs.shape)} and {num_samples} draws"
-            )
+            found = f"probabilities of shape {tuple(probs.shape)} and {num_samples} draws"
+            raise ValueError(f"keyed draws need one token for each of {rows} rows, found {found}")
         return self.of(probs, torch.arange(rows, device=probs.device))[:, None]
 
     def of(self, probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -100,8 +94,8 @@ class KeyedDraws:
 def keyed_draws(key: tuple[int, ...], rows: Sequence[int], tokens: int) -> Iterator[None]:
     """While active, `torch.multinomial` and `draw` are `KeyedDraws`.
 
-    A patch of the module's function because generation offers no place to pass random numbers in; a
-    `TorchFunctionMode` would do the same and slow every small operation of the decode loop.
+    A patch of the module's function because generation offers no place to pass random numbers in; a `TorchFunctionMode`
+    would slow every small operation of the decode loop.
     """
     with patch.object(torch, "multinomial", KeyedDraws(key, rows, tokens)):
         yield
