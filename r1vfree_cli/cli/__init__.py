@@ -281,25 +281,23 @@ def _hinting() -> Iterator[None]:
         yield
     except SystemExit as e:
         stage = next((a for a in sys.argv[1:] if a in ("grpo", "sft")), None)
-        if e.code != 2 or stage is None:
-            raise
-        given = sys.argv[sys.argv.index(stage) + 1 :]
-        if "--config" in given or (given and not given[0].startswith("-") and "=" not in given[0]):
-            name = "NAME" if given[0].startswith("-") else given[0]
-            hint = f"r1v {stage} --recipe {name} runs a recipe: a shipped name or the path of a YAML file"
-        elif key := next((a for a in given if re.fullmatch(r"(--)?[a-z_.-]+(=.*)?", a) and _is_key(a)), None):
-            hint = f"a key of the recipe is set by --set train.{key.lstrip('-').partition('=')[0].replace('-', '_').removeprefix('train.')}=VALUE"
-        else:
-            raise
-        print(f"hint: {hint}", file=sys.stderr)
+        if e.code == 2 and stage and (hint := _hint(stage, sys.argv[sys.argv.index(stage) + 1 :])):
+            print(f"hint: {hint}", file=sys.stderr)
         raise
 
 
-def _is_key(word: str) -> bool:
+def _hint(stage: str, given: list[str]) -> str | None:
     from ..config.trl_keys import trl_keys
 
-    name = word.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("train.")
-    return ("=" in word and not word.startswith("--")) or name in trl_keys("grpo") or name in trl_keys("sft")
+    name = given[0] if given and not given[0].startswith("-") else "NAME"
+    if "--config" in given or (name != "NAME" and "=" not in name):
+        return f"r1v {stage} --recipe {name} runs a recipe: a shipped name or the path of a YAML file"
+    for word in given:
+        key = word.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("train.")
+        known = key in trl_keys("grpo") or key in trl_keys("sft") or ("=" in word and not word.startswith("--"))
+        if known and re.fullmatch(r"[a-z_.]+", key):
+            return f"a key of the recipe is set by --set train.{key}=VALUE"
+    return None
 
 
 def main() -> None:

@@ -58,11 +58,13 @@ def recipes_copy(
     console.log(f"{file}: run it with r1v {kind}{' NAME CKPT' if kind == 'eval' else ''} --recipe {file}")
 
 
-def _load_recipe(kind: str, name: str, overrides: list[str]) -> Any:
+def _load(name: str, set: list[str] | None, stage: str | None) -> tuple[str, Any]:
+    """(stage, recipe)"""
     from ..config import recipes
     from ..eval import options
 
-    return options.load(name, overrides, {}) if kind == "eval" else recipes.load(kind, name, overrides)
+    kind, name = recipes.stage_and_name(name, stage)
+    return kind, options.load(name, set or [], {}) if kind == "eval" else recipes.load(kind, name, set or [])
 
 
 @app.command("show")
@@ -71,7 +73,7 @@ def recipes_show(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Js
     from ..config import recipes
     from ..core import console
 
-    recipe = _load_recipe(*recipes.stage_and_name(name, stage), set or [])
+    _, recipe = _load(name, set, stage)
     if json:
         console.emit_json(recipe.model_dump(mode="json"))
     else:
@@ -81,11 +83,9 @@ def recipes_show(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Js
 @app.command("validate")
 def recipes_validate(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Json = False) -> None:
     """Check a recipe; all errors at once."""
-    from ..config import recipes
     from ..core import console
 
-    kind, name = recipes.stage_and_name(name, stage)
-    _load_recipe(kind, name, set or [])
+    kind, _ = _load(name, set, stage)
     if json:
         console.emit_json({"recipe": name, "stage": kind, "valid": True})
     else:

@@ -111,9 +111,8 @@ class FeedbackReward(Reward):
             sets = " and ".join(f"rewards.{self.key}.{key}: {'{}' if key == 'request' else 'null'}" for key in wrong)
             raise ValueError(f"backend {backend} does not use {' and '.join(wrong)}: set {sets}")
         if backend == "classify" and not self.base_url:
-            raise ValueError(
-                "backend classify needs exactly one of base_url (a server that runs) and serve (r1v starts one)"
-            )
+            one = "exactly one of base_url (a server that runs) and serve (r1v starts one)"
+            raise ValueError(f"backend classify needs {one}")
         if missing := [key for key in needed if not getattr(self, key)]:
             raise ValueError(f"backend {backend} needs {' and '.join(missing)}")
         if self.max_cost is not None and self.price is None:

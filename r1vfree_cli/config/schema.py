@@ -105,9 +105,8 @@ class Evaluation(Strict):
     @model_validator(mode="after")
     def _judge(self):
         if self.judge_holdout and self.benchmark != "heldout":
-            raise ValueError(
-                f"judge_holdout judges held-out answers: it needs benchmark heldout, found {self.benchmark}"
-            )
+            needs = f"it needs benchmark heldout, found {self.benchmark}"
+            raise ValueError(f"judge_holdout judges held-out answers: {needs}")
         if self.judge_holdout and self.judge_holdout.serve:
             raise ValueError("judge_holdout does not use serve: start it by r1v serve-reward and give its base_url")
         return self
@@ -166,10 +165,8 @@ class Launch(Strict):
         if self.preset == "cpu" and self.device == "cuda":
             raise ValueError("preset cpu cannot use device cuda")
         if self.preset == "cpu" and self.processes > 1:
-            raise ValueError(
-                f"preset cpu is one process, found processes {self.processes}; "
-                "preset ddp with device cpu runs several on the CPU"
-            )
+            several = "preset ddp with device cpu runs several on the CPU"
+            raise ValueError(f"preset cpu is one process, found processes {self.processes}; {several}")
         return self
 
     @property
@@ -223,12 +220,13 @@ class _Recipe(Strict):
     @property
     def judges(self) -> list[FeedbackReward]:
         """The AI feedback rewards."""
-        return []
+        return [r for r in getattr(self, "rewards", ()) if isinstance(r, FeedbackReward)]
 
     @property
     def every_judge(self) -> list[FeedbackReward]:
         """Those, and the one that training does not see."""
-        return self.judges
+        evaluation: Evaluation | None = getattr(self, "eval", None)
+        return self.judges + ([evaluation.judge_holdout] if evaluation and evaluation.judge_holdout else [])
 
     @property
     def served(self) -> Serve | None:
@@ -278,14 +276,6 @@ class GrpoRecipe(_Recipe):
                 f"num_generations x processes = {size}"
             )
         return self
-
-    @property
-    def judges(self) -> list[FeedbackReward]:
-        return [r for r in self.rewards if isinstance(r, FeedbackReward)]
-
-    @property
-    def every_judge(self) -> list[FeedbackReward]:
-        return self.judges + ([self.eval.judge_holdout] if self.eval and self.eval.judge_holdout else [])
 
 
 class SftRecipe(_Recipe):

@@ -80,8 +80,13 @@ def trl_keys(stage: str) -> dict[str, Any]:
     Raises UsageError: TRL or transformers is not installed.
     """
     keys: dict[str, Any] = {}
-    for place in (*_BASES, _OWN[stage]):
-        keys |= _fields(*place)
+    for package, file, name in (*_BASES, _OWN[stage]):
+        node = _classes(package, file).get(name)
+        if node is None:
+            raise UsageError(f"{package} has no {name}: this version is not supported", hint="pip install -e .")
+        for n in node.body:
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_"):
+                keys[n.target.id] = _type(ast.unparse(n.annotation))
     return keys | {name: choices for name, choices in (_CHOICES["both"] | _CHOICES[stage]).items() if name in keys}
 
 
@@ -105,17 +110,6 @@ def _enumerations() -> dict[str, Any]:
             if values and any(getattr(base, "id", None) == "ExplicitEnum" for base in node.bases):
                 found[name] = Literal[values]
     return found
-
-
-def _fields(package: str, file: str, name: str) -> dict[str, Any]:
-    node = _classes(package, file).get(name)
-    if node is None:
-        raise UsageError(f"{package} has no {name}: this version is not supported", hint="pip install -e .")
-    return {
-        n.target.id: _type(ast.unparse(n.annotation))
-        for n in node.body
-        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")
-    }
 
 
 def _type(annotation: str) -> Any:

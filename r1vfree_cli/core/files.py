@@ -141,7 +141,7 @@ def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tu
     except OSError as e:
         raise DataError(f"cannot read {path}: {e}") from None
     for number, line in enumerate(lines, 1):
-        document, found = None, None
+        document = found = None
         try:
             document = parse_json(line)
             found = read(document)

@@ -69,11 +69,8 @@ def _normalise(data: bytes) -> bytes:
         except Exception:
             raise RowProblem("truncated or corrupt image") from None
         try:
-            upright = (
-                ImageOps.exif_transpose(image)
-                if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-                else image
-            )
+            turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+            upright = ImageOps.exif_transpose(image) if turned else image
         except Exception:  # every reader of the stored file would stumble too: it is written again without
             upright = image.copy()
         plain = image.mode == "RGB" and upright is image and not image.has_transparency_data

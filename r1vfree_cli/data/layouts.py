@@ -138,10 +138,10 @@ def named(columns: dict[str, str]) -> Callable[[dict], RawRow]:
 
 def column_of(record: Any, column: str) -> Any:
     """The value of a column, also `a.b`; None when it is not there."""
-    if isinstance(record, dict) and column not in record and "." in column:
-        head, _, rest = column.partition(".")
-        return column_of(record.get(head), rest)
-    return record.get(column) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    head, _, rest = column.partition(".")
+    return column_of(record.get(head), rest) if rest and column not in record else record.get(column)
 
 
 # --- conversations ---------------------------------------------------------------------------------------------

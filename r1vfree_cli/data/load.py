@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean, first_line
-from ..core.files import cache_dir, lock, read_json, remembered, sha256_file
+from ..core.files import cache_dir, lock, read_json, read_object, remembered, sha256_file
 from ..core.machine import refused
 from . import images, layouts, rows, sources
 from .prepare import SUMMARY, prepare
@@ -41,13 +41,6 @@ class _Split(BaseModel):
     solution: int = 0
     thinking: int = 0
     files: list[_File]
-
-
-class _Summary(BaseModel):
-    """`data.json`, as far as it is used here."""
-
-    schema_version: int
-    splits: dict[str, _Split]
 
 
 def ensure_rows(path: str, split: str = "train") -> Path:
@@ -209,10 +202,8 @@ def _content(path: Path) -> list[list[str]]:
         else:  # looked for close by first: a mistaken `~` or `/` is not searched through
             files = data_files(path) if any(any(path.glob(p)) for p in ("*.parquet", "*/*.parquet")) else []
         if not files or {file.suffix for file in files} - {".parquet", ".arrow"}:
-            raise DataError(
-                f"{path} holds no rows: neither {SUMMARY} nor parquet files",
-                hint=f"r1v prepare-data files --input {path} --out FOLDER makes rows of it",
-            )
+            hint = f"r1v prepare-data files --input {path} --out FOLDER makes rows of it"
+            raise DataError(f"{path} holds no rows: neither {SUMMARY} nor parquet files", hint=hint)
         files += sorted(path.rglob("*.json")) if is_saved(path) else []  # `datasets` names the splits there
         splits = [str(split_of(counted_name(path, file))) for file in files]
         return [[split, *found] for split, found in zip(splits, _hashes(files), strict=True)]
@@ -256,13 +247,13 @@ def _split(folder: Path, split: str) -> _Split:
 
     Raises DataError: no such summary or split, another schema, a file that is missing or has changed.
     """
-    document = read_json(folder / SUMMARY)
-    version = document.get("schema_version") if isinstance(document, dict) else None
+    document = read_object(folder / SUMMARY)
+    version = document.get("schema_version")
     if version not in (None, SCHEMA_VERSION):
         what = f"{folder} has rows of schema {version!r}, this version reads {SCHEMA_VERSION}"
         raise DataError(what, hint="prepare the data again")
     try:
-        splits = _Summary.model_validate(document).splits
+        splits = TypeAdapter(dict[str, _Split]).validate_python(document.get("splits"))
     except ValidationError:
         raise DataError(f"{folder / SUMMARY} is not a summary written by prepare-data") from None
     found = splits.get(split) or splits.get(canonical(split))

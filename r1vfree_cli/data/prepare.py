@@ -122,20 +122,16 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops, 
     if not drops.total:
         return DataError(f"no records in {names}")
     first = next((r for ts in tables.values() for t in ts for _, r in t.read([0]) if isinstance(r, dict)), None)
-    columns = [f"columns of the first record: {', '.join(map(str, first))}"] if first else []
-    hint = None
-    unknown = first and source.hub is None and not named and not layouts.is_record(first)
-    columns += [f"accepted: {layout}" for layout in layouts.ACCEPTED] if unknown else []
-    lacks = first and source.hub is None and drops.counts["no image"] + drops.counts["question missing"]
-    if unknown or lacks:
+    details = drops.lines() + ([f"columns of the first record: {', '.join(map(str, first))}"] if first else [])
+    own, hint = first and source.hub is None, None
+    unknown = own and not named and not layouts.is_record(first or {})
+    details += [f"accepted: {layout}" for layout in layouts.ACCEPTED] if unknown else []
+    if unknown or (own and drops.counts["no image"] + drops.counts["question missing"]):
         hint = "--columns problem=COLUMN,image=COLUMN,solution=COLUMN says which is which"
     elif drops.counts["missing image"] + drops.counts["image path leaves the root"]:
         hint = "--images names the folder that image paths are relative to; it may be given several times"
-    return DataError(
-        f"source {source.name}: none of {drops.total} records can be used ({names})",
-        details=drops.lines() + columns,
-        hint=hint,
-    )
+    what = f"source {source.name}: none of {drops.total} records can be used ({names})"
+    return DataError(what, details=details, hint=hint)
 
 
 # --- reading and checking --------------------------------------------------------------------------------------

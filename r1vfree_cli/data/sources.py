@@ -126,24 +126,21 @@ def _chosen(
 ) -> dict[str, list[Table]]:
     """The tables of the wanted split, or of all. Tables of no known split are train, where no other is known."""
     known = sorted({name for name, _ in found if name is not None})
-    unknown = [table.name for name, table in found if name is None]
+    unknown = ", ".join([table.name for name, table in found if name is None][:5])
     if known and unknown and split is None:
-        raise UsageError(
-            f"{where}: the split of {', '.join(unknown[:5])} is not known, while other files say {', '.join(known)}",
-            hint="--split NAME reads the files of one split; a split is a word of a file's or folder's name",
-        )
+        what = f"{where}: the split of {unknown} is not known, while other files say {', '.join(known)}"
+        hint = "--split NAME reads the files of one split; a split is a word of a file's or folder's name"
+        raise UsageError(what, hint=hint)
     if known and unknown:
-        console.warn(f"{where}: left out, their split is not known: {', '.join(unknown[:5])}")
+        console.warn(f"{where}: left out, their split is not known: {unknown}")
     tables: dict[str, list[Table]] = {}
     for name, table in found:
         name = name or (None if known else "train")
         if name is not None and (split in (None, name, source.rename.get(name)) or canonical(split) == name):
             tables.setdefault(source.rename.get(name, name), []).append(table)
     if not tables:
-        raise UsageError(
-            f"{where} has no split {split!r}; it has {', '.join(known) or 'train'}",
-            details=[f"{name or 'split not known'}: {table.name}" for name, table in found[:20]],
-        )
+        what = f"{where} has no split {split!r}; it has {', '.join(known) or 'train'}"
+        raise UsageError(what, details=[f"{name or 'split not known'}: {table.name}" for name, table in found[:20]])
     return tables
 
 

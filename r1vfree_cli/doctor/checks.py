@@ -1,13 +1,17 @@
 """`r1v doctor`: is this machine, and this recipe, ready? Each check is ok, a warning or an error with a hint."""
 
 import os
+import re
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
+from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from ..config import recipes
 from ..config.schema import GrpoRecipe, SftRecipe
@@ -21,19 +25,7 @@ from ..run.contract import installed
 from ..run.run_dir import RunDir
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-# (distribution, lowest version that is known to work, the extra that brings it where not every run needs it)
-_PACKAGES = (
-    ("torch", "2.11", None),
-    ("transformers", "5.17", None),
-    ("trl", "1.16", None),
-    ("accelerate", "1.15", None),
-    ("datasets", "5", None),
-    ("deepspeed", "0.19", None),
-    ("peft", "0.19", None),
-    ("flash-attn", "2.8", "flash"),
-    ("vllm", vllm.RELEASE, "vllm"),
-    ("wandb", "0.20", "wandb"),
-)
+_PACKAGES = "torch transformers trl accelerate datasets deepspeed peft flash-attn vllm wandb".split()  # noqa: SIM905
 
 
 def check(name: str, state: str, found: str, hint: str | None = None) -> dict:
@@ -75,18 +67,16 @@ def diagnose(name: str | None = None, overrides: list[str] | None = None, *, ste
 
 def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
     checks = [check("python", OK, ".".join(map(str, sys.version_info[:3])))]
-    for package, lowest, extra in _PACKAGES:
-        found, hint = installed(package), None
+    asked = [r for r in map(Requirement, requires("r1vfree-cli") or ()) if 'extra == "test"' not in str(r.marker)]
+    for wanted in sorted((r for r in asked if r.name in _PACKAGES), key=lambda r: _PACKAGES.index(r.name)):
+        found, extra = installed(wanted.name), re.search(r'extra == "(\w+)"', str(wanted.marker))
         if found is None:
-            hint = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
-            checks.append(check(package, OK if extra else ERROR, "not installed", hint))
-            continue
-        if package == "vllm" and _numbers(found)[:2] != _numbers(lowest):
-            known = f"TRL 1.16 names 0.22 to 0.31, and only warns of {lowest}"
-            hint = f"r1v was run with {lowest} and takes no other; {known}"
-        elif _numbers(found) < _numbers(lowest):
-            hint = f"tested from {lowest} on"
-        checks.append(check(package, WARNING if hint else OK, found, hint))
+            hint = f"pip install -e '.[{extra[1]}]'" if extra else "pip install -e ."
+            checks.append(check(wanted.name, OK if extra else ERROR, "not installed", hint))
+        else:
+            fits = wanted.specifier.contains(found, prereleases=True)
+            hint = f"r1v was tested with {wanted.name}{wanted.specifier}"
+            checks.append(check(wanted.name, OK if fits else WARNING, found, None if fits else hint))
     if os.environ.get("R1V_VLLM"):
         checks.append(_vllm_command())
     gpus = preflight.gpu_count()
@@ -107,10 +97,6 @@ def _vllm_command() -> dict:
     except UsageError as e:
         return check("vllm server", WARNING, e.message, e.hint)
     return check("vllm server", OK, f"{vllm.release_of(command) or 'of unknown release'} ({command})")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
 
 
 def _hub() -> dict:

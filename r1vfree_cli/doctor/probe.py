@@ -78,7 +78,7 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     model = _weightless(recipe)
     config = model.config
     total = trained = sum(p.numel() for p in model.parameters())
-    lora, launch, train = recipe.model.lora, recipe.launch, recipe.train.model_extra or {}
+    lora, launch, train = recipe.model.lora, recipe.launch, recipe.trl
     if recipe.model.freeze_vision:
         trained -= sum(p.numel() for m in family.of(config).vision_modules(model) for p in m.parameters())
     size = 4 if recipe.model.dtype == "float32" else 2

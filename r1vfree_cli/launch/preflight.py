@@ -16,7 +16,7 @@ from ..config.schema import GrpoRecipe, Recipe, SftRecipe
 from ..config.user_rewards import reward_errors
 from ..core.errors import R1VError, UsageError, counted
 from ..core.process import gpu_count
-from ..run.checkpoint import merge_command, resolve
+from ..run.checkpoint import Checkpoint, merge_command, resolve
 from ..run.contract import installed
 from . import disk, vllm
 from .plan import port_is_free, training_devices
@@ -66,8 +66,8 @@ def check(recipe: Recipe, *, dry_run: bool = False, where: Path = Path("runs")) 
     _packages(recipe, found)
     if recipe.trl.get("use_vllm"):
         _vllm(recipe, found)
-    _model(recipe.model.name, "model.name", found, not dry_run)
-    _disk(recipe, where, found)
+    if policy := _model(recipe.model.name, "model.name", found, not dry_run):
+        _disk(recipe, policy, where, found)
     _data(recipe, found)
     if not found.errors:
         _means_something(recipe, found)
@@ -104,10 +104,9 @@ def _devices(recipe: Recipe, found: Findings, dry_run: bool) -> bool:
     need = max([local + len(judge), *(i + 1 for i in [*training, *judge])])
     if have < need:
         who = f"launch.preset {launch.preset} with {here}" + (f" and a judge on GPUs {judge}" if judge else "")
-        message = f"{who} needs {counted(need, 'GPU')} on this node, found {have}"
-        (found.unchecked if dry_run else found.errors).append(
-            f"{message}; launch.device: cpu runs any preset on the CPU"
-        )
+        needs = f"needs {counted(need, 'GPU')} on this node, found {have}"
+        message = f"{who} {needs}; launch.device: cpu runs any preset on the CPU"
+        (found.unchecked if dry_run else found.errors).append(message)
     return have >= need
 
 
@@ -190,34 +189,31 @@ def _server(serve: Serve, key: str, found: Findings) -> None:
         found.lacking(f"{key}: {e.line}")
 
 
-def _model(name: str, key: str, found: Findings, verify: bool) -> None:
+def _model(name: str, key: str, found: Findings, verify: bool) -> Checkpoint | None:
+    """Where a model is; None for an embedded one, a few MB, and for none."""
     try:
         if is_embedded(name):
             stages([name], 0)
-            return
+            return None
         checkpoint = resolve(name, verify=verify)
     except R1VError as e:
         found.errors.append(f"{key}: {e.line}")
-        return
+        return None
     if checkpoint.kind == "hub":
         found.unchecked.append(f"{key}: {name} on the hub")
     elif checkpoint.kind == "adapter":
         merge = merge_command(checkpoint.path)
         found.errors.append(f"{key}: {name} is a LoRA adapter; merge it first: {merge}, and name the merged model")
+    return checkpoint
 
 
-def _disk(recipe: Recipe, where: Path, found: Findings) -> None:
-    model = recipe.model
-    if is_embedded(model.name):  # a few MB
-        return
-    try:
-        folder = Path(resolve(model.name, verify=False).path)
-    except R1VError:  # told by `_model`
-        return
-    if not folder.is_dir():  # on the hub
+def _disk(recipe: Recipe, policy: Checkpoint, where: Path, found: Findings) -> None:
+    folder = Path(policy.path)
+    if policy.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
-        folder = Path(str(try_to_load_from_cache(model.name, "config.json", revision=model.revision))).parent
+        file = try_to_load_from_cache(policy.path, "config.json", revision=recipe.model.revision)
+        folder = Path(str(file)).parent
     if total := disk.parameters(folder):
         error, warning = disk.shortage(recipe, total, where)
         if error:

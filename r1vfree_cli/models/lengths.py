@@ -81,10 +81,9 @@ def drop_long_prompts(rows, processor, limit: int | None, prompt: Prompt = DEFAU
     keep = [i for i, n in enumerate(lengths) if limit is None or n <= limit]
     if not keep:
         shortest = f", the shortest prompt has {min(lengths)} tokens" if lengths else ""
-        raise DataError(
-            f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped{shortest}",
-            hint="raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens",
-        )
+        hint = "raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens"
+        what = f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped{shortest}"
+        raise DataError(what, hint=hint)
     if longest_first:
         keep.sort(key=lambda i: -lengths[i])
     elif len(keep) == len(rows):

@@ -18,8 +18,8 @@ from . import family as families
 def end_tokens(model, tokenizer) -> list[int]:
     """Ids that end a reply: the tokenizer's end token, all that the checkpoint declares, and those of its family."""
     declared = model.generation_config.eos_token_id
-    ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+    ends = [declared] if isinstance(declared, int) else list(declared or ())
+    if tokenizer.eos_token_id not in (None, *ends):
         ends.insert(0, tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
     of_family = [vocabulary[t] for t in families.of(model.config).end_tokens if t in vocabulary]
