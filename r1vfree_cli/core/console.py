@@ -50,23 +50,24 @@ def detail(message: str) -> None:
 
 def warn(message: str) -> None:
     """One `warning:` line on stderr."""
-    from rich.text import Text
-
-    _stderr().print(Text.assemble(("warning: ", "yellow"), _visible(message)))
+    _told("warning: ", "yellow", message)
     if repeat is not None:
         repeat(message, True)
 
 
-def error(exc) -> None:
-    """Print an `R1VError`: message, details, hint."""
+def _told(word: str, style: str, message: str) -> None:
     from rich.text import Text
 
-    console = _stderr()
-    console.print(Text.assemble(("error: ", "bold red"), _visible(exc.message)))
+    _stderr().print(Text.assemble((word, style), _visible(message)))
+
+
+def error(exc) -> None:
+    """Print an `R1VError`: message, details, hint."""
+    _told("error: ", "bold red", exc.message)
     for line in exc.details:
-        console.print(f"  {_visible(line)}", markup=False)
+        _told("  ", "", line)
     if exc.hint:
-        console.print(Text.assemble(("hint: ", "cyan"), _visible(exc.hint)))
+        _told("hint: ", "cyan", exc.hint)
 
 
 def emit(text: str) -> None:

@@ -15,7 +15,6 @@ from ..config.schema import Recipe
 from ..core import console, files
 from ..core import process as ranks
 from ..core.errors import GuardStop, Interrupted, R1VError, UsageError, counted
-from ..core.files import lock
 from ..run import contract, run_dir
 from ..run.attempt import Attempt
 from ..run.checkpoint import adapter_base, checkpoints, lacking, resolve
@@ -121,7 +120,7 @@ def run(
     `commit`: of the repository that holds the recipe, for the run contract. `longest_first`: rows by length.
     """
     node = recipe.launch.node_rank
-    with lock(where.path, "run dir") if node == 0 else nullcontext():
+    with files.lock(where.path, "run dir") if node == 0 else nullcontext():
         if node == 0:
             if where.holds_run:
                 ranks.end_orphans(where.logs)

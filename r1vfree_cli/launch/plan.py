@@ -56,8 +56,7 @@ def _env(recipe: Recipe) -> dict[str, str]:
     if launch.preset == "zero3-offload":
         # DeepSpeed compiles its CPU Adam by calling ninja, which lies beside this Python, activated or not.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    # accelerate would set 1 thread a process, torchrun too.
-    return env | _threads(max(1, cpu_count() * launch.nodes // launch.processes))
+    return env | _threads(max(1, cpu_count() * launch.nodes // launch.processes))  # accelerate and torchrun would set 1
 
 
 def _common() -> dict[str, str]:

@@ -27,7 +27,6 @@ from ..core import process as ranks
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
 from ..core.files import read_json
 from ..core.machine import disk_full, ended, how_ended
-from ..core.process import POLL_S, die_with_parent
 from .plan import Plan, free_port, port_is_free, server_plan
 
 SAME_MOMENT_S = 0.3
@@ -206,7 +205,7 @@ def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT
             stdout=out,
             stderr=stderr,
             start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
-            preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
+            preexec_fn=_outlive_signals if launcher else functools.partial(ranks.die_with_parent, signal.SIGTERM),
         )
     except OSError as e:  # also where the file is there and the interpreter of its first line is not
         hint = "make its environment again if that moved; R1V_VLLM names another vllm"
@@ -216,7 +215,7 @@ def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT
 def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:
     """A few times a second as long as the process runs; `watch` is called each time, and once after its end."""
     while process.poll() is None:
-        time.sleep(POLL_S)
+        time.sleep(ranks.POLL_S)
         if watch:
             watch()
         yield
@@ -228,7 +227,7 @@ def _outlive_signals() -> None:
     """The launcher waits for its ranks, which stop at a signal by themselves; it ends with r1v, however that ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
+    ranks.die_with_parent(signal.SIGKILL)
 
 
 def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:

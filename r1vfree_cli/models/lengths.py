@@ -23,7 +23,15 @@ def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
 
     Only image headers are read. Cached by the rows' fingerprint and everything of the processor that matters.
     """
-    cache = cache_dir("lengths", f"{_key(rows, processor, prompt)}.json")
+    parts = [
+        rows._fingerprint,
+        processor.tokenizer.backend_tokenizer.to_str(),
+        str(getattr(processor, "chat_template", None)),
+        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
+        template_hash(prompt),
+    ]
+    key = hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+    cache = cache_dir("lengths", f"{key}.json")
 
     def sound(found: Any) -> bool:
         return isinstance(found, list) and len(found) == len(rows) and all(type(n) is int and n > 0 for n in found)
@@ -57,17 +65,6 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
     """(height, width) from the header."""
     with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]) as opened:
         return opened.height, opened.width
-
-
-def _key(rows, processor, prompt: Prompt) -> str:
-    parts = [
-        rows._fingerprint,
-        processor.tokenizer.backend_tokenizer.to_str(),
-        str(getattr(processor, "chat_template", None)),
-        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
-        template_hash(prompt),
-    ]
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
 
 
 def drop_long_prompts(rows, processor, limit: int | None, prompt: Prompt = DEFAULT, *, longest_first: bool = False):

@@ -148,14 +148,25 @@ def auto_class(config) -> Any:
 
 
 def open_processor(where: str, *, what: str, revision: str | None = None, trust_remote_code: bool = False):
-    """A processor that takes images and knows a chat template. Raises DataError: there is none."""
+    """A processor that takes images and knows a chat template.
+
+    Raises DataError: there is none, the template or the tokenizer is broken, loops, or leaves out the image.
+    """
     try:
         processor = AutoProcessor.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
         raise DataError(f"cannot load the processor of {what}: {first_line(e)}") from None
     if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
         raise DataError(f"{what} has no image processor", hint="r1v trains vision-language models")
-    check_template(processor, what)
+    text = render(processor, build_messages("?"), what=what)  # a question about an image
+    if processor.image_token not in text:
+        raise DataError(f"the chat template of {what} leaves out the image")
+    try:
+        kept = processor.tokenizer.decode(processor.tokenizer(text).input_ids)
+    except Exception as e:  # settings of another type
+        raise DataError(f"the tokenizer of {what} does not work: {first_line(e)}") from None
+    if "?" not in kept:  # without its files transformers makes one with an empty vocabulary
+        raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
     return processor
 
 
@@ -178,22 +189,6 @@ def render(processor, messages: list[dict], *, add_generation_prompt: bool = Tru
     if len(text) > TEMPLATE_CHARS:
         raise DataError(f"{told} writes {len(text):,} characters; at most {TEMPLATE_CHARS:,} are taken")
     return text
-
-
-def check_template(processor, what: str) -> None:
-    """Render a question about an image, and tokenise it.
-
-    Raises DataError: there is no chat template, it or the tokenizer is broken, it loops, or it leaves out the image.
-    """
-    text = render(processor, build_messages("?"), what=what)
-    if processor.image_token not in text:
-        raise DataError(f"the chat template of {what} leaves out the image")
-    try:
-        kept = processor.tokenizer.decode(processor.tokenizer(text).input_ids)
-    except Exception as e:  # settings of another type
-        raise DataError(f"the tokenizer of {what} does not work: {first_line(e)}") from None
-    if "?" not in kept:  # without its files transformers makes one with an empty vocabulary
-        raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
 
 
 def unsharded() -> AbstractContextManager:

@@ -180,9 +180,8 @@ def lacking(checkpoint: Path, *, verify: bool = True) -> list[str]:
     """What is wrong with a checkpoint that training writes, a line for each file; [] when it is complete."""
     weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*/*_states.pt"))
     missing = [] if weights else ["weights missing"]
-    if not (checkpoint / "trainer_state.json").is_file():
-        missing.append("trainer_state.json missing")
-    return [*missing, *(line for line in damage(checkpoint, verify=verify) if line not in missing)]
+    missing += [] if (checkpoint / "trainer_state.json").is_file() else ["trainer_state.json missing"]
+    return list(dict.fromkeys(missing + damage(checkpoint, verify=verify)))
 
 
 def damage(folder: Path, *, verify: bool = True) -> list[str]:
