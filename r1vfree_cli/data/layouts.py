@@ -4,8 +4,6 @@ LLaVA and ShareGPT `conversations`, OpenAI `messages` (ms-swift's and LLaMA-Fact
 `query` and `response`, verl's `prompt` with `reward_model`. Of a conversation the first turn becomes the row.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -108,9 +106,6 @@ def _images(record: dict) -> Any:
     return parsed(images) if isinstance(images, str) and images.startswith("[") else images
 
 
-# --- columns named by the user ---------------------------------------------------------------------------------
-
-
 def parse_columns(text: str) -> dict[str, str]:
     """`problem=question,image=img` -> {"problem": "question", "images": "img"}. Raises UsageError: another form."""
     found: dict[str, str] = {}
@@ -142,9 +137,6 @@ def column_of(record: Any, column: str) -> Any:
         return None
     head, _, rest = column.partition(".")
     return column_of(record.get(head), rest) if rest and column not in record else record.get(column)
-
-
-# --- conversations ---------------------------------------------------------------------------------------------
 
 
 def _conversation(record: dict, layout: str, messages: Any, problem: Any = None, solution: Any = None) -> RawRow:

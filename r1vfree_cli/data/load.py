@@ -143,9 +143,6 @@ def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[i
         return []
 
 
-# --- what is prepared into the cache ---------------------------------------------------------------------------
-
-
 def _here(path: str) -> Path:
     here = Path(path if "\0" in path else os.path.expanduser(path))
     if not os.path.exists(here):
@@ -237,9 +234,6 @@ def _hint(path: str) -> str:
     if path in sources.SOURCES and sources.SOURCES[path].hub:
         return f"as a data path this source is called {sources.SOURCES[path].hub}"
     return did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known)) or ""
-
-
-# --- what prepare-data wrote -------------------------------------------------------------------------------------
 
 
 def _split(folder: Path, split: str) -> _Split:

@@ -134,9 +134,6 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops, 
     return DataError(what, details=details, hint=hint)
 
 
-# --- reading and checking --------------------------------------------------------------------------------------
-
-
 class Reader:
     """The checked rows of one split: iterate once. What fails is added to `drops`."""
 
@@ -196,14 +193,13 @@ class Reader:
                 pool.shutdown(cancel_futures=True)
 
     def _records(self, positions: list[int] | None) -> Iterator[tuple[Table, int, int, dict | RowProblem]]:
+        """(table, number in all of them, position in it, record)"""
         start = 0
         for table in self.tables:
-            end = start + table.rows
-            here = None if positions is None else [p - start for p in positions if start <= p < end]
-            if here is None or here:
-                for position, record in table.read(here):
-                    yield table, start + position, position, record
-            start = end
+            here = None if positions is None else [p - start for p in positions if 0 <= p - start < table.rows]
+            for position, record in table.read(here) if here != [] else ():
+                yield table, start + position, position, record
+            start += table.rows
 
     def _check(self, table: Table, number: int, record: dict | RowProblem) -> tuple[RawRow, dict | RowProblem]:
         raw = RawRow()
@@ -217,9 +213,6 @@ class Reader:
             return raw, make_row(raw, source=name, fallback_id=fallback, roots=table.roots, text_only=text_only)
         except RowProblem as problem:
             return raw, problem
-
-
-# --- writing ---------------------------------------------------------------------------------------------------
 
 
 def arrow_schema():
@@ -256,26 +249,22 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
         warnings.simplefilter("ignore")  # Pillow's, about files that are dropped and counted here
         for group in _groups(rows):
             if writer is None:
-                files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
-                path = folder / files[-1]["name"]
+                path = folder / f"{split}-{len(files):05d}.parquet"
+                files.append({"name": path.name, "rows": 0})
                 # Images are compressed already, and no two are alike.
                 writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
                 opened.callback(writer.close)
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             files[-1]["rows"] += len(group)
+            counts["rows"] += len(group)
             for name in ("solution", "thinking"):
                 counts[name] += sum(row[name] is not None for row in group)
             if path.stat().st_size >= SHARD_BYTES:
                 opened.close()
                 writer = None
     for file in files:
-        path = folder / file["name"]
-        file |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    counts["rows"] = sum(file["rows"] for file in files)
+        file |= {"bytes": (folder / file["name"]).stat().st_size, "sha256": sha256_file(folder / file["name"])}
     return counts | {"sha256": digest(files), "files": files}
-
-
-# --- the output folder -----------------------------------------------------------------------------------------
 
 
 def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:

@@ -41,9 +41,6 @@ class RawRow:
     left_out: list[str] = field(default_factory=list)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------
-
-
 def clean_problem(value: Any) -> str:
     """The question without image markers (`<image>`, `<image_1>`, Qwen's own) and outer white space.
 
@@ -66,13 +63,13 @@ def clean_solution(value: Any) -> str | None:
     Raises RowProblem: neither text nor a finite number, or an answer with tags in it.
     """
     value = _known(value)
-    if isinstance(value, float) and math.isinf(value):
-        raise RowProblem("solution is not finite")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        # A column of integers with gaps is read as floats.
-        value = str(int(value) if float(value).is_integer() and abs(value) < 2**53 else value)
     if value is None:
         return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value in (math.inf, -math.inf):
+            raise RowProblem("solution is not finite")
+        # A column of integers with gaps is read as floats.
+        value = str(int(value) if abs(value) < 2**53 and float(value).is_integer() else value)
     if not isinstance(value, str):
         raise RowProblem("solution is neither text nor a number")
     parsed = prompts.parse(value)
@@ -102,9 +99,6 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can carry and UTF-8 cannot
         raise RowProblem("text is not valid Unicode") from None
     return text
-
-
-# --- the row ---------------------------------------------------------------------------------------------------
 
 
 def clean_id(value: Any, fallback: str) -> str:

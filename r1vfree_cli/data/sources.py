@@ -3,8 +3,6 @@
 Every source reads the hub through `datasets`, or a local copy of the same layout (`tables`).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,9 +32,6 @@ class Source:
     rename: dict[str, str] = field(default_factory=dict)
     columns: tuple[str, ...] = ("id", "images", "problem", "solution", "source")
     text_only: bool = False
-
-
-# --- records -> raw rows ---------------------------------------------------------------------------------------
 
 
 def _r1v_rows(record: dict) -> RawRow:
@@ -93,9 +88,6 @@ def find_source(name: str) -> Source:
         return found
     hint = f"r1v prepare-data files --input {name}" if os.path.exists(name) else did_you_mean(name, SOURCES)
     raise UsageError(f"unknown source {name!r}; known are {', '.join(SOURCES)}", hint=hint)
-
-
-# --- reading ---------------------------------------------------------------------------------------------------
 
 
 def open_source(

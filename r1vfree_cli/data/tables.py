@@ -161,9 +161,6 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
     return Table(name, sum(1 for _ in read()), roots, lambda: ([record] for record in read()))
 
 
-# --- tables ----------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
     """The errors of the system, pyarrow, pandas and `datasets` as a DataError."""

@@ -58,9 +58,6 @@ def run_json(plan: Plan) -> dict:
     return document
 
 
-# --- running ---------------------------------------------------------------------------------------------------
-
-
 class _Signals:
     """While active, SIGINT and SIGTERM are noted instead of raised.
 

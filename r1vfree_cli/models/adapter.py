@@ -1,7 +1,5 @@
 """The one loader of LoRA adapters: key names of older transformers and of wrappers are renamed, else it is refused."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

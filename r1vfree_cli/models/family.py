@@ -4,8 +4,6 @@ A user adds one by `model.family: my_family.py:FAMILY`. A model without an entry
 processor's own limits. Imports no torch.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

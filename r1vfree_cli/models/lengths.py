@@ -1,7 +1,5 @@
 """How many tokens, text and image, the prompt of each row takes, and the filter that drops long ones: never a cut."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

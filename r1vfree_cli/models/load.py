@@ -1,7 +1,5 @@
 """The one loader of models and processors: for training, evaluation, judging and merging."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any

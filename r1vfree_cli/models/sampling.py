@@ -1,7 +1,5 @@
 """Sampling that the recipe owns: pinned generation settings, tokens never sampled, draws that no layout changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

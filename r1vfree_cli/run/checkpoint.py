@@ -167,9 +167,6 @@ def _contract(path: Path) -> dict:
         raise DataError(f"cannot read {recipe}: {e}") from None
 
 
-# --- complete or not -------------------------------------------------------------------------------------------
-
-
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what is named like a checkpoint, oldest step first."""
     named = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
