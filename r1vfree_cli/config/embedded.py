@@ -122,22 +122,15 @@ def _stage(name: str, seed: int) -> Stage:
             hint = "embedded:tiny-judge?steps=N trains N steps, 0 none"
             raise UsageError(f"{name}: unknown option {key}={value}", hint=hint)
     title, sources = _PIECES[piece]
-    folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, sources, options, seed)}")
+    digest = hashlib.sha256(repr((piece, sorted(options.items()), seed)).encode())  # all that decides its content
+    recipe = [recipes.recipes_root() / f"{SFT_RECIPE}.yaml"] if piece == "tiny-policy" else []
+    for file in [*(Path(__file__).parents[1] / source for source in sources), *recipe]:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for library in _LIBRARIES:
+        digest.update(f"{library}={version(library)}".encode())
+    folder = cache_dir("embedded", f"{piece}-seed{seed}-{digest.hexdigest()[:16]}")
     if piece == "tiny-policy":
         return Stage(name, title, "recipe", (SFT_RECIPE, f"train.seed={seed}"), folder)
     module = ["r1vfree_cli.tiny.models", piece.removeprefix("tiny-"), "--seed", str(seed)]
     module += [part for key, value in options.items() for part in (f"--{key}", value)]
     return Stage(name, title, "module", tuple(module), folder)
-
-
-def _key(piece: str, sources: tuple[str, ...], options: dict[str, str], seed: int) -> str:
-    """Hex digest of all that decides the piece's content."""
-    digest = hashlib.sha256(repr((piece, sorted(options.items()), seed)).encode())
-    files = [Path(__file__).parents[1] / source for source in sources]
-    if piece == "tiny-policy":
-        files.append(recipes.recipes_root() / f"{SFT_RECIPE}.yaml")
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    for library in _LIBRARIES:
-        digest.update(f"{library}={version(library)}".encode())
-    return digest.hexdigest()[:16]

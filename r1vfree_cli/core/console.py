@@ -113,22 +113,17 @@ class Progress:
         self._done += n
         self._total = total or self._total
         now = time.monotonic()
-        left = self._left(now)
+        # The time left as tqdm writes it, `<7:05`, at the pace since the first call, which may count an earlier attempt.
+        since, done = self._first = self._first or (now, self._done)
+        left = ""
+        if self._total is not None and self._done > done:
+            left = f"<{clock((now - since) / (self._done - done) * (self._total - self._done))}"
         if self._bar is not None:
             self._bar.update(self._task, advance=n, note=note, total=self._total, left=left)
         elif now - self._last > 10:
             self._last = now
             count = f"{self._done}/{'?' if self._total is None else self._total}"
             log(f"{self._description}: {count} {clock(now - self._start)}{left} {note}".rstrip())
-
-    def _left(self, now: float) -> str:
-        """As tqdm writes it, `<7:05`, at the pace since the first call: that one may count an earlier attempt."""
-        if self._first is None:
-            self._first = now, self._done
-        since, done = self._first
-        if self._total is None or self._done <= done:
-            return ""
-        return f"<{clock((now - since) / (self._done - done) * (self._total - self._done))}"
 
 
 def clock(seconds: float) -> str:

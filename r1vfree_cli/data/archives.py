@@ -2,7 +2,6 @@
 
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,12 +19,17 @@ def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
         archive = zipfile.ZipFile(path)
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as e:
         raise UsageError(f"{path} is no zip that can be read: {e}") from None
-    # A folder's name ends so; is_dir() of a name that is empty raises.
-    files = [info for info in archive.infolist() if not info.filename.endswith("/")]
-    names = [str(PurePosixPath(info.filename.replace("\\", "/"))) for info in files]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    members: dict[str, Callable[[], bytes]] = {}
+    twice = []
+    for info in archive.infolist():
+        name = str(PurePosixPath(info.filename.replace("\\", "/")))
+        if name in members:
+            twice.append(name)
+        if not info.filename.endswith("/"):  # a folder's does; is_dir() of a name that is empty raises
+            members[name] = partial(_read, archive, info, path)
+    if twice:
         raise DataError(f"{path} holds several members called {', '.join(twice[:5])}", hint="pack it again")
-    return {name: partial(_read, archive, info, path) for name, info in zip(names, files)}
+    return members
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> bytes:

@@ -86,7 +86,11 @@ def load_rows(path: str, split: str = "train", limit: int | None = None) -> data
     import pyarrow.compute as pc
 
     folder = ensure_rows(path, split)
-    files = _unchanged(folder, split)
+    written = _split(folder, split).files
+    files = [folder / file.name for file in written]
+    for file, as_written, (_, sha256) in zip(files, written, _hashes(files), strict=True):
+        if sha256 != as_written.sha256:
+            raise DataError(f"{file} was changed since it was prepared", hint="prepare the data again")
     datasets.disable_progress_bars()
     try:
         found = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache_dir("datasets")))
@@ -145,9 +149,13 @@ def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[i
 
 def _here(path: str) -> Path:
     here = Path(path if "\0" in path else os.path.expanduser(path))
-    if not os.path.exists(here):
-        raise UsageError(f"no such data: {path}", hint=_hint(path))
-    return here
+    if os.path.exists(here):
+        return here
+    known = [*sources.BY_HUB, "shapes"]
+    hint = did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known))
+    if path in sources.SOURCES and sources.SOURCES[path].hub:
+        hint = f"as a data path this source is called {sources.SOURCES[path].hub}"
+    raise UsageError(f"no such data: {path}", hint=hint)
 
 
 def _source_of(path: str) -> sources.Source | None:
@@ -229,13 +237,6 @@ def _shapes_query(path: str, query: str) -> dict[str, int]:
     return values
 
 
-def _hint(path: str) -> str:
-    known = [*sources.BY_HUB, "shapes"]
-    if path in sources.SOURCES and sources.SOURCES[path].hub:
-        return f"as a data path this source is called {sources.SOURCES[path].hub}"
-    return did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known)) or ""
-
-
 def _split(folder: Path, split: str) -> _Split:
     """A split of `data.json`, with all its files there in their size.
 
@@ -262,12 +263,3 @@ def _split(folder: Path, split: str) -> _Split:
         if path.stat().st_size != file.bytes:
             raise DataError(f"{path} was changed since it was prepared", hint="prepare the data again")
     return found
-
-
-def _unchanged(folder: Path, split: str) -> list[Path]:
-    """The files of a split, whose bytes are those that were written; hashed again when size or time changed."""
-    found = _split(folder, split).files
-    for file, (_, sha256) in zip(found, _hashes([folder / file.name for file in found]), strict=True):
-        if sha256 != file.sha256:
-            raise DataError(f"{folder / file.name} was changed since it was prepared", hint="prepare the data again")
-    return [folder / file.name for file in found]

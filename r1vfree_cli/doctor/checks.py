@@ -78,7 +78,11 @@ def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
             hint = f"r1v was tested with {wanted.name}{wanted.specifier}"
             checks.append(check(wanted.name, OK if fits else WARNING, found, None if fits else hint))
     if os.environ.get("R1V_VLLM"):
-        checks.append(_vllm_command())
+        try:
+            command = vllm.executable()
+            checks.append(check("vllm server", OK, f"{vllm.release_of(command) or 'of unknown release'} ({command})"))
+        except UsageError as e:
+            checks.append(check("vllm server", WARNING, e.message, e.hint))
     gpus = preflight.gpu_count()
     checks.append(check("gpus", OK, str(gpus) if gpus else "none: only recipes with launch.device cpu run here"))
     checks.append(_hub())
@@ -89,14 +93,6 @@ def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
         state = WARNING if used and not login else OK
         checks.append(check("wandb login", state, "found" if login else "none", "wandb login"))
     return checks
-
-
-def _vllm_command() -> dict:
-    try:
-        command = vllm.executable()
-    except UsageError as e:
-        return check("vllm server", WARNING, e.message, e.hint)
-    return check("vllm server", OK, f"{vllm.release_of(command) or 'of unknown release'} ({command})")
 
 
 def _hub() -> dict:

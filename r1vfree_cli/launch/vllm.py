@@ -23,16 +23,13 @@ def executable() -> str:
 
     Raises UsageError: there is none, it cannot be run, or it is of another release than r1v was run with.
     """
-    found = os.environ.get("R1V_VLLM")
-    if found:
-        if not os.access(found, os.X_OK) or os.path.isdir(found):
-            raise UsageError(f"R1V_VLLM is {found}, which is no command", hint="R1V_VLLM=/path/to/venv/bin/vllm")
-    else:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        found = shutil.which("vllm", path=path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = os.environ.get("R1V_VLLM") or shutil.which("vllm", path=path)
     if found is None:
         hint = "pip install -e '.[vllm]', or R1V_VLLM=/path/to/venv/bin/vllm from an environment of its own"
         raise UsageError("vLLM is not installed here", hint=hint)
+    if not os.access(found, os.X_OK) or os.path.isdir(found):
+        raise UsageError(f"R1V_VLLM is {found}, which is no command", hint="R1V_VLLM=/path/to/venv/bin/vllm")
     release = release_of(found)
     if release and not release.startswith(f"{RELEASE}."):
         hint = f"pip install 'vllm=={RELEASE}.*' in its environment, or R1V_VLLM names another"

@@ -59,8 +59,15 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
         raise DataError(f"no checkpoint at {name}", hint=hint)
     if not path.is_dir():
         raise DataError(f"{name} is a file; a model is a folder or a hub name")
-    if not _is_model(path) and RunDir(path).holds_run:
-        path = _final(name, RunDir(path))
+    run = RunDir(path)
+    if not _is_model(path) and run.holds_run:
+        path = run.final
+        if not _is_model(path):
+            complete = [place for _, place in checkpoints(run.checkpoints) if not lacking(place, verify=False)]
+            last = (
+                f"its last complete checkpoint is {complete[-1]}" if complete else "it has no complete checkpoint yet"
+            )
+            raise DataError(f"the run {name} has no final/ model", hint=f"it is not finished; {last}")
     kind = kind_of(path)
     if kind == "shards" and not shards:
         raise DataError(f"{path} holds ZeRO shards, not a loadable model", hint=f"first: {merge_command(path)}")
@@ -141,15 +148,6 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def _is_model(path: Path) -> bool:
     return any((path / mark).is_file() for mark in ("config.json", ADAPTER))
-
-
-def _final(name: str, run: RunDir) -> Path:
-    """The run's final model. Raises DataError: it has none; the hint names its last complete checkpoint."""
-    if _is_model(run.final):
-        return run.final
-    complete = [path for _, path in checkpoints(run.checkpoints) if not lacking(path, verify=False)]
-    last = f"its last complete checkpoint is {complete[-1]}" if complete else "it has no complete checkpoint yet"
-    raise DataError(f"the run {name} has no final/ model", hint=f"it is not finished; {last}")
 
 
 def _contract(path: Path) -> dict:
