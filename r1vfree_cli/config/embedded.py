@@ -31,8 +31,8 @@ _LIBRARIES = ("torch", "transformers", "trl", "tokenizers", "pillow")
 class Stage:
     """One piece that may have to be built.
 
-    name: `embedded:...` as in a recipe. title: what to show. folder: the cache folder; the model is in `path`.
-    kind `module`: run `python -m MODULE *args OUT`; kind `recipe`: run the recipe `args[0]` with the overrides `args[1:]`,
+    name: `embedded:...` as in a recipe. title: what to show. folder: the cache folder; the model is in `path`. kind
+    `module`: run `python -m MODULE *args OUT`; kind `recipe`: run the recipe `args[0]` with the overrides `args[1:]`,
     both into the folder that `building` yields, where `final` holds the model then.
     """
 
@@ -95,8 +95,8 @@ def stages(names: Sequence[str | None], seed: int) -> list[Stage]:
 def building(stage: Stage) -> Iterator[Path | None]:
     """Hold the piece's lock and yield an empty folder to build in, which becomes `stage.folder` by a rename.
 
-    Yields None when it is there already: another process may have built it meanwhile. After an error the unfinished folder
-    stays, for its logs, until the next try.
+    Yields None when it is there already: another process may have built it meanwhile. After an error the unfinished
+    folder stays, for its logs, until the next try.
 
     Raises DataError: the body left no model in `final/`.
     """

@@ -66,7 +66,7 @@ def shipped(stage: str | None = None) -> dict[str, Path]:
 
 
 def find(stage: str, name: str) -> Path:
-    """The file of a recipe: a path as it is, else a shipped name with or without `stage/`. Raises UsageError: none such."""
+    """The file of a recipe: a path, or a shipped name with or without `stage/`. Raises UsageError: there is none."""
     if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
         if not os.path.isfile(name):
             here = map(str, Path(name).parent.glob("*.y*ml"))

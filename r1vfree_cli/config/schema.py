@@ -89,9 +89,9 @@ class Prompt(Strict):
 class Evaluation(Strict):
     """Greedy answers of the current weights before step 1, every `every_steps` and after the last one.
 
-    `benchmark`: `heldout`, scored by its solutions and the run's judges, or one of `r1v eval`, scored by its rule, image
-    questions alone. `keep_best`: the metric whose best checkpoint is never deleted. `judge_holdout`: a judge that training
-    does not see; when the rewarding judge's score rises and this one's does not, the guard stops the run.
+    `benchmark`: `heldout`, scored by its solutions and the run's judges, or one of `r1v eval`, scored by its rule,
+    image questions alone. `keep_best`: the metric whose best checkpoint is never deleted. `judge_holdout`: a judge that
+    training does not see; when the rewarding judge's score rises and this one's does not, the guard stops the run.
     """
 
     every_steps: int = Field(50, ge=1)

@@ -75,7 +75,8 @@ _OWN = {"grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"), "sft": ("trl", 
 
 @cache
 def trl_keys(stage: str) -> dict[str, Any]:
-    """Name -> type of every field of the TRL config of `stage`, inherited ones included; `Any` where it needs TRL to be read.
+    """Name -> type of every field of the TRL config of `stage`, inherited ones included; `Any` where only TRL could
+    tell.
 
     Raises UsageError: TRL or transformers is not installed.
     """

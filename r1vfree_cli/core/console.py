@@ -113,7 +113,7 @@ class Progress:
         self._done += n
         self._total = total or self._total
         now = time.monotonic()
-        # The time left as tqdm writes it, `<7:05`, at the pace since the first call, which may count an earlier attempt.
+        # The time left as tqdm writes it, `<7:05`, at the pace since the first call, which may count what was before.
         since, done = self._first = self._first or (now, self._done)
         left = ""
         if self._total is not None and self._done > done:

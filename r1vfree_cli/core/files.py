@@ -78,8 +78,8 @@ def read_object(path: Path) -> dict:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8, with or without a byte order mark. Raises RecursionError: nested too deeply. ValueError: not JSON,
-    or text that cannot be written again: half of a surrogate pair, which only escapes make.
+    """Parse JSON in UTF-8, with or without a byte order mark. Raises RecursionError: nested too deeply. ValueError: not
+    JSON, or text that cannot be written again: half of a surrogate pair, which only escapes make.
     """
     document = json.loads(data.decode("utf-8-sig"))
     if _SURROGATE.search(data):
@@ -167,7 +167,8 @@ def remembered(path: Path, sound: Callable[[Any], bool], make: Callable[[], Any]
 
 @contextmanager
 def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, which lies beside it: the folder may be deleted and made again. A killed process lets go.
+    """Hold the lock of a folder, which lies beside it: the folder may be deleted and made again. A killed process lets
+    go.
 
     With `wait`, another holder is waited for. Raises UsageError: another process holds it; or it cannot be written.
     """

@@ -46,8 +46,8 @@ class _Split(BaseModel):
 def ensure_rows(path: str, split: str = "train") -> Path:
     """The folder that holds the rows of `path`, prepared first where it must be; several processes may call it at once.
 
-    Raises UsageError: there is no such data, or no such split of a source. DataError: it does not hold rows, is damaged, or
-    lacks the split.
+    Raises UsageError: there is no such data, or no such split of a source. DataError: it does not hold rows, is
+    damaged, or lacks the split.
     """
     cached = _cached(path, split)
     if cached is None:
@@ -111,7 +111,8 @@ def data_sha256(path: str, split: str = "train") -> str:
 
 
 def columns(path: str, split: str = "train") -> list[str]:
-    """The row's columns that hold something in at least one row, without downloading: of a known source what it should have.
+    """The row's columns that hold something in at least one row; of a known source, without downloading, what it should
+    have.
 
     Raises UsageError, DataError: as `ensure_rows`.
     """

@@ -60,7 +60,7 @@ def draw_scene(rng: random.Random, shapes: int) -> list[Shape]:
 
 def draw_image(rng: random.Random, scene: list[Shape]) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels; place, size and background vary."""
-    # A bright sky and a darker ground, of so many shades that hardly two images are alike, however few scenes there are.
+    # A bright sky and a darker ground, of so many shades that hardly two images are alike, however few the scenes.
     sky, ground = (tuple(rng.randint(low, low + 25) for _ in range(3)) for low in (230, 100))
     image = Image.new("RGB", (2 * CELL, 2 * CELL), sky)
     image.paste(ground, (0, CELL, 2 * CELL, 2 * CELL))
@@ -152,7 +152,8 @@ def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dic
 
     `train` and `test` ask questions; their solutions are right. `judge` asks all kinds about every image, for a caption
     first. In `sft` `CAPTION_SHARE` of the questions ask for a caption, and of the other answers `WRONG_SHARE` are the
-    kind's `HABIT`, right or not, after a thinking that is right. Splits and seeds draw from random numbers of their own.
+    kind's `HABIT`, right or not, after a thinking that is right. Splits and seeds draw from random numbers of their
+    own.
 
     Raises ValueError: there is no such split.
     """

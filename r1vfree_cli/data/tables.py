@@ -106,7 +106,8 @@ def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] 
 def counted_name(path: Path, file: Path) -> str:
     """The part of the name of a file in `path`, or of `path` itself, that may say its split.
 
-    Of the folder of a single file, or of what `datasets` saved, the name's end counts: `my_test_set/`, not `test_project/`.
+    Of the folder of a single file, or of what `datasets` saved, the name's end counts: `my_test_set/`, not
+    `test_project/`.
     """
     if path.is_dir() and file != path:
         return f"{path.name}/{file.relative_to(path)}"
@@ -224,7 +225,7 @@ def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, 
 
 
 def _cells(path: Path, separators: str) -> Iterator[dict | RowProblem]:
-    """Lines of CSV, separated by what the header has most of; cells are text, empty ones and NaN none, inf the number."""
+    """Lines of CSV, separated by what the header has most of; cells are text, but none, NaN and inf are those."""
     csv.field_size_limit(2**31 - 1)  # images may be among them, in base64
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

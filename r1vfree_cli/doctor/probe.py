@@ -69,9 +69,9 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     """GB a process holds at the peak of a step, by part; from the model's config alone, no weights are read.
 
     `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it: weights
-    and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al., 2020, section 3.1);
-    without DeepSpeed all are float32, and DDP's buckets hold the gradients once more. Not counted: CUDA's context,
-    fragmentation, vLLM.
+    and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al., 2020, section
+    3.1); without DeepSpeed all are float32, and DDP's buckets hold the gradients once more. Not counted: CUDA's
+    context, fragmentation, vLLM.
 
     Raises DataError: the model's config cannot be read.
     """

@@ -29,8 +29,8 @@ def adapter_parameters(total: int, rank: int) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe, total: int) -> int:
-    """One checkpoint of a model of `total` parameters, of all ranks together: weights as they are held, the optimizer's two
-    moments in 32 bits; with DeepSpeed its 32-bit weights too, and below stage 3 a second copy of the 16-bit ones.
+    """One checkpoint of a model of `total` parameters, of all ranks together: weights as they are held, the optimizer's
+    two moments in 32 bits; with DeepSpeed its 32-bit weights too, and below stage 3 a second copy of the 16-bit ones.
     """
     held = 4 if recipe.weights_dtype == "float32" else 2
     preset = recipe.launch.preset

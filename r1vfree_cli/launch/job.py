@@ -68,11 +68,9 @@ def _interrupted(where: RunDir, before: int) -> Interrupted:
     `before`: the newest checkpoint's step when the command began; a clock may be set back.
     """
     step = _kept(where)
-    message = (
-        f"interrupted: checkpoint at step {step} saved" if step > before else f"interrupted after checkpoint {step}"
-    )
-    if not step:
-        message = "interrupted before the first checkpoint"
+    message = f"interrupted after checkpoint {step}" if step else "interrupted before the first checkpoint"
+    if step > before:
+        message = f"interrupted: checkpoint at step {step} saved"
     again = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     return Interrupted(message, hint=f"to go on: {shlex.join(['r1v', *again, '--resume'])}")
 

@@ -109,7 +109,7 @@ def server_plan(recipe: Recipe, port: int) -> Plan:
 def vllm_policy_plan(
     model: str, revision: str | None, port: int, *, pixels: tuple[int, int], on_cpu: bool, dtype: str
 ) -> Plan:
-    """The command of a vLLM server that answers as the checkpoint `model` on all GPUs. Raises UsageError: there is no vLLM."""
+    """The command of a vLLM server that answers as a checkpoint on all GPUs. Raises UsageError: there is no vLLM."""
     argv = vllm.serve_command(model, revision, port, pixels=pixels, devices=[], on_cpu=on_cpu, dtype=dtype)
     return Plan(argv + vllm.policy_arguments(), _common() | vllm.environment([], on_cpu))
 

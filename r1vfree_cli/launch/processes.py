@@ -37,7 +37,8 @@ SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
 def run_json(plan: Plan) -> dict:
     """Run a command that prints one JSON document, its logs passing through to stderr; returns the document.
 
-    Raises R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document. Interrupted.
+    Raises R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document.
+    Interrupted.
     """
     with _Signals() as signals, tempfile.TemporaryFile() as out:
         process = _start(plan, out, stderr=None)
@@ -84,8 +85,8 @@ class _Signals:
 def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) -> None:
     """Run a plan to its end; logs and errors of its processes are in `logs`. `watch` is called a few times a second.
 
-    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or the end of their time
-    for it (`ranks.grace_s`), kills them.
+    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or the end of their
+    time for it (`ranks.grace_s`), kills them.
 
     Raises R1VError: of the class and exit code that the first failed rank left, else with the log's tail. Interrupted.
     """
@@ -116,8 +117,8 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 @contextmanager
 def serving(recipe: Recipe, logs: Path) -> "Iterator[Server | None]":
-    """Run the recipe's reward server, if it has one, while the body runs. Raises UsageError: its port is taken; it ended, or
-    was not healthy in time; with its log's errors and tail. Interrupted: a signal came while it was starting.
+    """Run the recipe's reward server, if it has one, while the body runs. Raises UsageError: its port is taken; it
+    ended, or was not healthy in time; with its log's errors and tail. Interrupted: a signal came while it was starting.
     """
     if recipe.served is None:
         yield None

@@ -141,8 +141,8 @@ def _translate(settings, model, weights: dict) -> None:
 def _other_base(model, folder: Path, base: str) -> bool | None:
     """Whether `model`, loaded from `base`, is another one than the adapter was trained on; None where nothing tells.
 
-    Told by the signature in an adapter's contract, else by the base that it names: where both places are there their files
-    are compared, and of two hub names the repository's.
+    Told by the signature in an adapter's contract, else by the base that it names: where both places are there their
+    files are compared, and of two hub names the repository's.
     """
     trained_on = (contract.read(folder) or {}).get("base_signature")
     if trained_on and (here := base_signature(model)):

@@ -43,7 +43,7 @@ class Family:
     set_pixel_limits: (processor, min_pixels, max_pixels) -> None, kept by `save_pretrained`; None: it has no limits.
     loader: the class of transformers that loads it.
     shares_prefix: whether `shared_prefix` knows its attention and positions; else groups go through plain TRL.
-    encodes_apart: `get_image_features(pixel_values, image_grid_thw)` gives one tensor an image, which the model takes back
+    encodes_apart: `get_image_features(pixel_values, image_grid_thw)` gives one tensor an image, which the model takes
         as `mm_encoder_outputs`.
     """
 
@@ -68,7 +68,7 @@ class Family:
         return rf"(.*\.)?({'|'.join(self.vision)})\..*"
 
     def vision_modules(self, model) -> list:
-        """The modules of `vision` in a model for conditional generation. Raises UsageError: it has none of that name."""
+        """The modules of `vision` in a model for conditional generation. Raises UsageError: it has none."""
         if not self.vision or not all(hasattr(model.base_model, name) for name in self.vision):
             what = f"where the vision tower of a {model.config.model_type} model is, is not known"
             hint = "model.freeze_vision: false, or describe the family: model.family: my_family.py:FAMILY"

@@ -17,7 +17,8 @@ _BATCH = 512
 
 
 def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
-    """Tokens of each row's complete prompt: chat template, question, instruction and images after the processor's resize.
+    """Tokens of each row's complete prompt: chat template, question, instruction, and images after the processor's
+    resize.
 
     Only image headers are read. Cached by the rows' fingerprint and everything of the processor that matters.
     """

@@ -44,7 +44,8 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
 
     Call it after the TRL config was built: under ZeRO-3 that is what makes `from_pretrained` shard on loading.
 
-    Raises DataError: no loadable vision-language model there. UsageError: flash_attention_2 was asked for and cannot run.
+    Raises DataError: no loadable vision-language model there. UsageError: flash_attention_2 was asked for and cannot
+    run.
     """
     families.use(model.family)
     policy = load_model(
@@ -62,7 +63,8 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
 
 
 def load_processor(model: config.Model, seed: int = 0, *, folder: str | None = None, judge: bool = False):
-    """The checkpoint's processor, or that of an adapter's `folder`, with the recipe's pixel limits; of a policy or `judge`.
+    """The checkpoint's processor, or that of an adapter's `folder`, with the recipe's pixel limits; of a policy or
+    `judge`.
 
     Raises DataError: there is no processor at that place.
     """
@@ -83,8 +85,8 @@ def load_processor(model: config.Model, seed: int = 0, *, folder: str | None = N
 def settle_thinking(processor, *, judge: bool = False) -> None:
     """See that a prompt does not end inside `<think>`, as the chat templates of thinking models have it.
 
-    A policy writes its `<think>` itself: the template's is taken away. A judge is read at the first word of its reply: its
-    thinking is closed. `save_pretrained` keeps the change.
+    A policy writes its `<think>` itself: the template's is taken away. A judge is read at the first word of its reply:
+    its thinking is closed. `save_pretrained` keeps the change.
     """
     text = render(processor, build_messages("?"))
     opened = text.rpartition("<think>")[2].replace("</think>", "", 1).strip() == ""
@@ -105,10 +107,11 @@ def load_model(
 ) -> Any:
     """A model from safetensors, of the class that its config names (never its path), every weight of it from the files.
 
-    `what`: its name in errors. `loader`: the auto class; by default the family's. `foreign`: beginnings of keys that may lie
-    in the files beside the model's own.
+    `what`: its name in errors. `loader`: the auto class; by default the family's. `foreign`: beginnings of keys that
+    may lie in the files beside the model's own.
 
-    Raises DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another shape.
+    Raises DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another
+    shape.
     """
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     if find_adapter_config_file(where, revision=revision):  # from_pretrained would load its base, and what fits of it

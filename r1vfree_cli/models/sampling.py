@@ -57,11 +57,11 @@ def merge_generation_kwargs(given: dict | None, forbidden: dict[str, list]) -> d
 class KeyedDraws:
     """`torch.multinomial(probs, 1)` with row i's t-th token drawn by a number that only (key, i, t) decides.
 
-    So 1 and N processes sample the same completions, and a resumed run those of an uninterrupted one. The distribution is
-    unchanged: inverse transform sampling with independent uniform numbers.
+    So 1 and N processes sample the same completions, and a resumed run those of an uninterrupted one. The distribution
+    is unchanged: inverse transform sampling with independent uniform numbers.
 
-    key: integers, such as (seed, step, micro-step). rows: this process's places in the global batch. tokens: how many draws
-    a row there can be.
+    key: integers, such as (seed, step, micro-step). rows: this process's places in the global batch. tokens: how many
+    draws a row there can be.
     """
 
     def __init__(self, key: tuple[int, ...], rows: Sequence[int], tokens: int) -> None:

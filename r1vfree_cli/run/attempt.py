@@ -20,8 +20,8 @@ class Attempt:
     """One start of a run, as a node's workers see it.
 
     logs: where this node's ranks log, and hold their pid files. launcher_pid: the r1v process; a rank that outlives it
-    ends. git_commit: of the recipe's repository. reward_url: of the reward server of `serve`. longest_first: rows in order
-    of their length. seconds: of the stages before this one. launched: `time.monotonic()` of the launch.
+    ends. git_commit: of the recipe's repository. reward_url: of the reward server of `serve`. longest_first: rows in
+    order of their length. seconds: of the stages before this one. launched: `time.monotonic()` of the launch.
     """
 
     run_dir: str

@@ -71,8 +71,8 @@ class RunDir:
         return [child for child in self.path.iterdir() if child.name != "nodes"]
 
     def begin(self, recipe_yaml: str, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Claim the folder for a new attempt, of this recipe from now on. Killed at any moment, it leaves a run dir that the next
-        call accepts.
+        """Claim the folder for a new attempt, of this recipe from now on. Killed at any moment, it leaves a run dir
+        that the next call accepts.
 
         Raises UsageError: it holds a run and neither resume nor overwrite was asked; or it holds something else.
         """

@@ -50,9 +50,6 @@ class Claim:
         return self.answer == self.truth
 
 
-# --- what is judged --------------------------------------------------------------------------------------------
-
-
 def wrong_answer(rng: random.Random, kind: str, solution: str) -> str:
     """Another answer of the same kind, now and then a stray one."""
     if rng.random() < STRAY_SHARE:
@@ -94,9 +91,6 @@ def by_image(rows: Iterable[dict]) -> list[list[dict]]:
     return [group for group in groups if len(group) > 1]
 
 
-# --- packed batches --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Branch:
     """A claim's tokens after the shared prefix; the answer's are `ids[start:end]`, `ids[end]` closes it."""
@@ -120,7 +114,7 @@ class Targets:
 
 
 class Packer:
-    """Packs claims about images of one size into rows: the prompt's beginning with the image once, then a branch a claim."""
+    """Packs claims about images of one size: the prompt's beginning with the image once, then a branch a claim."""
 
     def __init__(self, processor, model):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -207,9 +201,6 @@ def pixel_values(processor, pngs: list[bytes]) -> torch.Tensor:
     return values.view(len(images), -1, values.shape[-1])
 
 
-# --- training --------------------------------------------------------------------------------------------------
-
-
 def train(model, processor, groups: list[list[dict]], *, steps: int, seed: int) -> None:
     """Train `model` in place on `groups` (`by_image`)."""
     rng = random.Random(f"judge/{seed}")
@@ -248,7 +239,7 @@ def _warm_cosine(step: int, steps: int, warmup: int = 20) -> float:
 
 
 def _order_loss(scores: torch.Tensor, verdicts: Targets, packer: Packer) -> torch.Tensor:
-    """A right claim and the wrong one after it differ in the answer alone: Bradley-Terry, as reward models learn from pairs.
+    """A right claim and the wrong one after it differ in the answer alone: Bradley-Terry, as reward models have it.
 
     scores: log-odds of Yes, [claims].
     """
