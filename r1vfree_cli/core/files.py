@@ -233,9 +233,7 @@ def sync(path: Path) -> None:
 
 def disk_free(path: Path) -> int:
     """Free bytes where `path` is, or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
 
 
 def sha256_file(path: Path) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -43,19 +44,28 @@ class _Split(BaseModel):
     files: list[_File]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What a data path means: a known source, if it is one, where its rows are or will be, and the arguments with
+    which `prepare` makes them there; None for what prepare-data wrote itself."""
+
+    source: sources.Source | None
+    folder: Path
+    arguments: dict[str, Any] | None = None
+
+
 def ensure_rows(path: str, split: str = "train") -> Path:
     """The folder that holds the rows of `path`, prepared first where it must be; several processes may call it at once.
 
     Raises UsageError: there is no such data, or no such split of a source. DataError: it does not hold rows, is
     damaged, or lacks the split.
     """
-    cached = _cached(path, split)
-    if cached is None:
-        _split(_here(path), split)
-        return _here(path)
-    name, arguments = cached
-    out = cache_dir("data", name)
-    with lock(cache_dir("data", f"{name}.cached"), "data cache", wait=True):
+    place = _place(path, split)
+    out, arguments = place.folder, place.arguments
+    if arguments is None:
+        _split(out, split)
+        return out
+    with lock(out.with_name(f"{out.name}.cached"), "data cache", wait=True):
         try:
             _split(out, arguments["split"])
         except DataError:  # not there, or not intact
@@ -67,11 +77,11 @@ def ensure_rows(path: str, split: str = "train") -> Path:
 
 def find_rows(path: str, split: str = "train") -> Path | None:
     """Where `ensure_rows` has the rows or would take them from; None when they are not there yet. Prepares nothing."""
-    if _source_of(path) is None and not os.path.exists(os.path.expanduser(path)):
+    try:
+        folder = _place(path, split).folder
+    except UsageError:
         return None
-    cached = _cached(path, split)
-    here = cache_dir("data", cached[0]) if cached else _here(path)
-    return here if here.exists() else None
+    return folder if folder.exists() else None
 
 
 def load_rows(path: str, split: str = "train", limit: int | None = None) -> datasets.Dataset:
@@ -111,27 +121,22 @@ def data_sha256(path: str, split: str = "train") -> str:
 
 
 def columns(path: str, split: str = "train") -> list[str]:
-    """The row's columns that hold something in at least one row; of a known source, without downloading, what it should
-    have.
+    """The row's columns that hold something in at least one row; of a source, without downloading, what it should have.
 
     Raises UsageError, DataError: as `ensure_rows`.
     """
-    source = _source_of(path)
-    if source is not None:
-        _cached(path, split)
+    if source := _place(path, split).source:
         return list(source.columns)
     found = _split(ensure_rows(path, split), split)
-    empty = [name for name in ("solution", "thinking") if not getattr(found, name)]
-    return [name for name in COLUMNS if name not in empty]
+    return [name for name in COLUMNS if getattr(found, name, True)]
 
 
 def source_name(path: str, split: str = "train") -> str | None:
     """The source that rows come from, `files` for a user's own; None where they are not here yet."""
-    known = _source_of(path)
-    if known is not None:
-        return known.name
-    folder = find_rows(path, split)
-    return read_json(folder / SUMMARY).get("source") if folder and (folder / SUMMARY).is_file() else None
+    place = _place(path, split)
+    if place.source:
+        return place.source.name
+    return read_json(place.folder / SUMMARY).get("source") if (place.folder / SUMMARY).is_file() else None
 
 
 def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[int, int]]:
@@ -148,47 +153,35 @@ def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[i
         return []
 
 
-def _here(path: str) -> Path:
-    here = Path(path if "\0" in path else os.path.expanduser(path))
-    if os.path.exists(here):
-        return here
-    known = [*sources.BY_HUB, "shapes"]
-    hint = did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known))
-    if path in sources.SOURCES and sources.SOURCES[path].hub:
-        hint = f"as a data path this source is called {sources.SOURCES[path].hub}"
-    raise UsageError(f"no such data: {path}", hint=hint)
-
-
-def _source_of(path: str) -> sources.Source | None:
-    name = path.partition("?")[0]
-    return sources.SOURCES["shapes"] if name == "shapes" else sources.BY_HUB.get(name)
-
-
-def _cached(path: str, split: str) -> tuple[str, dict[str, Any]] | None:
-    """(folder name in the cache, arguments for `prepare`); None for what prepare-data wrote."""
-    source = _source_of(path)
+def _place(path: str, split: str) -> _Place:
+    name, _, query = path.partition("?")
+    source = sources.SOURCES["shapes"] if name == "shapes" else sources.BY_HUB.get(name)
+    arguments: dict[str, Any] = {"source": source.name if source else "files", "split": split}
+    key: list[Any] = [SCHEMA_VERSION, arguments]
     if source is None:
-        here = _here(path)
+        here = Path(path if "\0" in path else os.path.expanduser(path))
+        if not os.path.exists(here):
+            known = [*sources.BY_HUB, "shapes"]
+            hint = did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known))
+            if path in sources.SOURCES and sources.SOURCES[path].hub:
+                hint = f"as a data path this source is called {sources.SOURCES[path].hub}"
+            raise UsageError(f"no such data: {path}", hint=hint)
         if (here / SUMMARY).is_file():
-            return None
+            return _Place(None, here)
         split = canonical(split)
-        arguments: dict[str, Any] = {"source": "files", "split": split, "input": str(here), "images": None}
-        code = [sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)]
-        return f"files-{split}-{_fingerprint([SCHEMA_VERSION, split, _content(here), *code])}", arguments
-    query = path.partition("?")[2]
-    arguments = {"source": source.name, "split": split}
-    key = [SCHEMA_VERSION, arguments]
-    if source.name == "shapes":
+        arguments |= {"split": split, "input": str(here), "images": None}
+        key = [SCHEMA_VERSION, split, _content(here)]
+        key += [sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)]
+    elif source.name == "shapes":
         from . import shapes
 
         if split not in shapes.SPLITS:
             raise UsageError(f"shapes has no split {split!r}; it has {', '.join(shapes.SPLITS)}")
         arguments |= _shapes_query(path, query)
-        # Other drawing code draws other data.
-        key.append(sha256_file(Path(shapes.__file__)))
+        key.append(sha256_file(Path(shapes.__file__)))  # other drawing code draws other data
     elif query:
         raise UsageError(f"data path {path}: only shapes takes ?seed=...&n=...")
-    return f"{source.name}-{split}-{_fingerprint(key)}", arguments
+    return _Place(source, cache_dir("data", f"{arguments['source']}-{split}-{_fingerprint(key)}"), arguments)
 
 
 def _fingerprint(document: Any) -> str:

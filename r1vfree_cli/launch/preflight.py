@@ -133,9 +133,8 @@ def _packages(recipe: Recipe, found: Findings) -> None:
             found.lacking(f"{why} needs the package {package}: pip install {_INSTALL.get(package, package)}")
     if flash and (recipe.launch.on_cpu or recipe.model.dtype == "float32"):
         found.errors.append(f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not")
-    for name in trackers:
-        if name not in (*_TRACKERS, "all", "none"):
-            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
+    for name in [name for name in trackers if name not in (*_TRACKERS, "all", "none")]:
+        found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
     compiler = os.environ.get("CXX", "c++")
     if offload and shutil.which(compiler) is None:
         found.lacking(f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without")

@@ -49,9 +49,7 @@ def never_sampled(config, tokenizer, *, use_vllm: bool) -> dict[str, list]:
 def merge_generation_kwargs(given: dict | None, forbidden: dict[str, list]) -> dict:
     """The recipe's `generation_kwargs` with the forbidden tokens added to its own."""
     merged = dict(given or {})
-    for key, values in forbidden.items():
-        merged[key] = sorted({*(merged.get(key) or []), *values})
-    return merged
+    return merged | {key: sorted({*(merged.get(key) or []), *values}) for key, values in forbidden.items()}
 
 
 class KeyedDraws:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from ..core.errors import DataError
 from ..core.files import read_object, write_json
 from .run_dir import RunDir
 
@@ -44,13 +43,10 @@ class Attempt:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What `write` wrote; a fresh attempt where there is none. Raises DataError: the file is damaged."""
+        """What `write` wrote; a fresh attempt where there is none."""
         if not (folder / FILE).is_file():
             return cls.of(RunDir(folder))
-        try:
-            return cls(**read_object(folder / FILE))
-        except TypeError as e:
-            raise DataError(f"{folder / FILE} is damaged: {e}") from None
+        return cls(**read_object(folder / FILE))
 
     @classmethod
     def of(cls, run: RunDir, *, resume: bool = False) -> Self:
