@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..core.errors import UsageError, brief, did_you_mean, nearest
+from ..core.machine import library
 from ..core.redact import secrets_in
 from .rewards import OWN_REWARDS
 from .schema import STAGES, Recipe
@@ -99,10 +100,8 @@ def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 
     Raises UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
     """
-    try:
+    with library(f"cannot read recipe {path}", UsageError):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read recipe {path}: {e}") from None
     document = read_yaml(text, f"recipe {path}")
     if not isinstance(document, dict):
         keys = "a mapping with the keys model, data, train, ..."
@@ -248,8 +247,7 @@ def _model_of(annotation: Any) -> Any:
 
 def load(stage: str, name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Find, read, override, validate: what every command calls."""
-    path = find(stage, name)
-    return validate(stage, load_document(path, overrides), str(path) if path.is_file() and name == str(path) else name)
+    return validate(stage, load_document(find(stage, name), overrides), name)
 
 
 def to_yaml(recipe: BaseModel) -> str:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from . import console
 from .errors import DataError, UsageError, first_line
+from .machine import library
 
 T = TypeVar("T")
 
@@ -63,10 +64,8 @@ def write_json(path: Path, document: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file, with or without a byte order mark. Raises DataError: missing, unreadable or not JSON."""
-    try:
+    with library(f"cannot read {path}"):
         return parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise DataError(f"cannot read {path}: {e}") from None
 
 
 def read_object(path: Path) -> dict:
@@ -112,20 +111,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises DataError: a complete line that is not JSON, or an unreadable file.
     """
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    document = parse_json(line)
-                except (ValueError, RecursionError) as e:
-                    if not line.endswith(b"\n"):
-                        return
-                    raise DataError(f"{path}, line {number}: not JSON: {e}") from None
-                yield number, document
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e}") from None
+    with library(f"cannot read {path}"), open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                document = parse_json(line)
+            except (ValueError, RecursionError) as e:
+                if not line.endswith(b"\n"):
+                    return
+                raise DataError(f"{path}, line {number}: not JSON: {e}") from None
+            yield number, document
 
 
 def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tuple[Any, T | None]]:
@@ -136,10 +132,8 @@ def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tu
     Raises DataError: an unreadable file.
     """
     bad = []
-    try:
+    with library(f"cannot read {path}"):
         lines = path.read_bytes().splitlines(True) if path.is_file() else []
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e}") from None
     for number, line in enumerate(lines, 1):
         document = found = None
         try:

@@ -4,8 +4,10 @@ import errno
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from .errors import R1VError, UsageError, first_line
+from .errors import DataError, R1VError, UsageError, first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYSTEM = re.compile(r"\[?(?:os error|errno) (\d+)", re.IGNORECASE)  # Rust's and Arrow's words for the system's error
@@ -63,6 +65,17 @@ def refused(error: BaseException | None, writing: object = "its results") -> Usa
             return UsageError(f"{where}{error.strerror}", hint="--debug shows what was being done")
         error = error.__cause__
     return None
+
+
+@contextmanager
+def library(what: str, kind: type[R1VError] = DataError, hint: str | None = None) -> Iterator[None]:
+    """What a library or the system raises in the body as our error: `what: its first line`. Lack of memory passes."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, R1VError) or no_memory(e):
+            raise
+        raise kind(f"{what}: {getattr(e, 'strerror', None) or first_line(e)}", hint=hint) from None
 
 
 def how_ended(code: int) -> str:

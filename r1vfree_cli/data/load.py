@@ -20,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean, first_line
 from ..core.files import cache_dir, lock, read_json, read_object, remembered, sha256_file
-from ..core.machine import refused
+from ..core.machine import library, refused
 from . import images, layouts, rows, sources
 from .prepare import SUMMARY, prepare
 from .rows import COLUMNS, SCHEMA_VERSION
@@ -193,7 +193,7 @@ def _content(path: Path) -> list[list[str]]:
 
     Raises DataError: it names its images by path, so that the content says nothing about them; or it is no data.
     """
-    try:
+    with library(f"cannot read {path}"):
         if not path.is_dir():
             files = [path]
         elif is_saved(path):
@@ -206,8 +206,6 @@ def _content(path: Path) -> list[list[str]]:
         files += sorted(path.rglob("*.json")) if is_saved(path) else []  # `datasets` names the splits there
         splits = [str(split_of(counted_name(path, file))) for file in files]
         return [[split, *found] for split, found in zip(splits, _hashes(files), strict=True)]
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror or e}") from None
 
 
 def _hashes(files: list[Path]) -> list[list[str]]:

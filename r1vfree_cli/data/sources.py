@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import console
-from ..core.errors import UsageError, did_you_mean, first_line
+from ..core.errors import UsageError, did_you_mean
+from ..core.machine import library
 from .drops import RowProblem
 from .layouts import first, own_rows, parsed, read
 from .rows import COLUMNS, RawRow
@@ -140,11 +141,9 @@ def _hub(name: str | None) -> list[tuple[str | None, Table]]:
     """Download a repository's splits, or find them in the cache of `datasets`."""
     import datasets
 
-    try:
+    hint = "check the connection and `hf auth login`, or give a local copy with --input"
+    with library(f"cannot load {name} from the hub", UsageError, hint):
         found = datasets.load_dataset(name)
-    except Exception as e:  # the hub's client, its HTTP library and the readers raise kinds of their own
-        hint = "check the connection and `hf auth login`, or give a local copy with --input"
-        raise UsageError(f"cannot load {name} from the hub: {first_line(e)}", hint=hint) from None
     return [(split, dataset_table(found[split], f"{name}/{split}", ())) for split in found]
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError, first_line
+from ..core.machine import library
 from .drops import RowProblem
 from .layouts import SPLIT_COLUMNS, is_record
 
@@ -130,7 +130,7 @@ def data_files(folder: Path) -> list[Path]:
     chosen: list[Path] = []
     others: list[str] = []
     for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json", "*.csv", "*.tsv"):
-        with _reading(folder):
+        with library(f"cannot read {folder}"):
             found = sorted(file for file in folder.rglob(pattern) if file.is_file() and file.name not in _NOT_ROWS)
         files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
         others += [str(f.relative_to(folder)) for f in files if chosen and f not in chosen]
@@ -147,7 +147,7 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
     if suffix not in _WRAPPED:
         hint = "save the sheet as CSV UTF-8" if suffix in (".xlsx", ".xls", ".ods", ".numbers") else None
         raise UsageError(f"cannot read {path}: want {', '.join(_WRAPPED)} or a folder of these", hint=hint)
-    with _reading(path), open(path, "rb") as file:
+    with library(f"cannot read {path}"), open(path, "rb") as file:
         head = file.read(4096)
     encoding = json.detect_encoding(head[:4])
     if not encoding.startswith("utf-8"):
@@ -162,17 +162,6 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
     return Table(name, sum(1 for _ in read()), roots, lambda: ([record] for record in read()))
 
 
-@contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """The errors of the system, pyarrow, pandas and `datasets` as a DataError."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"cannot read {path}: {getattr(e, 'strerror', None) or first_line(e)}") from None
-
-
 def parquet_table(path: Path, name: str, roots: Sequence[Path]) -> Table:
     """One parquet file, read a few records at a time, and never copied as `datasets` would do.
 
@@ -182,10 +171,10 @@ def parquet_table(path: Path, name: str, roots: Sequence[Path]) -> Table:
 
     def batches() -> Iterator[Any]:
         # Buffered: a column chunk of images can be larger than what may be held at once.
-        with _reading(path), pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+        with library(f"cannot read {path}"), pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             yield from file.iter_batches(batch_size=BATCH)
 
-    with _reading(path):
+    with library(f"cannot read {path}"):
         return Table(name, pq.read_metadata(path).num_rows, roots, batches)
 
 
@@ -193,7 +182,7 @@ def dataset_table(dataset: Any, name: str, roots: Sequence[Path]) -> Table:
     """A `datasets.Dataset`, read as stored: images are not decoded."""
 
     def batches() -> Iterator[Any]:
-        with _reading(name):
+        with library(f"cannot read {name}"):
             yield from dataset.with_format("arrow").iter(batch_size=BATCH)
 
     return Table(name, len(dataset), roots, batches)
@@ -212,10 +201,8 @@ def _records(batch: Any) -> list[dict | RowProblem]:
 def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, Table]]:
     import datasets
 
-    try:
+    with library(f"cannot read {path}, saved by datasets"):
         found = datasets.load_from_disk(str(path))
-    except Exception as e:  # its readers raise anything on a damaged folder
-        raise DataError(f"cannot read {path}, saved by datasets: {first_line(e)}") from None
     if not isinstance(found, datasets.DatasetDict):
         found = {split_of(counted_name(path, path)) or str(found.split or "train"): found}
     return [
@@ -227,19 +214,16 @@ def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, 
 def _cells(path: Path, separators: str) -> Iterator[dict | RowProblem]:
     """Lines of CSV, separated by what the header has most of; cells are text, but none, NaN and inf are those."""
     csv.field_size_limit(2**31 - 1)  # images may be among them, in base64
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = re.sub(r'"[^"]*"', "", file.readline())
-            file.seek(0)
-            for record in csv.DictReader(file, delimiter=max(separators, key=header.count)):
-                cells = {k: _CELLS.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
-                yield RowProblem("line has more cells than the header") if None in record else cells
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"cannot read {path}: {first_line(e)}", hint=_WANTED) from None
+    with library(f"cannot read {path}", hint=_WANTED), open(path, encoding="utf-8-sig", newline="") as file:
+        header = re.sub(r'"[^"]*"', "", file.readline())
+        file.seek(0)
+        for record in csv.DictReader(file, delimiter=max(separators, key=header.count)):
+            cells = {k: _CELLS.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
+            yield RowProblem("line has more cells than the header") if None in record else cells
 
 
 def _lines(path: Path) -> Iterator[dict | RowProblem | None]:
-    with _reading(path), open(path, "rb") as file:
+    with library(f"cannot read {path}"), open(path, "rb") as file:
         for line in file:
             yield _parse(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else None
 

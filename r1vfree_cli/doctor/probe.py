@@ -15,8 +15,9 @@ from ..config import recipes
 from ..config.embedded import resolve_model, with_seed
 from ..config.rewards import FeedbackReward
 from ..config.schema import GrpoRecipe, SftRecipe
-from ..core.errors import DataError, R1VError, first_line
+from ..core.errors import R1VError
 from ..core.files import write_json
+from ..core.machine import library
 from ..data.load import ensure_rows, load_rows
 from ..launch.disk import GB, adapter_parameters
 from ..models import family
@@ -120,15 +121,11 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
 
 def _weightless(recipe: GrpoRecipe | SftRecipe) -> Any:
     family.use(recipe.model.family)
-    try:
+    with library(f"cannot read the config of model {recipe.model.name}"):
         where = resolve_model(recipe.model.name, recipe.seed)
         config = AutoConfig.from_pretrained(where, revision=recipe.model.revision)
         with torch.device("meta"):
             return auto_class(config).from_config(config)
-    except R1VError:
-        raise
-    except Exception as e:  # damaged files raise anything
-        raise DataError(f"cannot read the config of model {recipe.model.name}: {first_line(e)}") from None
 
 
 def _per_token(config, layers: int, norms: int, checkpointing: bool) -> float:

@@ -26,7 +26,7 @@ from ..core import console
 from ..core import process as ranks
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
 from ..core.files import read_json
-from ..core.machine import disk_full, ended, how_ended
+from ..core.machine import disk_full, ended, how_ended, library
 from .plan import Plan, free_port, port_is_free, server_plan
 
 SAME_MOMENT_S = 0.3
@@ -195,7 +195,9 @@ class Server:
 
 
 def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT, launcher: bool = False):
-    try:
+    # Also where the file is there and the interpreter of its first line is not.
+    hint = "make its environment again if that moved; R1V_VLLM names another vllm"
+    with library(f"cannot run {plan.argv[0]}", UsageError, hint):
         return subprocess.Popen(
             plan.argv,
             env={**os.environ, **plan.env},
@@ -205,9 +207,6 @@ def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT
             start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
             preexec_fn=_outlive_signals if launcher else functools.partial(ranks.die_with_parent, signal.SIGTERM),
         )
-    except OSError as e:  # also where the file is there and the interpreter of its first line is not
-        hint = "make its environment again if that moved; R1V_VLLM names another vllm"
-        raise UsageError(f"cannot run {plan.argv[0]}: {e.strerror}", hint=hint) from None
 
 
 def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UsageError, first_line
+from ..core.errors import UsageError
+from ..core.machine import library
 from ..core.process import gpu_names
 
 RELEASE = "0.32"  # others expand images otherwise, or keep what the old vision tower made of them
@@ -117,14 +118,12 @@ def _vocabulary(model: str) -> set[str] | None:
 def config_of(model: str, revision: str | None) -> dict[str, Any]:
     """The model's config.json, from its folder or the hub's cache or the hub. Raises UsageError: it cannot be read."""
     file = Path(model) / "config.json"
-    try:
+    with library(f"cannot read the config.json of {model}", UsageError):
         if not Path(model).is_dir():
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(model, "config.json", revision=revision))
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except Exception as e:  # of the hub, of many kinds
-        raise UsageError(f"cannot read the config.json of {model}: {first_line(e)}") from None
 
 
 def environment(devices: list[int], on_cpu: bool) -> dict[str, str]:

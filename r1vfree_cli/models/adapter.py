@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ..core import console
 from ..core.errors import DataError, R1VError, first_line
+from ..core.machine import library
 from ..run import contract
 from ..run.checkpoint import ADAPTER, ADAPTER_WEIGHTS, adapter_base, adapter_settings, same_weights
 
@@ -35,11 +36,9 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
     base = adapter_base(folder, base)
     misfit = f"the adapter in {folder} does not fit its base {base}"
     hint = "the base must be the model that it was trained on: name it with --base"
-    try:
+    with library(f"cannot read the adapter in {folder}"):
         weights = load_file(folder / ADAPTER_WEIGHTS)
         settings = LoraConfig.from_pretrained(str(folder))
-    except Exception as e:  # damaged files raise anything
-        raise DataError(f"cannot read the adapter in {folder}: {first_line(e)}") from None
     other = _other_base(model, folder, base)
     if other is None and Path(str(recorded)).name != Path(base).name:
         unknown = f"whether {base} is that model cannot be told"
@@ -107,10 +106,8 @@ def _fetched(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    try:
+    with library(f"no adapter at {name}"):
         return Path(snapshot_download(name, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS, contract.FILE]))
-    except Exception as e:  # no network, no such repository
-        raise DataError(f"no adapter at {name}: {first_line(e)}") from None
 
 
 def _bare(key: str) -> str:

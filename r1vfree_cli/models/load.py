@@ -15,8 +15,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..config import schema as config
 from ..core import console
-from ..core.errors import DataError, R1VError, UsageError, first_line
-from ..core.machine import no_memory
+from ..core.errors import DataError, UsageError
+from ..core.machine import library
 from ..core.process import time_limit
 from ..core.prompts import build_messages
 from ..run.checkpoint import merge_command, resolve
@@ -73,10 +73,8 @@ def load_processor(model: config.Model, seed: int = 0, *, folder: str | None = N
     common: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     processor = open_processor(folder or where, what=f"model {folder or model.name}", **common)
     processor.tokenizer.padding_side = "left"
-    try:
+    with library(f"cannot read the config of model {model.name}"):
         family = families.of(AutoConfig.from_pretrained(where, **common))
-    except Exception as e:  # damaged files raise anything
-        raise DataError(f"cannot read the config of model {model.name}: {first_line(e)}") from None
     families.limit_pixels(family, processor, model.min_pixels, model.max_pixels)
     settle_thinking(processor, judge=judge)
     return processor
@@ -119,20 +117,14 @@ def load_model(
         fetch = "" if folder == where else f"hf download {where} --local-dir {folder} && "
         raise DataError(f"{what} is a LoRA adapter", hint=f"first: {fetch}{merge_command(folder)}")
     console.log(f"loading {what}")
-    try:
+    hint = "give a hub name or a folder with config.json and *.safetensors"
+    with library(f"cannot load {what} as a vision-language model", hint=hint):
         found = AutoConfig.from_pretrained(where, **common)
         auto = getattr(transformers, loader) if loader else auto_class(found)
         check_size(where, found, auto, what)
         options |= common | {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
         with torch.random.fork_rng():  # weights are initialised before they are loaded
             model, info = auto.from_pretrained(where, **options)
-    except R1VError:
-        raise
-    except Exception as e:  # damaged files raise anything
-        if no_memory(e):
-            raise
-        hint = "give a hub name or a folder with config.json and *.safetensors"
-        raise DataError(f"cannot load {what} as a vision-language model: {first_line(e)}", hint=hint) from None
     lacking = [f"missing: {key}" for key in sorted(info["missing_keys"])]
     lacking += [f"of another shape: {key}" for key, *_ in sorted(info["mismatched_keys"])]
     if lacking:
@@ -153,19 +145,15 @@ def open_processor(where: str, *, what: str, revision: str | None = None, trust_
 
     Raises DataError: there is none, the template or the tokenizer is broken, loops, or leaves out the image.
     """
-    try:
+    with library(f"cannot load the processor of {what}"):
         processor = AutoProcessor.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot load the processor of {what}: {first_line(e)}") from None
     if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
         raise DataError(f"{what} has no image processor", hint="r1v trains vision-language models")
     text = render(processor, build_messages("?"), what=what)  # a question about an image
     if processor.image_token not in text:
         raise DataError(f"the chat template of {what} leaves out the image")
-    try:
+    with library(f"the tokenizer of {what} does not work"):
         kept = processor.tokenizer.decode(processor.tokenizer(text).input_ids)
-    except Exception as e:  # settings of another type
-        raise DataError(f"the tokenizer of {what} does not work: {first_line(e)}") from None
     if "?" not in kept:  # without its files transformers makes one with an empty vocabulary
         raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
     return processor
@@ -182,11 +170,8 @@ def render(processor, messages: list[dict], *, add_generation_prompt: bool = Tru
     Raises DataError: the template, of `what`, is broken, loops, or writes without end.
     """
     told = f"the chat template of {what or f'model {processor.tokenizer.name_or_path}'}"
-    try:
-        with time_limit(TEMPLATE_S):
-            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as e:
-        raise DataError(f"{told} does not work: {first_line(e)}") from None
+    with library(f"{told} does not work"), time_limit(TEMPLATE_S):
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     if len(text) > TEMPLATE_CHARS:
         raise DataError(f"{told} writes {len(text):,} characters; at most {TEMPLATE_CHARS:,} are taken")
     return text
