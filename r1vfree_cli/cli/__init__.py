@@ -15,7 +15,7 @@ import typer
 
 from ..core.errors import Interrupted, R1VError, UsageError
 from . import evaluate, recipes
-from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDirPath, Set, option, recipe_names, with_options
+from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDir, Set, option, put, recipe_names, with_options
 
 app = typer.Typer(
     name="r1v",
@@ -104,18 +104,16 @@ def prepare_data(
         summary = prepare(source, out, overwrite=overwrite, **given)
         head = [["read as", summary["layout"]]]
         head += [[f"rows, {name}", part["rows"]] for name, part in summary["splits"].items()]
-    if json:
-        console.emit_json(summary)
-        return
     rows = [*head, *([f"dropped, {reason}", count] for reason, count in summary.get("dropped", {}).items())]
-    console.emit_table("estimate" if "estimate" in given else str(out), ["", "rows" * (source != "distill")], rows)
+    title, columns = "estimate" if "estimate" in given else str(out), ["", "rows" * (source != "distill")]
+    put(summary, json, lambda: console.emit_table(title, columns, rows))
 
 
 def _train(
     stage: str,
     recipe: RecipeName,
     set: Set = None,
-    run_dir: RunDirPath = None,
+    run_dir: RunDir = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -178,12 +176,10 @@ def merge(
     from ..launch import job as jobs
 
     result = jobs.merge(checkpoint, out, base=base, dtype=dtype, overwrite=overwrite)
-    if json:
-        console.emit_json(result)
-    else:
-        shown = {key: result[key] for key in ("kind", "source", "base", "dtype") if result[key] is not None}
-        shown["largest logit difference"] = f"{result['max_logit_difference']:.2g} (allowed {result['tolerance']:.2g})"
-        console.emit_table(str(out), ["", ""], [[key, value] for key, value in shown.items()])
+    rows = [[key, result[key]] for key in ("kind", "source", "base", "dtype") if result[key] is not None]
+    difference = f"{result['max_logit_difference']:.2g} (allowed {result['tolerance']:.2g})"
+    rows.append(["largest logit difference", difference])
+    put(result, json, lambda: console.emit_table(str(out), ["", ""], rows))
 
 
 @app.command()
@@ -199,14 +195,10 @@ def doctor(
 
     Exit 2 when something would stop the run.
     """
-    from ..core import console
     from ..doctor.checks import diagnose, show
 
     result = diagnose(recipe, set or [], step=step)
-    if json:
-        console.emit_json(result)
-    else:
-        show(result)
+    put(result, json, lambda: show(result))
     if not result["ready"]:
         raise UsageError("not ready", hint="see the lines that say error")
 
@@ -222,14 +214,9 @@ def report(
 
     Markdown, one self-contained HTML page, pictures.
     """
-    from ..core import console
     from ..report import report as write_report
 
-    result = write_report(dirs, out, overwrite=overwrite)
-    if json:
-        console.emit_json(result)
-    else:
-        console.emit(f"{out / 'report.html'}\n{out / 'report.md'}")
+    put(write_report(dirs, out, overwrite=overwrite), json, f"{out / 'report.html'}\n{out / 'report.md'}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import UsageError, counted
-from .options import Json, Overwrite, Set
+from .options import Json, Overwrite, Set, put
 
 app = typer.Typer(help="What recipes there are, resolved and checked.", no_args_is_help=True)
 
@@ -71,22 +71,13 @@ def _load(name: str, set: list[str] | None, stage: str | None) -> tuple[str, Any
 def recipes_show(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Json = False) -> None:
     """A recipe, fully resolved."""
     from ..config import recipes
-    from ..core import console
 
     _, recipe = _load(name, set, stage)
-    if json:
-        console.emit_json(recipe.model_dump(mode="json"))
-    else:
-        console.emit(recipes.to_yaml(recipe))
+    put(recipe.model_dump(mode="json"), json, recipes.to_yaml(recipe))
 
 
 @app.command("validate")
 def recipes_validate(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Json = False) -> None:
     """Check a recipe; all errors at once."""
-    from ..core import console
-
     kind, _ = _load(name, set, stage)
-    if json:
-        console.emit_json({"recipe": name, "stage": kind, "valid": True})
-    else:
-        console.emit(f"{name}: a valid {kind} recipe")
+    put({"recipe": name, "stage": kind, "valid": True}, json, f"{name}: a valid {kind} recipe")
