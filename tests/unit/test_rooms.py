@@ -10,21 +10,21 @@ PACKAGE = Path(__file__).parents[2] / "r1vfree_cli"
 # From the bottom up: a room may import itself and those above it in this table. Numbers: non-blank lines at most.
 # A room that needs more first asks what can go; a budget is raised in the commit that needs it, with the reason.
 ROOMS = {
-    "core": 766,
-    "config": 938,
-    "run": 388,
-    "data": 1535,
-    "launch": 1127,
-    "models": 656,
+    "core": 769,
+    "config": 936,
+    "run": 384,
+    "data": 1508,
+    "launch": 1124,
+    "models": 636,
     "shared_prefix": 1177,
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
     "eval": 3247,
     "report": 1395,
-    "doctor": 351,
+    "doctor": 348,
     "tiny": 365,
-    "cli": 499,
+    "cli": 483,
 }
 ORDER = list(ROOMS)
 
