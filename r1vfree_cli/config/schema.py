@@ -186,10 +186,9 @@ class _Recipe(Strict):
         # Tags, question and chat template take some more.
         limit, image = self.data.max_prompt_tokens, self.model.max_pixels // FEWEST_PIXELS
         if limit is not None and image + 32 > limit:
-            raise ValueError(
-                f"model.max_pixels ({self.model.max_pixels}) allows images of {image} tokens, which with a question "
-                f"do not fit data.max_prompt_tokens ({limit}): raise the one or lower the other"
-            )
+            tokens = f"model.max_pixels ({self.model.max_pixels}) allows images of {image} tokens"
+            limits = f"data.max_prompt_tokens ({limit}): raise the one or lower the other"
+            raise ValueError(f"{tokens}, which with a question do not fit {limits}")
         return self
 
     @property
@@ -271,10 +270,8 @@ class GrpoRecipe(_Recipe):
         size = self.train.prompts_per_device * self.train.num_generations * self.launch.processes
         generation = self.trl.get("generation_batch_size")
         if isinstance(generation, int) and generation % size:
-            raise ValueError(
-                f"train.generation_batch_size ({generation}) must be a multiple of prompts_per_device x "
-                f"num_generations x processes = {size}"
-            )
+            product = f"prompts_per_device x num_generations x processes = {size}"
+            raise ValueError(f"train.generation_batch_size ({generation}) must be a multiple of {product}")
         return self
 
 

@@ -124,10 +124,8 @@ def make_row(
     Raises RowProblem: with the reason to count.
     """
     items = _known(raw.images)
-    if items is None:
-        items = []
-    elif isinstance(items, str | bytes | dict) or not isinstance(items, Sequence):
-        items = [items]
+    if isinstance(items, str | bytes | dict) or not isinstance(items, Sequence):
+        items = [] if items is None else [items]
     row = {
         "id": clean_id(_known(raw.id), fallback_id),
         "problem": clean_problem(_known(raw.problem)),

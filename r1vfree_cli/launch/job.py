@@ -76,10 +76,10 @@ def _interrupted(where: RunDir, before: int) -> Interrupted:
 
 
 def _dry_run(recipe: Recipe, findings: preflight.Findings, plan: plans.Plan) -> dict:
-    port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
     server = None
     try:
-        server = plans.server_plan(recipe, port) if recipe.served else None
+        if recipe.served:  # a run without serve.port takes one that is free then
+            server = plans.server_plan(recipe, recipe.served.port or 8000)
     except UsageError as e:  # no vLLM on this machine, no hub
         if not findings.errors:
             findings.unchecked.append(f"the command of the reward server: {e.message}")

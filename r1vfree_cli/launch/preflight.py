@@ -259,10 +259,9 @@ def _means_something(recipe: Recipe, found: Findings) -> None:
     for judge in recipe.judges:
         name = judge.serve.model if judge.serve else judge.model
         if is_embedded(name) and source not in (None, "shapes"):
-            found.errors.append(
-                f"rewards.{judge.key}: {name} knows drawn shapes alone, and data.path is {data.path}: name a judge of "
-                "such images (grpo/own-data asks an endpoint), or train one (r1v sft, role: judge)"
-            )
+            remedy = "name a judge of such images (grpo/own-data asks an endpoint), or train one (r1v sft, role: judge)"
+            knows = f"{name} knows drawn shapes alone, and data.path is {data.path}"
+            found.errors.append(f"rewards.{judge.key}: {knows}: {remedy}")
     if heldout and source and (other := source_name(heldout.path, heldout.split)) not in (None, source):
         found.warnings.append(
             f"data.heldout {heldout.path} holds rows of {other}, data.path rows of {source}: accuracy on the one says "

@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[2] / "r1vfree_cli"
 # A room that needs more first asks what can go; a budget is raised in the commit that needs it, with the reason.
 ROOMS = {
     "core": 769,
-    "config": 936,
+    "config": 933,
     "run": 384,
-    "data": 1508,
-    "launch": 1124,
-    "models": 636,
+    "data": 1506,
+    "launch": 1123,
+    "models": 635,
     "shared_prefix": 1177,
     "judges": 1766,
     "rewards": 954,
