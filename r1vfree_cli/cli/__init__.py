@@ -15,7 +15,7 @@ import typer
 
 from ..core.errors import Interrupted, R1VError, UsageError
 from . import evaluate, recipes
-from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDirPath, Set, option, recipe_names, with_options
+from .options import DryRun, Json, Overwrite, RecipeName, Resume, RunDir, Set, option, put, recipe_names, with_options
 
 app = typer.Typer(
     name="r1v",
@@ -104,18 +104,16 @@ def prepare_data(
         summary = prepare(source, out, overwrite=overwrite, **given)
         head = [["read as", summary["layout"]]]
         head += [[f"rows, {name}", part["rows"]] for name, part in summary["splits"].items()]
-    if json:
-        console.emit_json(summary)
-        return
     rows = [*head, *([f"dropped, {reason}", count] for reason, count in summary.get("dropped", {}).items())]
-    console.emit_table("estimate" if "estimate" in given else str(out), ["", "rows" * (source != "distill")], rows)
+    title, columns = "estimate" if "estimate" in given else str(out), ["", "rows" * (source != "distill")]
+    put(summary, json, lambda: console.emit_table(title, columns, rows))
 
 
 def _train(
     stage: str,
     recipe: RecipeName,
     set: Set = None,
-    run_dir: RunDirPath = None,
+    run_dir: RunDir = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -178,12 +176,10 @@ def merge(
     from ..launch import job as jobs
 
     result = jobs.merge(checkpoint, out, base=base, dtype=dtype, overwrite=overwrite)
-    if json:
-        console.emit_json(result)
-    else:
-        shown = {key: result[key] for key in ("kind", "source", "base", "dtype") if result[key] is not None}
-        shown["largest logit difference"] = f"{result['max_logit_difference']:.2g} (allowed {result['tolerance']:.2g})"
-        console.emit_table(str(out), ["", ""], [[key, value] for key, value in shown.items()])
+    rows = [[key, result[key]] for key in ("kind", "source", "base", "dtype") if result[key] is not None]
+    difference = f"{result['max_logit_difference']:.2g} (allowed {result['tolerance']:.2g})"
+    rows.append(["largest logit difference", difference])
+    put(result, json, lambda: console.emit_table(str(out), ["", ""], rows))
 
 
 @app.command()
@@ -199,14 +195,10 @@ def doctor(
 
     Exit 2 when something would stop the run.
     """
-    from ..core import console
     from ..doctor.checks import diagnose, show
 
     result = diagnose(recipe, set or [], step=step)
-    if json:
-        console.emit_json(result)
-    else:
-        show(result)
+    put(result, json, lambda: show(result))
     if not result["ready"]:
         raise UsageError("not ready", hint="see the lines that say error")
 
@@ -222,14 +214,9 @@ def report(
 
     Markdown, one self-contained HTML page, pictures.
     """
-    from ..core import console
     from ..report import report as write_report
 
-    result = write_report(dirs, out, overwrite=overwrite)
-    if json:
-        console.emit_json(result)
-    else:
-        console.emit(f"{out / 'report.html'}\n{out / 'report.md'}")
+    put(write_report(dirs, out, overwrite=overwrite), json, f"{out / 'report.html'}\n{out / 'report.md'}")
 
 
 @app.command()
@@ -281,25 +268,23 @@ def _hinting() -> Iterator[None]:
         yield
     except SystemExit as e:
         stage = next((a for a in sys.argv[1:] if a in ("grpo", "sft")), None)
-        if e.code != 2 or stage is None:
-            raise
-        given = sys.argv[sys.argv.index(stage) + 1 :]
-        if "--config" in given or (given and not given[0].startswith("-") and "=" not in given[0]):
-            name = "NAME" if given[0].startswith("-") else given[0]
-            hint = f"r1v {stage} --recipe {name} runs a recipe: a shipped name or the path of a YAML file"
-        elif key := next((a for a in given if re.fullmatch(r"(--)?[a-z_.-]+(=.*)?", a) and _is_key(a)), None):
-            hint = f"a key of the recipe is set by --set train.{key.lstrip('-').partition('=')[0].replace('-', '_').removeprefix('train.')}=VALUE"
-        else:
-            raise
-        print(f"hint: {hint}", file=sys.stderr)
+        if e.code == 2 and stage and (hint := _hint(stage, sys.argv[sys.argv.index(stage) + 1 :])):
+            print(f"hint: {hint}", file=sys.stderr)
         raise
 
 
-def _is_key(word: str) -> bool:
+def _hint(stage: str, given: list[str]) -> str | None:
     from ..config.trl_keys import trl_keys
 
-    name = word.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("train.")
-    return ("=" in word and not word.startswith("--")) or name in trl_keys("grpo") or name in trl_keys("sft")
+    name = given[0] if given and not given[0].startswith("-") else "NAME"
+    if "--config" in given or (name != "NAME" and "=" not in name):
+        return f"r1v {stage} --recipe {name} runs a recipe: a shipped name or the path of a YAML file"
+    for word in given:
+        key = word.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("train.")
+        known = key in trl_keys("grpo") or key in trl_keys("sft") or ("=" in word and not word.startswith("--"))
+        if known and re.fullmatch(r"[a-z_.]+", key):
+            return f"a key of the recipe is set by --set train.{key}=VALUE"
+    return None
 
 
 def main() -> None:

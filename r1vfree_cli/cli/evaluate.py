@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Json, Set, option, recipe_names, with_options
+from .options import Json, Set, option, put, recipe_names, with_options
 
 app = typer.Typer()
 
@@ -68,7 +68,6 @@ def _evaluate(
     json: Json = False,
     **options: Any,
 ) -> None:
-    from ..core import console
     from ..eval.options import check_gates, load
     from ..eval.runner import evaluate
     from ..eval.show import print_scores
@@ -76,10 +75,7 @@ def _evaluate(
     given = {"benchmark": benchmark, "checkpoint": checkpoint} | options
     asked = load(recipe, set or [], {key: value for key, value in given.items() if value not in (None, [])})
     result = evaluate(asked)
-    if json:
-        console.emit_json(result)
-    else:
-        print_scores(result)
+    put(result, json, lambda: print_scores(result))
     if "metrics" in result:
         check_gates(result, asked.fail_under)
 

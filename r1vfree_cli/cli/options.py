@@ -25,7 +25,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: a.b=value, the value is YAML. Repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
-RunDirPath = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes. Default: runs/RECIPE.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Where the run goes. Default: runs/RECIPE.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is there first.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check, print the exact launch; start nothing.")]
@@ -49,3 +49,15 @@ def option(name: str, kind: Any, text: str | None, more: dict | None = None) -> 
     flag = "--" + name.removesuffix("_s").replace("_", "-")
     annotation = Annotated[kind | None, typer.Option(flag, help=text, **(more or {}))]  # type: ignore[valid-type]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def put(result: Any, json: bool, text: str | Callable[[], Any]) -> None:
+    """With --json the one document on stdout; else the text, or what `text` prints."""
+    from ..core import console
+
+    if json:
+        console.emit_json(result)
+    elif isinstance(text, str):
+        console.emit(text)
+    else:
+        text()

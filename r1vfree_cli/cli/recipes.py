@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import UsageError, counted
-from .options import Json, Overwrite, Set
+from .options import Json, Overwrite, Set, put
 
 app = typer.Typer(help="What recipes there are, resolved and checked.", no_args_is_help=True)
 
@@ -58,35 +58,26 @@ def recipes_copy(
     console.log(f"{file}: run it with r1v {kind}{' NAME CKPT' if kind == 'eval' else ''} --recipe {file}")
 
 
-def _load_recipe(kind: str, name: str, overrides: list[str]) -> Any:
+def _load(name: str, set: list[str] | None, stage: str | None) -> tuple[str, Any]:
+    """(stage, recipe)"""
     from ..config import recipes
     from ..eval import options
 
-    return options.load(name, overrides, {}) if kind == "eval" else recipes.load(kind, name, overrides)
+    kind, name = recipes.stage_and_name(name, stage)
+    return kind, options.load(name, set or [], {}) if kind == "eval" else recipes.load(kind, name, set or [])
 
 
 @app.command("show")
 def recipes_show(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Json = False) -> None:
     """A recipe, fully resolved."""
     from ..config import recipes
-    from ..core import console
 
-    recipe = _load_recipe(*recipes.stage_and_name(name, stage), set or [])
-    if json:
-        console.emit_json(recipe.model_dump(mode="json"))
-    else:
-        console.emit(recipes.to_yaml(recipe))
+    _, recipe = _load(name, set, stage)
+    put(recipe.model_dump(mode="json"), json, recipes.to_yaml(recipe))
 
 
 @app.command("validate")
 def recipes_validate(name: AnyRecipe, set: Set = None, stage: Stage = None, json: Json = False) -> None:
     """Check a recipe; all errors at once."""
-    from ..config import recipes
-    from ..core import console
-
-    kind, name = recipes.stage_and_name(name, stage)
-    _load_recipe(kind, name, set or [])
-    if json:
-        console.emit_json({"recipe": name, "stage": kind, "valid": True})
-    else:
-        console.emit(f"{name}: a valid {kind} recipe")
+    kind, _ = _load(name, set, stage)
+    put({"recipe": name, "stage": kind, "valid": True}, json, f"{name}: a valid {kind} recipe")

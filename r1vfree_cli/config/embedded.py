@@ -31,9 +31,9 @@ _LIBRARIES = ("torch", "transformers", "trl", "tokenizers", "pillow")
 class Stage:
     """One piece that may have to be built.
 
-    name: `embedded:...` as in a recipe. title: what to show. folder: the cache folder; the model is in `path`.
-    kind `module`: run `python -m MODULE *args OUT` with OUT = `final` in the folder that `building` yields;
-    kind `recipe`: run the recipe `args[0]` (`stage/name`) with the overrides `args[1:]`, that folder as its run dir.
+    name: `embedded:...` as in a recipe. title: what to show. folder: the cache folder; the model is in `path`. kind
+    `module`: run `python -m MODULE *args OUT`; kind `recipe`: run the recipe `args[0]` with the overrides `args[1:]`,
+    both into the folder that `building` yields, where `final` holds the model then.
     """
 
     name: str
@@ -84,20 +84,19 @@ def stages(names: Sequence[str | None], seed: int) -> list[Stage]:
 
     Raises UsageError: there is no such embedded model.
     """
-    found: dict[str, Stage] = {}
-    for name in names:
-        if is_embedded(name):
-            first = [f"{PREFIX}tiny-init"] if name == f"{PREFIX}tiny-policy" else []  # what it is trained from
-            found |= {piece: _stage(piece, seed) for piece in (*first, str(name)) if piece not in found}
-    return list(found.values())
+    wanted: list[str] = []
+    for name in filter(is_embedded, names):
+        # The policy is trained from tiny-init.
+        wanted += [f"{PREFIX}tiny-init"] * (name == f"{PREFIX}tiny-policy") + [str(name)]
+    return [_stage(piece, seed) for piece in dict.fromkeys(wanted)]
 
 
 @contextmanager
 def building(stage: Stage) -> Iterator[Path | None]:
     """Hold the piece's lock and yield an empty folder to build in, which becomes `stage.folder` by a rename.
 
-    Yields None when it is there already (another process may have built it while this one waited). After an error
-    the unfinished folder stays beside it, for its logs, until the next try.
+    Yields None when it is there already: another process may have built it meanwhile. After an error the unfinished
+    folder stays, for its logs, until the next try.
 
     Raises DataError: the body left no model in `final/`.
     """
@@ -123,22 +122,15 @@ def _stage(name: str, seed: int) -> Stage:
             hint = "embedded:tiny-judge?steps=N trains N steps, 0 none"
             raise UsageError(f"{name}: unknown option {key}={value}", hint=hint)
     title, sources = _PIECES[piece]
-    folder = cache_dir("embedded", f"{piece}-seed{seed}-{_key(piece, sources, options, seed)}")
+    digest = hashlib.sha256(repr((piece, sorted(options.items()), seed)).encode())  # all that decides its content
+    recipe = [recipes.recipes_root() / f"{SFT_RECIPE}.yaml"] if piece == "tiny-policy" else []
+    for file in [*(Path(__file__).parents[1] / source for source in sources), *recipe]:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for library in _LIBRARIES:
+        digest.update(f"{library}={version(library)}".encode())
+    folder = cache_dir("embedded", f"{piece}-seed{seed}-{digest.hexdigest()[:16]}")
     if piece == "tiny-policy":
         return Stage(name, title, "recipe", (SFT_RECIPE, f"train.seed={seed}"), folder)
     module = ["r1vfree_cli.tiny.models", piece.removeprefix("tiny-"), "--seed", str(seed)]
     module += [part for key, value in options.items() for part in (f"--{key}", value)]
     return Stage(name, title, "module", tuple(module), folder)
-
-
-def _key(piece: str, sources: tuple[str, ...], options: dict[str, str], seed: int) -> str:
-    """Hex digest of all that decides the piece's content."""
-    digest = hashlib.sha256(repr((piece, sorted(options.items()), seed)).encode())
-    files = [Path(__file__).parents[1] / source for source in sources]
-    if piece == "tiny-policy":
-        files.append(recipes.recipes_root() / f"{SFT_RECIPE}.yaml")
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    for library in _LIBRARIES:
-        digest.update(f"{library}={version(library)}".encode())
-    return digest.hexdigest()[:16]

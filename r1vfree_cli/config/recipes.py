@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..core.errors import UsageError, brief, did_you_mean, nearest
+from ..core.machine import library
 from ..core.redact import secrets_in
 from .rewards import OWN_REWARDS
 from .schema import STAGES, Recipe
@@ -32,19 +33,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool", ":timestamp", ":int"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
-
-
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _form, _begins in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", ["<"]),  # has no constructor: an error
+    ("bool", r"true|True|false|False", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)", list("-+0123456789.")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_form})$"), _begins)
 # What JSON has, and nothing else: no dates, bytes or sets, which could not be written into a run dir again.
 _Loader.yaml_constructors = {
     tag: constructor
@@ -70,10 +67,7 @@ def shipped(stage: str | None = None) -> dict[str, Path]:
 
 
 def find(stage: str, name: str) -> Path:
-    """The file of a recipe: a path as it is, else a shipped name with or without `stage/`.
-
-    Raises UsageError: no such recipe; names the nearest.
-    """
+    """The file of a recipe: a path, or a shipped name with or without `stage/`. Raises UsageError: there is none."""
     if name.endswith((".yaml", ".yml")) or os.path.isfile(name):
         if not os.path.isfile(name):
             here = map(str, Path(name).parent.glob("*.y*ml"))
@@ -106,15 +100,12 @@ def load_document(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> di
 
     Raises UsageError: unreadable, not YAML, not a mapping, or an override that points nowhere.
     """
-    try:
+    with library(f"cannot read recipe {path}", UsageError):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"cannot read recipe {path}: {e}") from None
     document = read_yaml(text, f"recipe {path}")
     if not isinstance(document, dict):
-        raise UsageError(
-            f"recipe {path} must be a mapping with the keys model, data, train, ..., found {type(document).__name__}"
-        )
+        keys = "a mapping with the keys model, data, train, ..."
+        raise UsageError(f"recipe {path} must be {keys}, found {type(document).__name__}")
     _locate_code(document, path.parent)
     for item in overrides:
         _override(document, item)
@@ -135,23 +126,21 @@ def _locate_code(document: dict, folder: Path) -> None:
 
 def _override(document: dict, item: str) -> None:
     key, sign, text = item.partition("=")
-    key = key.strip()
-    if not sign or not key or any(not part for part in key.split(".")):
+    parts = key.strip().split(".")
+    if not sign or not all(parts):
         raise UsageError(f"--set {item!r} is not KEY=VALUE", hint="for example --set train.learning_rate=2e-6")
+    key = ".".join(parts)
     value = read_yaml(text, f"--set {key}: value {text!r}")
     node: Any = document
-    parts = key.split(".")
     for i, name in enumerate(parts):
-        place: Any = _list_place(node, name, key) if isinstance(node, list) else name
-        if not isinstance(node, (dict, list)):
+        if not isinstance(node, dict | list):
             raise UsageError(f"--set {key}: {'.'.join(parts[:i])} is {node!r}, it has no key {name!r}")
+        place: Any = _list_place(node, name, key) if isinstance(node, list) else name
         if i == len(parts) - 1:
             node[place] = value
         elif isinstance(node, dict) and node.get(place) is None:
             node[place] = {}
-            node = node[place]
-        else:
-            node = node[place]
+        node = node[place]
 
 
 def _list_place(items: list, part: str, key: str) -> int:
@@ -199,64 +188,53 @@ def refuse_secrets(document: dict, where: str, variables: str) -> None:
 
 def _unfit(value: Any, key: str = "") -> list[str]:
     """A line for each value that no key can take, because files, numbers of the machine or JSON do not hold it."""
-    if isinstance(value, dict):
-        return [
-            line for k, v in value.items() for line in [*_unfit(k, "a key"), *_unfit(v, f"{key}.{k}" if key else k)]
-        ]
-    if isinstance(value, list):
-        return [line for i, v in enumerate(value) for line in _unfit(v, f"{key}.{i}")]
+    inside: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    lines = [line for k in value for line in _unfit(k, "a key")] if isinstance(value, dict) else []
+    lines += [line for k, v in inside for line in _unfit(v, f"{key}.{k}" if key else str(k))]
     if isinstance(value, float) and not math.isfinite(value):
         return [f"{key}: must be finite; found {value}"]
     if isinstance(value, int) and abs(value) >= 2**63:
         return [f"{key}: is too large a number; found {brief(value)}"]
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         return [f"{ascii(key)[1:-1]}: holds characters that no file name or text can; found {ascii(value)[:80]}"]
-    return []
+    return lines
 
 
 def _explain(stage: str, error: Any) -> str:
-    loc = [p for p in error["loc"]]
+    loc, kind, given = list(error["loc"]), error["type"], error.get("input")
     # A discriminated union adds the tag to the location: rewards.0.feedback.timeout_s
     if loc[:1] == ["rewards"] and len(loc) > 2 and loc[2] in (*OWN_REWARDS, "user"):
         del loc[2]
     key = ".".join(map(str, loc)) or "recipe"
-    found = brief(error.get("input"))
-    if error["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         allowed = _allowed(stage, loc[:-1])
         near = nearest(str(loc[-1]), allowed)
         tail = f"; nearest is {'.'.join(map(str, [*loc[:-1], near]))}" if near else ""
-        return f"{key}: unknown key, found {found}{tail}; allowed: {', '.join(allowed)}"
-    if error["type"] == "missing":
+        return f"{key}: unknown key, found {brief(given)}{tail}; allowed: {', '.join(allowed)}"
+    if kind == "missing":
         return f"{key}: is missing"
-    if error["type"].startswith("union_tag"):
-        name = error["input"].get("name") if isinstance(error.get("input"), dict) else None
-        near = nearest(name, OWN_REWARDS) if name else None
-        tail = f"; nearest is {near}" if near else ""
-        allowed_names = ", ".join((*OWN_REWARDS, "FILE.py:FUNCTION", "package.module:FUNCTION"))
-        return f"{key}.name: unknown reward {name!r}; allowed: {allowed_names}{tail}"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return f"{key}: {message}"
-    if error["type"] == "literal_error" and isinstance(error.get("input"), str):
-        near = nearest(error["input"], re.findall(r"'([^']*)'", message))
-        message += f"; nearest is {near}" if near else ""
-    return f"{key}: {message[:1].lower()}{message[1:]}; found {found}"
+    if kind.startswith("union_tag"):
+        name = given.get("name") if isinstance(given, dict) else None
+        near = nearest(name, OWN_REWARDS) if name else None
+        allowed_names = ", ".join((*OWN_REWARDS, "FILE.py:FUNCTION", "package.module:FUNCTION"))
+        return f"{key}.name: unknown reward {name!r}; allowed: {allowed_names}" + (f"; nearest is {near}" * bool(near))
+    if kind == "literal_error" and (near := nearest(str(given), re.findall(r"'([^']*)'", message))):
+        message += f"; nearest is {near}"
+    return f"{key}: {message[:1].lower()}{message[1:]}; found {brief(given)}"
 
 
 def _allowed(stage: str, loc: list) -> list[str]:
     """Names allowed at a place in a recipe."""
     model: Any = STAGES[stage]
     for part in loc:
-        if isinstance(part, int):
-            continue
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return []
-        model = _model_of(field.annotation)
-        if model is None:
-            return []
-    names = list(model.model_fields)
-    return names + list(trl_keys(stage)) if model.__name__.endswith("Train") else names
+        if not isinstance(part, int):
+            field = getattr(model, "model_fields", {}).get(part)
+            model = field and _model_of(field.annotation)
+    names = list(model.model_fields) if model else []
+    return names + list(trl_keys(stage)) if model and model.__name__.endswith("Train") else names
 
 
 def _model_of(annotation: Any) -> Any:
@@ -269,8 +247,7 @@ def _model_of(annotation: Any) -> Any:
 
 def load(stage: str, name: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Find, read, override, validate: what every command calls."""
-    path = find(stage, name)
-    return validate(stage, load_document(path, overrides), str(path) if path.is_file() and name == str(path) else name)
+    return validate(stage, load_document(find(stage, name), overrides), name)
 
 
 def to_yaml(recipe: BaseModel) -> str:
@@ -285,30 +262,22 @@ def dump(document: dict) -> str:
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:
     """`a.b: old -> new` for each value that differs between two documents."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = {**before, **after}
-        found = (differences(before.get(k), after.get(k), f"{key}.{k}" if key else str(k)) for k in keys)
-        return [line for lines in found for line in lines]
-    return [] if before == after else [f"{key}: {brief(before)} -> {brief(after)}"]
-
-
-def purpose(path: Path) -> str:
-    """The first line of a recipe's header."""
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [f"{key}: {brief(before)} -> {brief(after)}"]
+    found = (differences(before.get(k), after.get(k), f"{key}.{k}" if key else str(k)) for k in before | after)
+    return [line for lines in found for line in lines]
 
 
 def summary(name: str, path: Path) -> dict[str, Any]:
     """What `recipes list` shows of a recipe: `gpus` of a node, the judge's included, None on the CPU; `gb` a GPU."""
-    document = load_document(path)
+    document, text = load_document(path), path.read_text(encoding="utf-8")
     launch = document.get("launch") or {}
     served = [r["serve"].get("devices") or [] for r in document.get("rewards") or [] if r.get("serve")]
-    on_cpu = not launch or launch.get("preset") == "cpu" or launch.get("device") == "cpu"
-    local = launch.get("processes", 1) // launch.get("nodes", 1)
-    gpus = None if on_cpu else local + sum(map(len, served))
-    said = re.search(r"^# Hardware:.*?\bof (\d+) GB", path.read_text(encoding="utf-8"), re.MULTILINE)
+    on_cpu = not launch or "cpu" in (launch.get("preset"), launch.get("device"))
+    gpus = None if on_cpu else launch.get("processes", 1) // launch.get("nodes", 1) + sum(map(len, served))
+    said = re.search(r"^# Hardware:.*?\bof (\d+) GB", text, re.MULTILINE)
     gb = int(said[1]) if gpus and said else None
-    return {"recipe": name, "gpus": gpus, "gb": gb, "purpose": purpose(path)}
+    return {"recipe": name, "gpus": gpus, "gb": gb, "purpose": text.splitlines()[0].lstrip("# ").strip()}
 
 
 def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
@@ -316,18 +285,18 @@ def stage_and_name(name: str, stage: str | None) -> tuple[str, str]:
 
     Raises UsageError: a path whose stage cannot be told, or an ambiguous name.
     """
-    if stage is not None:
-        if stage not in STAGES:
-            raise UsageError(f"no stage {stage!r}", details=["allowed: " + ", ".join(STAGES)])
+    if stage not in (None, *STAGES):
+        raise UsageError(f"no stage {stage!r}", details=["allowed: " + ", ".join(STAGES)])
+    if stage:
         return stage, name
     parts = Path(name).parts
     if len(parts) > 1 and parts[-2] in (*STAGES, "eval"):
         return parts[-2], name
     if os.path.isfile(name):
         return ("grpo" if "rewards" in load_document(Path(name)) else "sft"), name
-    stages = [key.split("/")[0] for key in shipped() if key.split("/")[1] == name and key.split("/")[0] in STAGES]
-    if len(stages) == 1:
-        return stages[0], name
-    if stages:
+    stages = [s for s in STAGES if f"{s}/{name}" in shipped(s)]
+    if len(stages) > 1:
         raise UsageError(f"recipe {name!r} is in {' and '.join(stages)}", hint=f"write {stages[0]}/{name}")
-    raise UsageError(f"cannot tell the stage of recipe {name!r}", hint="--stage grpo or --stage sft")
+    if not stages:
+        raise UsageError(f"cannot tell the stage of recipe {name!r}", hint="--stage grpo or --stage sft")
+    return stages[0], name

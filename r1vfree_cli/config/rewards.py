@@ -69,6 +69,14 @@ class AccuracyReward(Reward):
     name: Literal["accuracy"]
 
 
+_BACKENDS: dict[str, tuple[list[str], list[str]]] = {  # what each needs, and what it does not use
+    "local": (["model"], ["base_url", "serve", "request"]),
+    "classify": (["base_url"], []),
+    "classify with serve": ([], ["base_url", "model"]),  # serve says both
+    "chat": (["base_url", "model"], ["serve"]),
+}
+
+
 class FeedbackReward(Reward):
     """Another model's judgement of the extracted answer, given image and question."""
 
@@ -97,22 +105,16 @@ class FeedbackReward(Reward):
 
     @model_validator(mode="after")
     def _where(self):
-        unused = {"local": ["base_url", "serve", "request"], "classify": [], "chat": ["serve"]}[self.backend]
-        if self.serve and self.backend == "classify":
-            unused = ["base_url", "model"]  # serve says both
-        wrong = [key for key in unused if getattr(self, key)]
-        if wrong:
+        backend = f"{self.backend} with serve" if self.backend == "classify" and self.serve else self.backend
+        needed, unused = _BACKENDS[backend]
+        if wrong := [key for key in unused if getattr(self, key)]:
             sets = " and ".join(f"rewards.{self.key}.{key}: {'{}' if key == 'request' else 'null'}" for key in wrong)
-            with_serve = " with serve" if "model" in unused else ""
-            raise ValueError(f"backend {self.backend}{with_serve} does not use {' and '.join(wrong)}: set {sets}")
-        needed = {"local": ["model"], "classify": [], "chat": ["base_url", "model"]}[self.backend]
-        missing = [key for key in needed if not getattr(self, key)]
-        if missing:
-            raise ValueError(f"backend {self.backend} needs {' and '.join(missing)}")
-        if self.backend == "classify" and not (self.base_url or self.serve):
-            raise ValueError(
-                "backend classify needs exactly one of base_url (a server that runs) and serve (r1v starts one)"
-            )
+            raise ValueError(f"backend {backend} does not use {' and '.join(wrong)}: set {sets}")
+        if backend == "classify" and not self.base_url:
+            one = "exactly one of base_url (a server that runs) and serve (r1v starts one)"
+            raise ValueError(f"backend classify needs {one}")
+        if missing := [key for key in needed if not getattr(self, key)]:
+            raise ValueError(f"backend {backend} needs {' and '.join(missing)}")
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price: {input: ..., output: ...} per million tokens")
         return self

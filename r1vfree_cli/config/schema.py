@@ -89,10 +89,9 @@ class Prompt(Strict):
 class Evaluation(Strict):
     """Greedy answers of the current weights before step 1, every `every_steps` and after the last one.
 
-    `benchmark`: `heldout` is `data.heldout`, scored by its solutions and by the run's judges; any other is one of
-    `r1v eval`, scored by its rule, image questions alone. `keep_best`: the metric whose best checkpoint is never deleted.
-    `judge_holdout`: a judge that training does not see; when the rewarding judge's score of held-out answers rises and
-    this one's does not, the guard stops the run.
+    `benchmark`: `heldout`, scored by its solutions and the run's judges, or one of `r1v eval`, scored by its rule,
+    image questions alone. `keep_best`: the metric whose best checkpoint is never deleted. `judge_holdout`: a judge that
+    training does not see; when the rewarding judge's score rises and this one's does not, the guard stops the run.
     """
 
     every_steps: int = Field(50, ge=1)
@@ -106,9 +105,8 @@ class Evaluation(Strict):
     @model_validator(mode="after")
     def _judge(self):
         if self.judge_holdout and self.benchmark != "heldout":
-            raise ValueError(
-                f"judge_holdout judges held-out answers: it needs benchmark heldout, found {self.benchmark}"
-            )
+            needs = f"it needs benchmark heldout, found {self.benchmark}"
+            raise ValueError(f"judge_holdout judges held-out answers: {needs}")
         if self.judge_holdout and self.judge_holdout.serve:
             raise ValueError("judge_holdout does not use serve: start it by r1v serve-reward and give its base_url")
         return self
@@ -128,22 +126,20 @@ class Guard(Strict):
     sampler_difference_warning: float = Field(0.1, gt=0)
 
 
-class GrpoTrain(BaseModel):
-    """r1v's own keys; every other key must be a field of trl.GRPOConfig."""
+class SftTrain(BaseModel):
+    """Every key must be a field of trl.SFTConfig. `max_length` drops and counts longer rows; nothing is cut."""
 
     model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
+
+
+class GrpoTrain(SftTrain):
+    """r1v's own keys; every other key must be a field of trl.GRPOConfig."""
 
     num_generations: int = Field(8, ge=2)
     prompts_per_device: int = Field(1, ge=1)
     shared_prefix: bool = True
     show_rollouts: int = Field(0, ge=0)
     guard: Guard | None = Field(default_factory=Guard)
-
-
-class SftTrain(BaseModel):
-    """Every key must be a field of trl.SFTConfig. `max_length` drops and counts longer rows; nothing is cut."""
-
-    model_config = ConfigDict(extra="allow", strict=True, protected_namespaces=())
 
 
 class Launch(Strict):
@@ -169,10 +165,8 @@ class Launch(Strict):
         if self.preset == "cpu" and self.device == "cuda":
             raise ValueError("preset cpu cannot use device cuda")
         if self.preset == "cpu" and self.processes > 1:
-            raise ValueError(
-                f"preset cpu is one process, found processes {self.processes}; "
-                "preset ddp with device cpu runs several on the CPU"
-            )
+            several = "preset ddp with device cpu runs several on the CPU"
+            raise ValueError(f"preset cpu is one process, found processes {self.processes}; {several}")
         return self
 
     @property
@@ -192,10 +186,9 @@ class _Recipe(Strict):
         # Tags, question and chat template take some more.
         limit, image = self.data.max_prompt_tokens, self.model.max_pixels // FEWEST_PIXELS
         if limit is not None and image + 32 > limit:
-            raise ValueError(
-                f"model.max_pixels ({self.model.max_pixels}) allows images of {image} tokens, which with a question "
-                f"do not fit data.max_prompt_tokens ({limit}): raise the one or lower the other"
-            )
+            tokens = f"model.max_pixels ({self.model.max_pixels}) allows images of {image} tokens"
+            limits = f"data.max_prompt_tokens ({limit}): raise the one or lower the other"
+            raise ValueError(f"{tokens}, which with a question do not fit {limits}")
         return self
 
     @property
@@ -217,9 +210,8 @@ class _Recipe(Strict):
     def weights_dtype(self) -> str:
         """What trained weights are held in. `model.dtype` is what is computed with.
 
-        A bfloat16 weight of 0.02 has neighbours 1e-4 away, so a step of 1e-6 leaves it as it is. DeepSpeed keeps
-        32-bit copies for the optimizer, PEFT keeps adapters in 32 bits; without them the weights themselves are
-        float32, and autocast computes in `model.dtype` (Micikevicius et al., 2018).
+        A bfloat16 weight of 0.02 has neighbours 1e-4 away, so a step of 1e-6 leaves it as it is. DeepSpeed keeps 32-bit
+        copies, PEFT 32-bit adapters; else the weights are float32, and autocast computes (Micikevicius et al., 2018).
         """
         exact = self.launch.preset.startswith("zero") or self.model.lora is not None
         return self.model.dtype if exact else "float32"
@@ -227,12 +219,13 @@ class _Recipe(Strict):
     @property
     def judges(self) -> list[FeedbackReward]:
         """The AI feedback rewards."""
-        return []
+        return [r for r in getattr(self, "rewards", ()) if isinstance(r, FeedbackReward)]
 
     @property
     def every_judge(self) -> list[FeedbackReward]:
         """Those, and the one that training does not see."""
-        return self.judges
+        evaluation: Evaluation | None = getattr(self, "eval", None)
+        return self.judges + ([evaluation.judge_holdout] if evaluation and evaluation.judge_holdout else [])
 
     @property
     def served(self) -> Serve | None:
@@ -277,34 +270,19 @@ class GrpoRecipe(_Recipe):
         size = self.train.prompts_per_device * self.train.num_generations * self.launch.processes
         generation = self.trl.get("generation_batch_size")
         if isinstance(generation, int) and generation % size:
-            raise ValueError(
-                f"train.generation_batch_size ({generation}) must be a multiple of prompts_per_device x "
-                f"num_generations x processes = {size}"
-            )
+            product = f"prompts_per_device x num_generations x processes = {size}"
+            raise ValueError(f"train.generation_batch_size ({generation}) must be a multiple of {product}")
         return self
-
-    @property
-    def judges(self) -> list[FeedbackReward]:
-        return [r for r in self.rewards if isinstance(r, FeedbackReward)]
-
-    @property
-    def every_judge(self) -> list[FeedbackReward]:
-        return self.judges + ([self.eval.judge_holdout] if self.eval and self.eval.judge_holdout else [])
-
-
-class WrongAnswers(Rows):
-    """Rows whose `solution` is a wrong answer to their question."""
 
 
 class SftRecipe(_Recipe):
     """A complete `r1v sft` recipe. `role: judge` trains one: to say Yes to a right answer and No to a wrong one.
 
-    `wrong`, for a judge: judged answers of your own. Without it each row gives its solution as the right answer and
-    another row's as a wrong one.
+    `wrong`: judged answers of your own; without it each row gives its solution, and another row's as a wrong answer.
     """
 
     role: Literal["policy", "judge"] = "policy"
-    wrong: WrongAnswers | None = None
+    wrong: Rows | None = None  # whose `solution` is a wrong answer to their question
     train: SftTrain
 
     @model_validator(mode="after")

@@ -75,15 +75,19 @@ _OWN = {"grpo": ("trl", "trainer/grpo_config.py", "GRPOConfig"), "sft": ("trl", 
 
 @cache
 def trl_keys(stage: str) -> dict[str, Any]:
-    """Name -> type of every field of the TRL config of `stage` (`grpo` or `sft`), inherited ones included.
-
-    A type that cannot be read without importing TRL is `typing.Any`.
+    """Name -> type of every field of the TRL config of `stage`, inherited ones included; `Any` where only TRL could
+    tell.
 
     Raises UsageError: TRL or transformers is not installed.
     """
     keys: dict[str, Any] = {}
-    for place in (*_BASES, _OWN[stage]):
-        keys |= _fields(*place)
+    for package, file, name in (*_BASES, _OWN[stage]):
+        node = _classes(package, file).get(name)
+        if node is None:
+            raise UsageError(f"{package} has no {name}: this version is not supported", hint="pip install -e .")
+        for n in node.body:
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_"):
+                keys[n.target.id] = _type(ast.unparse(n.annotation))
     return keys | {name: choices for name, choices in (_CHOICES["both"] | _CHOICES[stage]).items() if name in keys}
 
 
@@ -102,23 +106,11 @@ def _enumerations() -> dict[str, Any]:
     found = {}
     for file in ("training_args.py", "trainer_utils.py"):
         for name, node in _classes("transformers", file).items():
-            values = [
-                n.value.value for n in node.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Constant)
-            ]
+            set_to = [n.value for n in node.body if isinstance(n, ast.Assign)]
+            values = tuple(value.value for value in set_to if isinstance(value, ast.Constant))
             if values and any(getattr(base, "id", None) == "ExplicitEnum" for base in node.bases):
-                found[name] = Literal[tuple(values)]
+                found[name] = Literal[values]
     return found
-
-
-def _fields(package: str, file: str, name: str) -> dict[str, Any]:
-    node = _classes(package, file).get(name)
-    if node is None:
-        raise UsageError(f"{package} has no {name}: this version is not supported", hint="pip install -e .")
-    return {
-        n.target.id: _type(ast.unparse(n.annotation))
-        for n in node.body
-        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and not n.target.id.startswith("_")
-    }
 
 
 def _type(annotation: str) -> Any:
@@ -150,9 +142,7 @@ def trl_key_errors(stage: str, found: dict) -> list[str]:
             errors.append(f"train.{key}: {value} follows an evaluation loss, which r1v does not give TRL")
         elif key == "generation_kwargs" and (twice := sorted((value or {}).keys() & {*RANGES, "max_new_tokens"})):
             keys = ", ".join(twice).replace("max_new_tokens", "max_completion_length")
-            errors.append(
-                f"train.generation_kwargs: {', '.join(twice)}: write train.{keys}, which is checked and recorded"
-            )
+            errors.append(f"train.{key}: {', '.join(twice)}: write train.{keys}, which is checked and recorded")
         else:
             kind = known[key].__name__ if isinstance(known[key], type) else str(known[key])
             try:

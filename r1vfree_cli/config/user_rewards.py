@@ -16,8 +16,6 @@ from .rewards import UserReward
 
 # What TRL hands to every reward beside the row's columns.
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-
-
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 

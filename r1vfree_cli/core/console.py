@@ -33,7 +33,7 @@ repeat: Callable[[str, bool], None] | None = None
 
 
 def log(message: str) -> None:
-    """One line for people, on stderr. The text is data: markup in it is not interpreted."""
+    """One line for people, on stderr; markup in it is not interpreted."""
     _stderr().print(_visible(message), markup=False)
     if repeat is not None:
         repeat(message, False)
@@ -50,23 +50,24 @@ def detail(message: str) -> None:
 
 def warn(message: str) -> None:
     """One `warning:` line on stderr."""
-    from rich.text import Text
-
-    _stderr().print(Text.assemble(("warning: ", "yellow"), _visible(message)))
+    _told("warning: ", "yellow", message)
     if repeat is not None:
         repeat(message, True)
 
 
-def error(exc) -> None:
-    """Print an `R1VError`: message, details, hint."""
+def _told(word: str, style: str, message: str) -> None:
     from rich.text import Text
 
-    console = _stderr()
-    console.print(Text.assemble(("error: ", "bold red"), _visible(exc.message)))
+    _stderr().print(Text.assemble((word, style), _visible(message)))
+
+
+def error(exc) -> None:
+    """Print an `R1VError`: message, details, hint."""
+    _told("error: ", "bold red", exc.message)
     for line in exc.details:
-        console.print(f"  {_visible(line)}", markup=False)
+        _told("  ", "", line)
     if exc.hint:
-        console.print(Text.assemble(("hint: ", "cyan"), _visible(exc.hint)))
+        _told("hint: ", "cyan", exc.hint)
 
 
 def emit(text: str) -> None:
@@ -112,22 +113,17 @@ class Progress:
         self._done += n
         self._total = total or self._total
         now = time.monotonic()
-        left = self._left(now)
+        # The time left as tqdm writes it, `<7:05`, at the pace since the first call, which may count what was before.
+        since, done = self._first = self._first or (now, self._done)
+        left = ""
+        if self._total is not None and self._done > done:
+            left = f"<{clock((now - since) / (self._done - done) * (self._total - self._done))}"
         if self._bar is not None:
             self._bar.update(self._task, advance=n, note=note, total=self._total, left=left)
         elif now - self._last > 10:
             self._last = now
             count = f"{self._done}/{'?' if self._total is None else self._total}"
             log(f"{self._description}: {count} {clock(now - self._start)}{left} {note}".rstrip())
-
-    def _left(self, now: float) -> str:
-        """As tqdm writes it, `<7:05`, at the pace since the first call: that one may count an earlier attempt."""
-        if self._first is None:
-            self._first = now, self._done
-        since, done = self._first
-        if self._total is None or self._done <= done:
-            return ""
-        return f"<{clock((now - since) / (self._done - done) * (self._total - self._done))}"
 
 
 def clock(seconds: float) -> str:

@@ -2,10 +2,7 @@
 
 
 class R1VError(Exception):
-    """Base of all expected errors: one message, optional detail lines, an optional hint, an exit code.
-
-    The command line prints them as `error: ...`, indented details, `hint: ...`, without a traceback.
-    """
+    """Base of all expected errors: one message, optional detail lines, an optional hint, an exit code."""
 
     exit_code = 1
 

@@ -1,7 +1,6 @@
-"""Small files, written atomically; JSON and JSON lines; hashes; where caches are.
+"""Small files: JSON and JSON lines, hashes, locks; where caches are.
 
-Every file is written to a temporary name in the same folder and renamed, so a reader never sees half of one; JSONL
-files are appended to a complete line at a time.
+Files and folders are written beside and renamed, so a reader never sees half of one; JSONL grows a line at a time.
 """
 
 import errno
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from . import console
 from .errors import DataError, UsageError, first_line
+from .machine import library
 
 T = TypeVar("T")
 
@@ -26,10 +26,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary name, fsync, rename.
-
-    Raises UsageError: the disk is full, the place is a file's, no permission.
-    """
+    """Write a file atomically: temporary name, fsync, rename. Raises UsageError: what the system refused."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +64,8 @@ def write_json(path: Path, document: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file, with or without a byte order mark. Raises DataError: missing, unreadable or not JSON."""
-    try:
+    with library(f"cannot read {path}"):
         return parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
-        raise DataError(f"cannot read {path}: {e}") from None
 
 
 def read_object(path: Path) -> dict:
@@ -82,11 +77,8 @@ def read_object(path: Path) -> dict:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8, with or without a byte order mark.
-
-    Raises:
-        ValueError: not JSON, or text that cannot be written again: half of a surrogate pair, which only escapes make.
-        RecursionError: nested too deeply.
+    """Parse JSON in UTF-8, with or without a byte order mark. Raises RecursionError: nested too deeply. ValueError: not
+    JSON, or text that cannot be written again: half of a surrogate pair, which only escapes make.
     """
     document = json.loads(data.decode("utf-8-sig"))
     if _SURROGATE.search(data):
@@ -119,20 +111,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
     Raises DataError: a complete line that is not JSON, or an unreadable file.
     """
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                try:
-                    document = parse_json(line)
-                except (ValueError, RecursionError) as e:
-                    if not line.endswith(b"\n"):
-                        return
-                    raise DataError(f"{path}, line {number}: not JSON: {e}") from None
-                yield number, document
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e}") from None
+    with library(f"cannot read {path}"), open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                document = parse_json(line)
+            except (ValueError, RecursionError) as e:
+                if not line.endswith(b"\n"):
+                    return
+                raise DataError(f"{path}, line {number}: not JSON: {e}") from None
+            yield number, document
 
 
 def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tuple[Any, T | None]]:
@@ -143,12 +132,10 @@ def read_records(path: Path, read: Callable[[Any], T], what: str) -> Iterator[tu
     Raises DataError: an unreadable file.
     """
     bad = []
-    try:
+    with library(f"cannot read {path}"):
         lines = path.read_bytes().splitlines(True) if path.is_file() else []
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e}") from None
     for number, line in enumerate(lines, 1):
-        document, found = None, None
+        document = found = None
         try:
             document = parse_json(line)
             found = read(document)
@@ -174,11 +161,10 @@ def remembered(path: Path, sound: Callable[[Any], bool], make: Callable[[], Any]
 
 @contextmanager
 def lock(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a folder, whatever it is called; it lies beside the folder, which may be deleted and made again.
+    """Hold the lock of a folder, which lies beside it: the folder may be deleted and made again. A killed process lets
+    go.
 
-    A killed process lets go of it. With `wait`, another holder is waited for.
-
-    Raises UsageError: another process holds it, which is named; or the lock cannot be written.
+    With `wait`, another holder is waited for. Raises UsageError: another process holds it; or it cannot be written.
     """
     path = path.resolve()
     file = path.with_name(f".{path.name}.lock")
@@ -210,8 +196,6 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield an empty staging directory that takes the place of `folder` by a rename when the body ends.
 
     After an error it is removed, or with `keep` left until the next try. Hold the folder's lock.
-
-    Raises UsageError: the place cannot be written.
     """
     staging, old = (folder.with_name(f".{folder.name}.{what}") for what in ("staging", "old"))
     try:
@@ -243,9 +227,7 @@ def sync(path: Path) -> None:
 
 def disk_free(path: Path) -> int:
     """Free bytes where `path` is, or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
 
 
 def sha256_file(path: Path) -> str:
@@ -256,7 +238,5 @@ def sha256_file(path: Path) -> str:
 
 def cache_dir(*parts: str) -> Path:
     """`$R1V_CACHE`, else `$XDG_CACHE_HOME/r1v`, else `~/.cache/r1v`; subfolders are not made."""
-    root = os.environ.get("R1V_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "r1v"
-    )
-    return Path(root, *parts)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("R1V_CACHE") or os.path.join(home, "r1v"), *parts)

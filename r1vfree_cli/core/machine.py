@@ -4,8 +4,10 @@ import errno
 import os
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from .errors import R1VError, UsageError, first_line
+from .errors import DataError, R1VError, UsageError, first_line
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYSTEM = re.compile(r"\[?(?:os error|errno) (\d+)", re.IGNORECASE)  # Rust's and Arrow's words for the system's error
@@ -25,12 +27,8 @@ def _number(error: BaseException) -> int | None:
 
 def no_space(error: BaseException) -> bool:
     """Whether it says that a disk, quota or file-size limit is full."""
-    # torch.save's zip writer says only that it failed.
-    return (
-        _number(error) in FULL
-        or "inline_container.cc" in str(error)
-        or any(os.strerror(number) in str(error) for number in FULL)
-    )
+    texts = ["inline_container.cc", *map(os.strerror, FULL)]  # torch.save's zip writer says only that it failed
+    return _number(error) in FULL or any(text in str(error) for text in texts)
 
 
 def disk_full(path: object) -> UsageError:
@@ -41,12 +39,8 @@ def disk_full(path: object) -> UsageError:
 
 def no_memory(error: BaseException) -> bool:
     """Whether it says that memory, of the machine or of a GPU, is used up."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or _number(error) == errno.ENOMEM
-        or bool(_MEMORY.search(str(error)))
-    )
+    told = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return told or _number(error) == errno.ENOMEM or bool(_MEMORY.search(str(error)))
 
 
 def memory_full(what: str) -> UsageError:
@@ -71,6 +65,17 @@ def refused(error: BaseException | None, writing: object = "its results") -> Usa
             return UsageError(f"{where}{error.strerror}", hint="--debug shows what was being done")
         error = error.__cause__
     return None
+
+
+@contextmanager
+def library(what: str, kind: type[R1VError] = DataError, hint: str | None = None) -> Iterator[None]:
+    """What a library or the system raises in the body as our error: `what: its first line`. Lack of memory passes."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, R1VError) or no_memory(e):
+            raise
+        raise kind(f"{what}: {getattr(e, 'strerror', None) or first_line(e)}", hint=hint) from None
 
 
 def how_ended(code: int) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 from . import console
 from .errors import UsageError
 
@@ -25,10 +27,7 @@ POLL_S = 0.2
 
 
 def grace_s() -> float:
-    """Seconds that a rank has for its last checkpoint once it was told to stop; r1v waits a quarter longer.
-
-    Raises UsageError: `$R1V_GRACE_S` is no such number.
-    """
+    """Seconds that a rank has for its last checkpoint once it was told to stop; r1v waits a quarter longer."""
     text = os.environ.get("R1V_GRACE_S", "120")
     if not re.fullmatch(r"\d{1,6}(\.\d+)?", text):
         raise UsageError(f"the environment variable R1V_GRACE_S is {text!r}, not a number of seconds")
@@ -37,15 +36,8 @@ def grace_s() -> float:
 
 def orphaned(launcher: int | None) -> bool:
     """Whether the r1v process that had this rank started is gone. Asked once the rank dies with its own parent."""
-    pid = os.getpid()
-    if launcher is None or not Path("/proc/self/stat").exists():
-        return False
-    while pid > 1 and pid != launcher:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:  # it died meanwhile
-            return True
-    return pid != launcher
+    here = psutil.Process()
+    return launcher is not None and launcher not in [p.pid for p in (here, *here.parents())]
 
 
 def hold_pid_file(file: Path) -> TextIO:
@@ -81,9 +73,9 @@ def signal_all(logs: Path, number: int) -> int:
 
 
 def end_orphans(logs: Path) -> None:
-    """Wait for ranks that outlived an attempt whose r1v process was killed, then kill them.
+    """Wait for ranks of this machine that outlived an attempt whose r1v process was killed, then kill them.
 
-    They were told to stop when it died and may be writing a last checkpoint. Only the ranks of this machine are seen.
+    They were told to stop when it died and may be writing a last checkpoint.
     """
     deadline = time.monotonic() + 1.25 * grace_s()
     if orphans := running(logs):
@@ -107,9 +99,8 @@ def cpu_count() -> int:
 def visible_gpus() -> list[str] | None:
     """What CUDA_VISIBLE_DEVICES names (numbers, UUIDs, MIG instances), as CUDA reads it; None where it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return None
-    return list(itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, visible.split(","))))
+    names = [name.strip() for name in (visible or "").split(",")]
+    return None if visible is None else list(itertools.takewhile(lambda name: name not in ("", "-1"), names))
 
 
 def gpu_names(indices: Iterable[int]) -> str:
@@ -124,9 +115,8 @@ def gpu_count() -> int:
     visible = visible_gpus()
     if visible is None:
         return present
-    if present and any(name.startswith("MIG-") for name in visible):  # several of a GPU
-        return len(visible)
-    return min(present, len(visible))
+    parts = present and any(name.startswith("MIG-") for name in visible)  # several of a GPU
+    return len(visible) if parts else min(present, len(visible))
 
 
 def gpu_gigabytes() -> int | None:

@@ -14,10 +14,9 @@ URL_LOGIN = re.compile(r"(?<=://)[^/\s@:]*:?[^/\s@]*@")
 
 def secrets_in(value: object, key: str = "") -> list[str]:
     """Where a document holds secrets, as dotted keys; the secrets themselves are never shown."""
-    if isinstance(value, dict):
-        return [place for k, v in value.items() for place in secrets_in(v, f"{key}.{k}" if key else str(k))]
-    if isinstance(value, list):
-        return [place for i, v in enumerate(value) for place in secrets_in(v, f"{key}.{i}")]
+    if isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        return [place for k, v in inside for place in secrets_in(v, f"{key}.{k}" if key else str(k))]
     name = key.rpartition(".")[2]
     if not isinstance(value, str) or not value:
         return []

@@ -34,10 +34,7 @@ def load_source(source: str) -> ModuleType:
 
 
 def load_named(spec: str, what: str) -> Any:
-    """The object that `spec` names; `what` it is stands in the error.
-
-    Raises UsageError: there is none, or its code fails on import.
-    """
+    """The object that `spec` names. Raises UsageError, which calls it `what`: there is none, or its code fails."""
     source, _, name = spec.rpartition(":")
     try:
         return getattr(load_source(source), name)

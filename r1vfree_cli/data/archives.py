@@ -1,12 +1,12 @@
 """Zip archives of images: members by name, read up to a limit whatever the archive's headers claim."""
 
 import zipfile
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import DataError, UsageError
+from ..core.machine import library
 from .images import MAX_FILE_BYTES
 
 
@@ -15,10 +15,8 @@ def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
 
     Raises UsageError: not a zip. DataError: two members of one name, of which only one could be meant.
     """
-    try:
+    with library(f"{path} is no zip that can be read", UsageError):
         archive = zipfile.ZipFile(path)
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as e:
-        raise UsageError(f"{path} is no zip that can be read: {e}") from None
     members: dict[str, Callable[[], bytes]] = {}
     twice = []
     for info in archive.infolist():
@@ -33,11 +31,8 @@ def zip_members(path: Path) -> dict[str, Callable[[], bytes]]:
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> bytes:
-    try:
-        with archive.open(info) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as e:
-        raise DataError(f"{path}: cannot read {info.filename}: {e}") from None
+    with library(f"{path}: cannot read {info.filename}"), archive.open(info) as file:
+        data = file.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise DataError(f"{path}: {info.filename} is larger than {MAX_FILE_BYTES / 2**20:.0f} MB unpacked")
     return data

@@ -26,9 +26,7 @@ class Drops:
     def add(self, reason: str, place: str) -> None:
         """Count one record; `place` says where it was, like `questions.jsonl:12`."""
         self.counts[reason] += 1
-        places = self.places.setdefault(reason, [])
-        if len(places) < PLACES:
-            places.append(place)
+        self.places[reason] = [*self.places.get(reason, []), place][:PLACES]
 
     @property
     def total(self) -> int:
@@ -36,8 +34,6 @@ class Drops:
 
     def lines(self) -> list[str]:
         """A line a reason, most frequent first: `12 x missing image (questions.jsonl:3, ...)`."""
-        found = []
-        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
-            more = ", ..." if count > len(self.places[reason]) else ""
-            found.append(f"{count} x {reason} ({', '.join(self.places[reason])}{more})")
-        return found
+        ranked = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        shown = {reason: ", ".join(self.places[reason]) + ", ..." * (count > PLACES) for reason, count in ranked}
+        return [f"{count} x {reason} ({shown[reason]})" for reason, count in ranked]

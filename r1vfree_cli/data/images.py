@@ -31,12 +31,11 @@ def normalise_image(data: bytes) -> bytes:
     """Make an image file into one that every later stage reads alike: 8-bit RGB, upright, one frame.
 
     8-bit RGB PNG and JPEG files without rotation pass through byte for byte. Others are decoded (first frame of an
-    animation, transparent parts on white, 16-bit grey scaled by the range that its file declares, other deep grey by its own) and
-    written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG. Metadata that cannot be
-    read (EXIF, text, colour profile) is left out.
+    animation, transparent parts on white, 16-bit grey scaled by the range that its file declares, other deep grey by
+    its own) and written as JPEG (quality 95, no chroma subsampling) when they came from JPEG, else as PNG.
 
-    Raises RowProblem: not an image, truncated or corrupt, a side under 28 pixels, over 200 times longer than wide, over
-    64 million pixels (a decompression bomb), or a colour space that cannot become RGB.
+    Raises RowProblem: not an image, corrupt, a side under 28 pixels, over 200 times longer than wide, over 64 million
+    pixels (a decompression bomb), or a colour space that cannot become RGB.
     """
     if len(data) > MAX_FILE_BYTES:
         raise RowProblem("image file too large")
@@ -70,11 +69,8 @@ def _normalise(data: bytes) -> bytes:
         except Exception:
             raise RowProblem("truncated or corrupt image") from None
         try:
-            upright = (
-                ImageOps.exif_transpose(image)
-                if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-                else image
-            )
+            turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+            upright = ImageOps.exif_transpose(image) if turned else image
         except Exception:  # every reader of the stored file would stumble too: it is written again without
             upright = image.copy()
         plain = image.mode == "RGB" and upright is image and not image.has_transparency_data

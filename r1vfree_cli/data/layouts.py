@@ -4,8 +4,6 @@ LLaVA and ShareGPT `conversations`, OpenAI `messages` (ms-swift's and LLaMA-Fact
 `query` and `response`, verl's `prompt` with `reward_model`. Of a conversation the first turn becomes the row.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -58,15 +56,9 @@ def is_train(record: dict) -> bool | None:
 
 
 def read(record: dict) -> RawRow:
-    """A record of any accepted layout.
-
-    Raises:
-        RowProblem: a conversation that is none.
-    """
-    for needed, convert in _LAYOUTS:
-        if any(record.get(name) is not None for name in needed):
-            return convert(record)
-    return own_rows(record)
+    """A record of any accepted layout. Raises RowProblem: a conversation that is none."""
+    layouts = (convert for needed, convert in _LAYOUTS if any(record.get(name) is not None for name in needed))
+    return next(layouts, own_rows)(record)
 
 
 def own_rows(record: dict) -> RawRow:
@@ -85,8 +77,7 @@ def own_rows(record: dict) -> RawRow:
 def _with_choices(record: dict, problem: Any, solution: Any) -> Any:
     """The question and, below it, the choices that a table holds beside it: a list, or columns A, B, ...
 
-    Raises:
-        RowProblem: they are no texts, or the solution is neither a letter nor one of them, as an index is.
+    Raises RowProblem: they are no texts, or the solution is neither a letter nor one of them, as an index is.
     """
     found = parsed(first(record, "choices", "options"))
     found = found.get("text") or list(found.values()) if isinstance(found, dict) else found  # ARC has labels beside
@@ -115,28 +106,18 @@ def _images(record: dict) -> Any:
     return parsed(images) if isinstance(images, str) and images.startswith("[") else images
 
 
-# --- columns named by the user ---------------------------------------------------------------------------------
-
-
 def parse_columns(text: str) -> dict[str, str]:
-    """`problem=question,image=img` -> {"problem": "question", "images": "img"}.
-
-    Raises:
-        UsageError: another form, or a name that is no column of a row.
-    """
+    """`problem=question,image=img` -> {"problem": "question", "images": "img"}. Raises UsageError: another form."""
     found: dict[str, str] = {}
     for part in text.split(","):
-        target, _, column = (word.strip() for word in part.partition("="))
-        if target not in TARGETS or not column:
-            raise UsageError(
-                f"--columns {part!r}: want NAME=COLUMN, with a name of {', '.join(TARGETS)}",
-                hint="--columns problem=question,image=img",
-            )
-        if TARGETS[target] in found:
-            raise UsageError(
-                f"--columns names two columns for {TARGETS[target]}: {found[TARGETS[target]]} and {column}"
-            )
-        found[TARGETS[target]] = column
+        name, _, column = (word.strip() for word in part.partition("="))
+        if name not in TARGETS or not column:
+            what = f"--columns {part!r}: want NAME=COLUMN, with a name of {', '.join(TARGETS)}"
+            raise UsageError(what, hint="--columns problem=question,image=img")
+        target = TARGETS[name]
+        if target in found:
+            raise UsageError(f"--columns names two columns for {target}: {found[target]} and {column}")
+        found[target] = column
     return found
 
 
@@ -152,13 +133,10 @@ def named(columns: dict[str, str]) -> Callable[[dict], RawRow]:
 
 def column_of(record: Any, column: str) -> Any:
     """The value of a column, also `a.b`; None when it is not there."""
-    if isinstance(record, dict) and column not in record and "." in column:
-        head, _, rest = column.partition(".")
-        return column_of(record.get(head), rest)
-    return record.get(column) if isinstance(record, dict) else None
-
-
-# --- conversations ---------------------------------------------------------------------------------------------
+    if not isinstance(record, dict):
+        return None
+    head, _, rest = column.partition(".")
+    return column_of(record.get(head), rest) if rest and column not in record else record.get(column)
 
 
 def _conversation(record: dict, layout: str, messages: Any, problem: Any = None, solution: Any = None) -> RawRow:
@@ -173,6 +151,7 @@ def _conversation(record: dict, layout: str, messages: Any, problem: Any = None,
         raise RowProblem("placeholders for objects and boxes")
     thought = _THOUGHT.fullmatch(reply or "")
     thinking, answer = thought.groups()[1:] if thought else (None, reply)
+    left_out = ["system message"] * (systems or bool(record.get("system")))
     return RawRow(
         id=record.get("id"),
         images=images,
@@ -180,8 +159,7 @@ def _conversation(record: dict, layout: str, messages: Any, problem: Any = None,
         solution=next((s for s in (solution, first(record, "solution", "answer"), answer) if s is not None), None),
         thinking=thinking,
         layout=layout,
-        left_out=["system message"] * (systems or bool(record.get("system")))
-        + ["later turn of a conversation"] * (len(turns) - 1),
+        left_out=left_out + ["later turn of a conversation"] * (len(turns) - 1),
     )
 
 
@@ -276,9 +254,8 @@ def _verl(record: dict) -> RawRow:
     if isinstance(messages, list) and reply is not None:
         messages = messages + (reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])
     truth = next((t for t in (reward.get("ground_truth"), record.get("ground_truth")) if t is not None), None)
-    return _conversation(
-        record, "verl prompt" if reply is None else "TRL prompt", messages, extra.get("question"), truth
-    )
+    layout = "verl prompt" if reply is None else "TRL prompt"
+    return _conversation(record, layout, messages, extra.get("question"), truth)
 
 
 _LAYOUTS: tuple[tuple[tuple[str, ...], Callable[[dict], RawRow]], ...] = (

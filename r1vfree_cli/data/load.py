@@ -1,8 +1,7 @@
 """Rows for the stages: a recipe's `data.path` becomes a folder of rows, and that a `datasets.Dataset`.
 
 `path` is a folder written by prepare-data; parquet files or a folder saved by `datasets`, in any layout that
-prepare-data reads; the repository of a known source on the hub; or `shapes`, also as `shapes?seed=1&n=512`. All but
-the first are prepared once, into the cache.
+prepare-data reads; a known source's repository; or `shapes?seed=1&n=512`. All but the first are prepared once.
 """
 
 from __future__ import annotations
@@ -11,16 +10,17 @@ import hashlib
 import io
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean, first_line
-from ..core.files import cache_dir, lock, read_json, remembered, sha256_file
-from ..core.machine import refused
+from ..core.files import cache_dir, lock, read_json, read_object, remembered, sha256_file
+from ..core.machine import library, refused
 from . import images, layouts, rows, sources
 from .prepare import SUMMARY, prepare
 from .rows import COLUMNS, SCHEMA_VERSION
@@ -44,29 +44,28 @@ class _Split(BaseModel):
     files: list[_File]
 
 
-class _Summary(BaseModel):
-    """`data.json`, as far as it is used here."""
+@dataclass(frozen=True)
+class _Place:
+    """What a data path means: a known source, if it is one, where its rows are or will be, and the arguments with
+    which `prepare` makes them there; None for what prepare-data wrote itself."""
 
-    schema_version: int
-    splits: dict[str, _Split]
+    source: sources.Source | None
+    folder: Path
+    arguments: dict[str, Any] | None = None
 
 
 def ensure_rows(path: str, split: str = "train") -> Path:
-    """The folder that holds the rows of `path`, prepared first where it must be.
+    """The folder that holds the rows of `path`, prepared first where it must be; several processes may call it at once.
 
-    Several processes may call it at once: one prepares, the others wait for it.
-
-    Raises:
-        UsageError: there is no such data, or no such split of a source.
-        DataError: the folder or file does not hold rows, is damaged, or lacks the split.
+    Raises UsageError: there is no such data, or no such split of a source. DataError: it does not hold rows, is
+    damaged, or lacks the split.
     """
-    cached = _cached(path, split)
-    if cached is None:
-        _split(_here(path), split)
-        return _here(path)
-    name, arguments = cached
-    out = cache_dir("data", name)
-    with lock(cache_dir("data", f"{name}.cached"), "data cache", wait=True):
+    place = _place(path, split)
+    out, arguments = place.folder, place.arguments
+    if arguments is None:
+        _split(out, split)
+        return out
+    with lock(out.with_name(f"{out.name}.cached"), "data cache", wait=True):
         try:
             _split(out, arguments["split"])
         except DataError:  # not there, or not intact
@@ -78,29 +77,30 @@ def ensure_rows(path: str, split: str = "train") -> Path:
 
 def find_rows(path: str, split: str = "train") -> Path | None:
     """Where `ensure_rows` has the rows or would take them from; None when they are not there yet. Prepares nothing."""
-    if _source_of(path) is None and not os.path.exists(os.path.expanduser(path)):
+    try:
+        folder = _place(path, split).folder
+    except UsageError:
         return None
-    cached = _cached(path, split)
-    here = cache_dir("data", cached[0]) if cached else _here(path)
-    return here if here.exists() else None
+    return folder if folder.exists() else None
 
 
 def load_rows(path: str, split: str = "train", limit: int | None = None) -> datasets.Dataset:
-    """The rows of a split that have an image, the first `limit` of them.
+    """The rows of a split that have an image, the first `limit` of them: a memory-mapped dataset of `COLUMNS`.
 
-    Returns:
-        A memory-mapped dataset with exactly the columns id, images (a list of images, decoded to PIL when a row is
-        fetched), problem, solution, thinking, source; solution and thinking may be None.
+    Images are decoded to PIL when a row is fetched; solution and thinking may be None.
 
-    Raises:
-        UsageError, DataError: as `ensure_rows`; or the files are not as they were written.
+    Raises UsageError, DataError: as `ensure_rows`; or the files are not as they were written.
     """
     import datasets
     import pyarrow as pa
     import pyarrow.compute as pc
 
     folder = ensure_rows(path, split)
-    files = _unchanged(folder, split)
+    written = _split(folder, split).files
+    files = [folder / file.name for file in written]
+    for file, as_written, (_, sha256) in zip(files, written, _hashes(files), strict=True):
+        if sha256 != as_written.sha256:
+            raise DataError(f"{file} was changed since it was prepared", hint="prepare the data again")
     datasets.disable_progress_bars()
     try:
         found = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache_dir("datasets")))
@@ -121,29 +121,22 @@ def data_sha256(path: str, split: str = "train") -> str:
 
 
 def columns(path: str, split: str = "train") -> list[str]:
-    """The row's columns that hold something in at least one row, without downloading anything.
+    """The row's columns that hold something in at least one row; of a source, without downloading, what it should have.
 
-    For a known source they are what the source is known to have.
-
-    Raises:
-        UsageError, DataError: as `ensure_rows`.
+    Raises UsageError, DataError: as `ensure_rows`.
     """
-    source = _source_of(path)
-    if source is not None:
-        _cached(path, split)
+    if source := _place(path, split).source:
         return list(source.columns)
     found = _split(ensure_rows(path, split), split)
-    empty = [name for name in ("solution", "thinking") if not getattr(found, name)]
-    return [name for name in COLUMNS if name not in empty]
+    return [name for name in COLUMNS if getattr(found, name, True)]
 
 
 def source_name(path: str, split: str = "train") -> str | None:
     """The source that rows come from, `files` for a user's own; None where they are not here yet."""
-    known = _source_of(path)
-    if known is not None:
-        return known.name
-    folder = find_rows(path, split)
-    return read_json(folder / SUMMARY).get("source") if folder and (folder / SUMMARY).is_file() else None
+    place = _place(path, split)
+    if place.source:
+        return place.source.name
+    return read_json(place.folder / SUMMARY).get("source") if (place.folder / SUMMARY).is_file() else None
 
 
 def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[int, int]]:
@@ -152,61 +145,43 @@ def image_sizes(path: str, split: str = "train", rows: int = 64) -> list[tuple[i
     from PIL import Image
 
     folder = find_rows(path, split)
-    if folder is None or not (folder / SUMMARY).is_file():
-        return []
     try:
-        first = pq.ParquetFile(folder / _split(folder, split).files[0].name)
-        batch = next(first.iter_batches(rows, columns=["images"])).to_pylist()
+        first = pq.ParquetFile(folder / _split(folder, split).files[0].name) if folder else None
+        batch = next(first.iter_batches(rows, columns=["images"])).to_pylist() if first else []
         return [Image.open(io.BytesIO(i["bytes"])).size for row in batch for i in row["images"] or []]
     except (OSError, ValueError, LookupError, TypeError, DataError):  # damaged: told when the rows are loaded
         return []
 
 
-# --- what is prepared into the cache ---------------------------------------------------------------------------
-
-
-def _here(path: str) -> Path:
-    here = Path(path if "\0" in path else os.path.expanduser(path))
-    if not os.path.exists(here):
-        raise UsageError(f"no such data: {path}", hint=_hint(path))
-    return here
-
-
-def _source_of(path: str) -> sources.Source | None:
-    name = path.partition("?")[0]
-    return sources.SOURCES["shapes"] if name == "shapes" else sources.BY_HUB.get(name)
-
-
-def _cached(path: str, split: str) -> tuple[str, dict[str, Any]] | None:
-    """(folder name in the cache, arguments for `prepare`); None for what prepare-data wrote."""
-    source = _source_of(path)
+def _place(path: str, split: str) -> _Place:
+    name, _, query = path.partition("?")
+    source = sources.SOURCES["shapes"] if name == "shapes" else sources.BY_HUB.get(name)
+    arguments: dict[str, Any] = {"source": source.name if source else "files", "split": split}
+    key: list[Any] = [SCHEMA_VERSION, arguments]
     if source is None:
-        here = _here(path)
+        here = Path(path if "\0" in path else os.path.expanduser(path))
+        if not os.path.exists(here):
+            known = [*sources.BY_HUB, "shapes"]
+            hint = did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known))
+            if path in sources.SOURCES and sources.SOURCES[path].hub:
+                hint = f"as a data path this source is called {sources.SOURCES[path].hub}"
+            raise UsageError(f"no such data: {path}", hint=hint)
         if (here / SUMMARY).is_file():
-            return None
+            return _Place(None, here)
         split = canonical(split)
-        arguments: dict[str, Any] = {"source": "files", "split": split, "input": str(here), "images": None}
-        key = [
-            SCHEMA_VERSION,
-            split,
-            _content(here),
-            *(sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)),
-        ]
-        return f"files-{split}-{_fingerprint(key)}", arguments
-    query = path.partition("?")[2]
-    arguments = {"source": source.name, "split": split}
-    key = [SCHEMA_VERSION, arguments]
-    if source.name == "shapes":
+        arguments |= {"split": split, "input": str(here), "images": None}
+        key = [SCHEMA_VERSION, split, _content(here)]
+        key += [sha256_file(Path(str(m.__file__))) for m in (rows, images, layouts)]
+    elif source.name == "shapes":
         from . import shapes
 
         if split not in shapes.SPLITS:
             raise UsageError(f"shapes has no split {split!r}; it has {', '.join(shapes.SPLITS)}")
         arguments |= _shapes_query(path, query)
-        # Other drawing code draws other data.
-        key.append(sha256_file(Path(shapes.__file__)))
+        key.append(sha256_file(Path(shapes.__file__)))  # other drawing code draws other data
     elif query:
         raise UsageError(f"data path {path}: only shapes takes ?seed=...&n=...")
-    return f"{source.name}-{split}-{_fingerprint(key)}", arguments
+    return _Place(source, cache_dir("data", f"{arguments['source']}-{split}-{_fingerprint(key)}"), arguments)
 
 
 def _fingerprint(document: Any) -> str:
@@ -216,10 +191,9 @@ def _fingerprint(document: Any) -> str:
 def _content(path: Path) -> list[list[str]]:
     """Split by name, name and sha256 of the files of data that prepare-data did not write.
 
-    Raises:
-        DataError: it names its images by path, so that the files' content says nothing about them; or it is no data.
+    Raises DataError: it names its images by path, so that the content says nothing about them; or it is no data.
     """
-    try:
+    with library(f"cannot read {path}"):
         if not path.is_dir():
             files = [path]
         elif is_saved(path):
@@ -227,15 +201,11 @@ def _content(path: Path) -> list[list[str]]:
         else:  # looked for close by first: a mistaken `~` or `/` is not searched through
             files = data_files(path) if any(any(path.glob(p)) for p in ("*.parquet", "*/*.parquet")) else []
         if not files or {file.suffix for file in files} - {".parquet", ".arrow"}:
-            raise DataError(
-                f"{path} holds no rows: neither {SUMMARY} nor parquet files",
-                hint=f"r1v prepare-data files --input {path} --out FOLDER makes rows of it",
-            )
+            hint = f"r1v prepare-data files --input {path} --out FOLDER makes rows of it"
+            raise DataError(f"{path} holds no rows: neither {SUMMARY} nor parquet files", hint=hint)
         files += sorted(path.rglob("*.json")) if is_saved(path) else []  # `datasets` names the splits there
         splits = [str(split_of(counted_name(path, file))) for file in files]
         return [[split, *found] for split, found in zip(splits, _hashes(files), strict=True)]
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror or e}") from None
 
 
 def _hashes(files: list[Path]) -> list[list[str]]:
@@ -259,31 +229,18 @@ def _shapes_query(path: str, query: str) -> dict[str, int]:
     return values
 
 
-def _hint(path: str) -> str:
-    known = [*sources.BY_HUB, "shapes"]
-    if path in sources.SOURCES and sources.SOURCES[path].hub:
-        return f"as a data path this source is called {sources.SOURCES[path].hub}"
-    return did_you_mean(path, known, "prepare it with r1v prepare-data, or use one of " + ", ".join(known)) or ""
-
-
-# --- what prepare-data wrote -------------------------------------------------------------------------------------
-
-
 def _split(folder: Path, split: str) -> _Split:
     """A split of `data.json`, with all its files there in their size.
 
-    Raises:
-        DataError: no such summary or split, another schema, a file that is missing or has changed.
+    Raises DataError: no such summary or split, another schema, a file that is missing or has changed.
     """
-    document = read_json(folder / SUMMARY)
-    version = document.get("schema_version") if isinstance(document, dict) else None
+    document = read_object(folder / SUMMARY)
+    version = document.get("schema_version")
     if version not in (None, SCHEMA_VERSION):
-        raise DataError(
-            f"{folder} has rows of schema {version!r}, this version reads {SCHEMA_VERSION}",
-            hint="prepare the data again",
-        )
+        what = f"{folder} has rows of schema {version!r}, this version reads {SCHEMA_VERSION}"
+        raise DataError(what, hint="prepare the data again")
     try:
-        splits = _Summary.model_validate(document).splits
+        splits = TypeAdapter(dict[str, _Split]).validate_python(document.get("splits"))
     except ValidationError:
         raise DataError(f"{folder / SUMMARY} is not a summary written by prepare-data") from None
     found = splits.get(split) or splits.get(canonical(split))
@@ -298,12 +255,3 @@ def _split(folder: Path, split: str) -> _Split:
         if path.stat().st_size != file.bytes:
             raise DataError(f"{path} was changed since it was prepared", hint="prepare the data again")
     return found
-
-
-def _unchanged(folder: Path, split: str) -> list[Path]:
-    """The files of a split, whose bytes are those that were written; hashed again when size or time changed."""
-    found = _split(folder, split).files
-    for file, (_, sha256) in zip(found, _hashes([folder / file.name for file in found]), strict=True):
-        if sha256 != file.sha256:
-            raise DataError(f"{folder / file.name} was changed since it was prepared", hint="prepare the data again")
-    return [folder / file.name for file in found]

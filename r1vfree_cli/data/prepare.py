@@ -20,7 +20,8 @@ from ..core.files import cannot_write, lock, sha256_file, staged, sync, write_js
 from . import layouts
 from .drops import Drops, RowProblem
 from .rows import COLUMNS, SCHEMA_VERSION, RawRow, make_row
-from .sources import Source, Table, find_source, open_source
+from .sources import Source, find_source, open_source
+from .tables import Table
 
 SUMMARY = "data.json"
 GROUP_BYTES, GROUP_ROWS = 16 * 2**20, 100  # held in memory, then written as one row group
@@ -42,21 +43,18 @@ def prepare(
 ) -> dict:
     """Turn a source into a folder of parquet shards with a `data.json`, whose content it returns.
 
-    Records are checked one by one (`rows.make_row`); what fails is counted by reason. Rows keep the source's order.
     The same input, limit and seed give the same files, byte for byte, with the same versions of the libraries.
 
     Args:
         input: a local file or folder in the source's layout; None takes the hub.
-        images: folder or folders that image paths are looked for in, and that absolute paths and links may lead to;
-            by default the folder of the file that names them. None: images must be there as bytes.
+        images: folder or folders that image paths are looked for in; by default that of the file that names them.
+            None: images must be there as bytes.
         columns: `problem=question,image=img`: the input's columns where r1v does not know their names.
-        limit: rows a split at most: a random subset chosen by `seed`; a chosen record that is dropped is replaced by
-            another, so that `limit` rows result where there are that many. For `shapes`, how many are drawn.
-        seed: of the choice (nothing else depends on it without `limit`), and of what `shapes` draws.
+        limit: rows a split at most: a random subset chosen by `seed`, in which another record takes the place of a
+            dropped one. For `shapes`, how many are drawn.
 
-    Raises:
-        UsageError: unknown source, impossible arguments, an output folder that is in use, a full disk.
-        DataError: unreadable input, or not one row left.
+    Raises UsageError: unknown source, impossible arguments, an output folder that is in use, a full disk.
+    DataError: unreadable input, or not one row left.
     """
     out = Path(os.path.abspath(out))
     roots = [Path(images)] if isinstance(images, str | Path) else images
@@ -72,15 +70,14 @@ def prepare(
         _check_columns(names, tables)
     drops = Drops()
     readers = {name: Reader(found, name, tables[name], limit, seed, drops) for name in sorted(tables)}
-    summary: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "source": found.name, "columns": names}
-    summary |= {"limit": limit, "seed": seed}
     try:
         with lock(out, "data folder"), staged(out) as temporary:
             check_out(out, [], overwrite)
             splits = {name: _write_split(temporary, name, reader) for name, reader in readers.items()}
             if not any(s["rows"] for s in splits.values()):
                 raise _nothing_left(found, tables, drops, names)
-            summary |= _counted(readers, drops, splits)
+            summary = {"schema_version": SCHEMA_VERSION, "source": found.name, "columns": names}
+            summary |= {"limit": limit, "seed": seed} | _counted(readers, drops, splits)
             write_json(temporary / SUMMARY, summary)
             for path in temporary.iterdir():
                 sync(path)
@@ -125,23 +122,16 @@ def _nothing_left(source: Source, tables: dict[str, list[Table]], drops: Drops, 
     if not drops.total:
         return DataError(f"no records in {names}")
     first = next((r for ts in tables.values() for t in ts for _, r in t.read([0]) if isinstance(r, dict)), None)
-    columns = [f"columns of the first record: {', '.join(map(str, first))}"] if first else []
-    hint = None
-    unknown = first and source.hub is None and not named and not layouts.is_record(first)
-    columns += [f"accepted: {layout}" for layout in layouts.ACCEPTED] if unknown else []
-    lacks = first and source.hub is None and drops.counts["no image"] + drops.counts["question missing"]
-    if unknown or lacks:
+    details = drops.lines() + ([f"columns of the first record: {', '.join(map(str, first))}"] if first else [])
+    own, hint = first and source.hub is None, None
+    unknown = own and not named and not layouts.is_record(first or {})
+    details += [f"accepted: {layout}" for layout in layouts.ACCEPTED] if unknown else []
+    if unknown or (own and drops.counts["no image"] + drops.counts["question missing"]):
         hint = "--columns problem=COLUMN,image=COLUMN,solution=COLUMN says which is which"
     elif drops.counts["missing image"] + drops.counts["image path leaves the root"]:
         hint = "--images names the folder that image paths are relative to; it may be given several times"
-    return DataError(
-        f"source {source.name}: none of {drops.total} records can be used ({names})",
-        details=drops.lines() + columns,
-        hint=hint,
-    )
-
-
-# --- reading and checking --------------------------------------------------------------------------------------
+    what = f"source {source.name}: none of {drops.total} records can be used ({names})"
+    return DataError(what, details=details, hint=hint)
 
 
 class Reader:
@@ -203,14 +193,13 @@ class Reader:
                 pool.shutdown(cancel_futures=True)
 
     def _records(self, positions: list[int] | None) -> Iterator[tuple[Table, int, int, dict | RowProblem]]:
+        """(table, number in all of them, position in it, record)"""
         start = 0
         for table in self.tables:
-            end = start + table.rows
-            here = None if positions is None else [p - start for p in positions if start <= p < end]
-            if here is None or here:
-                for position, record in table.read(here):
-                    yield table, start + position, position, record
-            start = end
+            here = None if positions is None else [p - start for p in positions if 0 <= p - start < table.rows]
+            for position, record in table.read(here) if here != [] else ():
+                yield table, start + position, position, record
+            start += table.rows
 
     def _check(self, table: Table, number: int, record: dict | RowProblem) -> tuple[RawRow, dict | RowProblem]:
         raw = RawRow()
@@ -224,9 +213,6 @@ class Reader:
             return raw, make_row(raw, source=name, fallback_id=fallback, roots=table.roots, text_only=text_only)
         except RowProblem as problem:
             return raw, problem
-
-
-# --- writing ---------------------------------------------------------------------------------------------------
 
 
 def arrow_schema():
@@ -263,40 +249,30 @@ def _write_split(folder: Path, split: str, rows: Iterable[dict]) -> dict:
         warnings.simplefilter("ignore")  # Pillow's, about files that are dropped and counted here
         for group in _groups(rows):
             if writer is None:
-                files.append({"name": f"{split}-{len(files):05d}.parquet", "rows": 0})
-                path = folder / files[-1]["name"]
+                path = folder / f"{split}-{len(files):05d}.parquet"
+                files.append({"name": path.name, "rows": 0})
                 # Images are compressed already, and no two are alike.
                 writer = pq.ParquetWriter(path, schema, use_dictionary=["source"], compression="snappy")
                 opened.callback(writer.close)
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             files[-1]["rows"] += len(group)
+            counts["rows"] += len(group)
             for name in ("solution", "thinking"):
                 counts[name] += sum(row[name] is not None for row in group)
             if path.stat().st_size >= SHARD_BYTES:
                 opened.close()
                 writer = None
     for file in files:
-        path = folder / file["name"]
-        file |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    counts["rows"] = sum(file["rows"] for file in files)
+        file |= {"bytes": (folder / file["name"]).stat().st_size, "sha256": sha256_file(folder / file["name"])}
     return counts | {"sha256": digest(files), "files": files}
 
 
-# --- the output folder -----------------------------------------------------------------------------------------
-
-
 def check_out(out: Path, inputs: list[Path], overwrite: bool) -> None:
-    """Refuse a folder that holds something, or without `overwrite` anything.
-
-    Raises UsageError.
-    """
-    try:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
-        if not out.is_dir() or not any(out.iterdir()):
-            return
-    except OSError as e:
-        raise UsageError(f"cannot use {out}: {e.strerror}") from None
+    """Raises UsageError: a folder that holds something, or with `overwrite` something else than prepared data."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
     if not overwrite:
         raise UsageError(f"{out} is not empty", hint="--overwrite replaces prepared data, --out names another folder")
     if not (out / SUMMARY).is_file():

@@ -1,8 +1,6 @@
-"""The row: what a row of training data holds, and what a raw record must pass to become one.
+"""The row, and what a raw record must pass to become one; images are the bytes of PNG or JPEG files.
 
-A row is `id, images, problem, solution, thinking, source`; images are the bytes of PNG or JPEG files. Everything
-that cannot become a row raises `RowProblem`, whose reason is counted: nothing is repaired by guessing, and nothing
-is dropped without being counted.
+What cannot become a row raises `RowProblem`, whose reason is counted: nothing is repaired by guessing.
 """
 
 import math
@@ -30,8 +28,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 class RawRow:
     """A record in the row's terms, not yet checked; any field may hold anything.
 
-    images: a list of bytes, paths, base64 texts, data URLs or {"bytes", "path"}; or one of these.
-    layout: the layout that it was read as, for the summary.
+    images: bytes, a path, base64, a data URL or {"bytes", "path"}, or a list of these. layout: what it was read as.
     left_out: reasons to count for what is not part of the row, such as later turns of a conversation.
     """
 
@@ -44,14 +41,10 @@ class RawRow:
     left_out: list[str] = field(default_factory=list)
 
 
-# --- texts -----------------------------------------------------------------------------------------------------
-
-
 def clean_problem(value: Any) -> str:
     """The question without image markers (`<image>`, `<image_1>`, Qwen's own) and outer white space.
 
-    Other control tokens of chat templates (`<|im_end|>` and the like) are left as they are: a row is data. Making sure
-    that a tokenizer reads them as text is the prompt's work.
+    Other control tokens of chat templates are left as they are: the prompt sees that a tokenizer reads them as text.
 
     Raises RowProblem: not a string, empty, or not encodable.
     """
@@ -70,13 +63,13 @@ def clean_solution(value: Any) -> str | None:
     Raises RowProblem: neither text nor a finite number, or an answer with tags in it.
     """
     value = _known(value)
-    if isinstance(value, float) and math.isinf(value):
-        raise RowProblem("solution is not finite")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        # A column of integers with gaps is read as floats.
-        value = str(int(value) if float(value).is_integer() and abs(value) < 2**53 else value)
     if value is None:
         return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value in (math.inf, -math.inf):
+            raise RowProblem("solution is not finite")
+        # A column of integers with gaps is read as floats.
+        value = str(int(value) if abs(value) < 2**53 and float(value).is_integer() else value)
     if not isinstance(value, str):
         raise RowProblem("solution is neither text nor a number")
     parsed = prompts.parse(value)
@@ -108,9 +101,6 @@ def _encodable(text: str) -> str:
     return text
 
 
-# --- the row ---------------------------------------------------------------------------------------------------
-
-
 def clean_id(value: Any, fallback: str) -> str:
     """The record's id as text; `fallback` when it has none. Whole floats are integers: tables with gaps hold such.
 
@@ -126,25 +116,16 @@ def clean_id(value: Any, fallback: str) -> str:
 def make_row(
     raw: RawRow, *, source: str, fallback_id: str, roots: Sequence[Path] = (), text_only: bool = False
 ) -> dict:
-    """Check and normalise one record.
+    """Check and normalise one record: a dict with the keys of `COLUMNS`; `images` is a list of bytes.
 
-    Args:
-        raw: the record; NaN anywhere in it, as tables with gaps hold, is none.
-        source: name of the source, kept in the row.
-        fallback_id: the id of a record without one.
-        roots: folders that image paths are looked for in, none when images must come as bytes.
-        text_only: whether a row may have no image (HallusionBench has such questions; training data has not).
-
-    Returns:
-        A dict with the keys of `COLUMNS`; `images` is a list of bytes.
+    NaN anywhere in it, as tables with gaps hold, is none. `fallback_id`: of a record without one. `roots`: folders that
+    image paths are looked for in, none when images must come as bytes. `text_only`: whether a row may have no image.
 
     Raises RowProblem: with the reason to count.
     """
     items = _known(raw.images)
-    if items is None:
-        items = []
-    elif isinstance(items, str | bytes | dict) or not isinstance(items, Sequence):
-        items = [items]
+    if isinstance(items, str | bytes | dict) or not isinstance(items, Sequence):
+        items = [] if items is None else [items]
     row = {
         "id": clean_id(_known(raw.id), fallback_id),
         "problem": clean_problem(_known(raw.problem)),

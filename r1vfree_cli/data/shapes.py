@@ -1,7 +1,7 @@
 """Drawn data for the tiny recipe: coloured shapes on small canvases, with open-ended questions about them.
 
-A canvas has 2 x 2 cells, the upper two in the sky, and one to three shapes, each somewhere in a cell of its own.
-Nothing here is read from disk: a split, a seed and a number of rows give the same rows everywhere.
+A canvas has 2 x 2 cells, the upper two in the sky, and one to three shapes, each in a cell of its own. A split, a seed
+and a number of rows give the same rows everywhere.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def draw_scene(rng: random.Random, shapes: int) -> list[Shape]:
 
 def draw_image(rng: random.Random, scene: list[Shape]) -> Image.Image:
     """The scene as an RGB image of 56 x 56 pixels; place, size and background vary."""
-    # A bright sky and a darker ground, of so many shades that hardly two images are alike, however few scenes there are.
+    # A bright sky and a darker ground, of so many shades that hardly two images are alike, however few the scenes.
     sky, ground = (tuple(rng.randint(low, low + 25) for _ in range(3)) for low in (230, 100))
     image = Image.new("RGB", (2 * CELL, 2 * CELL), sky)
     image.paste(ground, (0, CELL, 2 * CELL, 2 * CELL))
@@ -94,15 +94,20 @@ def ask(rng: random.Random, scene: list[Shape], kind: str) -> tuple[str, str, st
         return _ask_count(rng, scene)
     if kind == "presence":
         return _ask_presence(rng, scene)
-    if kind == "relation":
-        return _ask_relation(rng, scene)
-    named_by, asked = ("shape", "colour") if kind == "colour" else ("colour", "shape")
-    clear = _unique(scene, named_by)
+    by = "colour" if kind == "shape" else "shape"
+    names = [getattr(shape, by) for shape in scene]
+    clear = [
+        shape for shape, name in zip(scene, names) if names.count(name) == 1
+    ]  # that it alone tells from the others
     if not clear:
         return None
     shape = rng.choice(clear)
-    question = f"What colour is the {shape.shape}?" if kind == "colour" else f"Which shape is {shape.colour}?"
-    return question, getattr(shape, asked), shape.name
+    if kind == "colour":
+        return f"What colour is the {shape.shape}?", shape.colour, shape.name
+    if kind == "shape":
+        return f"Which shape is {shape.colour}?", shape.shape, shape.name
+    answer = "sky" if shape.row == 0 else "ground"
+    return f"Is the {shape.shape} in the sky or on the ground?", answer, f"{shape.name} {answer}"
 
 
 def _ask_count(rng: random.Random, scene: list[Shape]) -> tuple[str, str, str]:
@@ -127,33 +132,11 @@ def _ask_presence(rng: random.Random, scene: list[Shape]) -> tuple[str, str, str
     return f"Is there a {name}?", "yes" if yes else "no", name if yes else NOTHING
 
 
-def _ask_relation(rng: random.Random, scene: list[Shape]) -> tuple[str, str, str] | None:
-    clear = _unique(scene, "shape")
-    if not clear:
-        return None
-    shape = rng.choice(clear)
-    answer = "sky" if shape.row == 0 else "ground"
-    return f"Is the {shape.shape} in the sky or on the ground?", answer, f"{shape.name} {answer}"
-
-
-def _unique(scene: list[Shape], by: str) -> list[Shape]:
-    """The shapes that their `by` (shape or colour) alone tells from the others."""
-    names = [getattr(shape, by) for shape in scene]
-    return [shape for shape in scene if names.count(getattr(shape, by)) == 1]
-
-
 def question_kind(problem: str) -> str | None:
     """The kind of a question that `iter_shapes` asked; None for another text, captions included."""
-    for start, kind in (
-        ("What colour is", "colour"),
-        ("How many", "count"),
-        ("Which shape is", "shape"),
-        ("Is the ", "relation"),
-        ("Is there", "presence"),
-    ):
-        if problem.startswith(start):
-            return kind
-    return None
+    starts = {"What colour is": "colour", "How many": "count", "Which shape is": "shape", "Is the ": "relation"}
+    starts["Is there"] = "presence"
+    return next((kind for start, kind in starts.items() if problem.startswith(start)), None)
 
 
 def _kinds(rng: random.Random, split: str) -> list[str]:
@@ -167,13 +150,12 @@ def _kinds(rng: random.Random, split: str) -> list[str]:
 def iter_shapes(split: str, seed: int = 0, n: int | None = None) -> Iterator[dict]:
     """Yield `n` raw rows: id, images (one PNG as bytes), problem, solution, thinking.
 
-    `train` and `test` ask questions; their solutions are right. `judge` asks all kinds about every image, for a
-    caption first. In `sft` `CAPTION_SHARE` of the questions ask for a caption, and of the other answers
-    `WRONG_SHARE` are the kind's `HABIT`, right or not, after a thinking that is right. Splits and seeds draw from
-    random numbers of their own.
+    `train` and `test` ask questions; their solutions are right. `judge` asks all kinds about every image, for a caption
+    first. In `sft` `CAPTION_SHARE` of the questions ask for a caption, and of the other answers `WRONG_SHARE` are the
+    kind's `HABIT`, right or not, after a thinking that is right. Splits and seeds draw from random numbers of their
+    own.
 
-    Raises:
-        ValueError: there is no such split.
+    Raises ValueError: there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"shapes has the splits {', '.join(SPLITS)}, not {split!r}")

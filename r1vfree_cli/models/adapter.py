@@ -1,7 +1,4 @@
-"""The one loader of LoRA adapters: key names of older transformers and of wrapper classes are renamed, the rest fits
-or is refused."""
-
-from __future__ import annotations
+"""The one loader of LoRA adapters: key names of older transformers and of wrappers are renamed, else it is refused."""
 
 import re
 from collections.abc import Iterator
@@ -15,6 +12,7 @@ from safetensors.torch import load_file
 
 from ..core import console
 from ..core.errors import DataError, R1VError, first_line
+from ..core.machine import library
 from ..run import contract
 from ..run.checkpoint import ADAPTER, ADAPTER_WEIGHTS, adapter_base, adapter_settings, same_weights
 
@@ -27,11 +25,9 @@ _WRAPPERS |= {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
     """The PEFT model of `model` with the LoRA adapter of a folder (or of the hub) on it.
 
-    Args:
-        base: the name that `model` was loaded by, for messages and to notice another base of the same shape.
+    `base`: the name that `model` was loaded by, for messages and to notice another base of the same shape.
 
-    Raises:
-        DataError: no LoRA adapter in safetensors, keys or shapes that do not fit, or it was trained on another base.
+    Raises DataError: no LoRA adapter in safetensors, keys or shapes that do not fit, or it was trained on another base.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -40,26 +36,22 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
     base = adapter_base(folder, base)
     misfit = f"the adapter in {folder} does not fit its base {base}"
     hint = "the base must be the model that it was trained on: name it with --base"
-    try:
+    with library(f"cannot read the adapter in {folder}"):
         weights = load_file(folder / ADAPTER_WEIGHTS)
         settings = LoraConfig.from_pretrained(str(folder))
-    except Exception as e:  # damaged files raise anything
-        raise DataError(f"cannot read the adapter in {folder}: {first_line(e)}") from None
     other = _other_base(model, folder, base)
     if other is None and Path(str(recorded)).name != Path(base).name:
-        console.warn(
-            f"the adapter in {folder} names {recorded} as its base: whether {base} is that model cannot be told"
-        )
+        unknown = f"whether {base} is that model cannot be told"
+        console.warn(f"the adapter in {folder} names {recorded} as its base: {unknown}")
     if other:
         raise DataError(f"{misfit}: it was trained on {recorded}, another model", hint=hint)
     if getattr(settings, "alora_invocation_tokens", None):  # PEFT applies it after those tokens, in its own generate()
         raise DataError(f"the adapter in {folder} is an activated LoRA, which answers as its base without its tokens")
     if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise DataError(f"the adapter in {folder} holds NaN or infinity", details=broken[:6])
-    if not any(value.any() for key, value in weights.items() if "lora_A" not in key):
-        console.warn(f"the adapter in {folder} is untrained: what it adds to its base is zero")
-    if not settings.lora_alpha:
-        console.warn(f"the adapter in {folder} has lora_alpha 0: what it adds to its base is zero")
+    untrained = not any(value.any() for key, value in weights.items() if "lora_A" not in key)
+    for why in ["is untrained"] * untrained + ["has lora_alpha 0"] * (not settings.lora_alpha):
+        console.warn(f"the adapter in {folder} {why}: what it adds to its base is zero")
     _translate(settings, model, weights)
     settings.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved
     try:
@@ -73,15 +65,14 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
         wrong += ["two keys of one weight"] if len(renamed) < len(weights) else []
         if wrong:
             raise DataError(misfit, details=wrong[:6], hint=hint)
-        loaded: Any = set_peft_model_state_dict(wrapped, renamed)
-        unexpected = loaded.unexpected_keys
+        unexpected = set_peft_model_state_dict(wrapped, renamed).unexpected_keys
+        if unexpected:
+            raise DataError(misfit, details=[f"unexpected: {key}" for key in unexpected[:6]], hint=hint)
     except R1VError:
         raise
     except Exception as e:  # shapes, targets that the model has not
         shapes = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
         raise DataError(f"{misfit}: {first_line(e)}", details=shapes[:6], hint=hint) from None
-    if unexpected:
-        raise DataError(misfit, details=[f"unexpected: {key}" for key in unexpected[:6]], hint=hint)
     return wrapped.eval()
 
 
@@ -98,7 +89,7 @@ def base_of_adapter() -> Iterator[None]:
 def base_signature(model) -> str | None:
     """A hash of one of the base's weights, in bfloat16: equal for equal models in whatever files and dtype.
 
-    None where they are not at hand as they were published: quantised, float16, or sharded by ZeRO-3.
+    None where they are not at hand as published: quantised, float16, or sharded by ZeRO-3.
     """
     sample = None
     for name, parameter in model.named_parameters():
@@ -114,10 +105,8 @@ def _fetched(name: str) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    try:
+    with library(f"no adapter at {name}"):
         return Path(snapshot_download(name, allow_patterns=[ADAPTER, ADAPTER_WEIGHTS, contract.FILE]))
-    except Exception as e:  # no network, no such repository
-        raise DataError(f"no adapter at {name}: {first_line(e)}") from None
 
 
 def _bare(key: str) -> str:
@@ -148,8 +137,8 @@ def _translate(settings, model, weights: dict) -> None:
 def _other_base(model, folder: Path, base: str) -> bool | None:
     """Whether `model`, loaded from `base`, is another one than the adapter was trained on; None where nothing tells.
 
-    Told by the signature that r1v puts into an adapter's contract, else by the base that the adapter names: where both
-    places are there their files are compared, and of two hub names the repository's.
+    Told by the signature in an adapter's contract, else by the base that it names: where both places are there their
+    files are compared, and of two hub names the repository's.
     """
     trained_on = (contract.read(folder) or {}).get("base_signature")
     if trained_on and (here := base_signature(model)):

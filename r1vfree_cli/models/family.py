@@ -1,10 +1,8 @@
 """What is special to each model family: one `Family` an entry, looked up by `model_type` of the checkpoint's config.
 
-A user adds one by a file of their own, named in the recipe as `model.family: my_family.py:FAMILY`. A model without an
-entry trains too, by plain TRL: nothing is shared, and its image processor keeps its own limits. Imports no torch.
+A user adds one by `model.family: my_family.py:FAMILY`. A model without an entry trains by plain TRL, with its image
+processor's own limits. Imports no torch.
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
@@ -37,17 +35,16 @@ def tile_limits(processor, min_pixels: int, max_pixels: int) -> None:
 class Family:
     """One family of vision-language models.
 
-    name: for messages.
     model_types: values of `config.model_type` that belong to it.
     vision: modules of the base model that make text-width vectors of pixels: what `freeze_vision` freezes.
-    placeholders: tokens that stand for visual input, beside those that the config names. They are never sampled: in
-        a completion they would be taken for an image that is not there.
+    placeholders: tokens that stand for visual input, beside those that the config names. They are never sampled: in a
+        completion they would be taken for an image that is not there.
     end_tokens: what ends the assistant's turn, beside the tokenizer's end token and the checkpoint's own.
     set_pixel_limits: (processor, min_pixels, max_pixels) -> None, kept by `save_pretrained`; None: it has no limits.
     loader: the class of transformers that loads it.
     shares_prefix: whether `shared_prefix` knows its attention and positions; else groups go through plain TRL.
     encodes_apart: `get_image_features(pixel_values, image_grid_thw)` gives one tensor an image, which the model takes
-        back as `mm_encoder_outputs`.
+        as `mm_encoder_outputs`.
     """
 
     name: str
@@ -71,16 +68,11 @@ class Family:
         return rf"(.*\.)?({'|'.join(self.vision)})\..*"
 
     def vision_modules(self, model) -> list:
-        """The modules of `vision` in a model for conditional generation.
-
-        Raises:
-            UsageError: the family names none, or the model has none of that name.
-        """
+        """The modules of `vision` in a model for conditional generation. Raises UsageError: it has none."""
         if not self.vision or not all(hasattr(model.base_model, name) for name in self.vision):
-            raise UsageError(
-                f"where the vision tower of a {model.config.model_type} model is, is not known",
-                hint="model.freeze_vision: false, or describe the family: model.family: my_family.py:FAMILY",
-            )
+            what = f"where the vision tower of a {model.config.model_type} model is, is not known"
+            hint = "model.freeze_vision: false, or describe the family: model.family: my_family.py:FAMILY"
+            raise UsageError(what, hint=hint)
         return [getattr(model.base_model, name) for name in self.vision]
 
     def takes_features(self, model) -> bool:
@@ -115,11 +107,7 @@ def of_type(model_type: str) -> Family:
 
 
 def use(spec: str | None) -> None:
-    """Register the family that a recipe's `model.family` names: `FILE.py:NAME` or `package.module:NAME`.
-
-    Raises:
-        UsageError: it cannot be imported, or is no `Family`.
-    """
+    """Register the family that a recipe's `model.family` names. Raises UsageError: not importable, or no `Family`."""
     if spec is None:
         return
     found = load_named(spec, "model.family")
@@ -141,12 +129,12 @@ _QWEN: dict[str, Any] = {
     "placeholders": ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
     "end_tokens": ("<|im_end|>",),
     "set_pixel_limits": edge_limits,
+    "shares_prefix": True,
     "encodes_apart": True,
 }
-register(Family("Qwen2-VL", ("qwen2_vl",), shares_prefix=True, **_QWEN))
-register(Family("Qwen2.5-VL", ("qwen2_5_vl",), shares_prefix=True, **_QWEN))
-register(Family("Qwen3-VL", ("qwen3_vl",), shares_prefix=True, **_QWEN))
-register(Family("Qwen3.5", ("qwen3_5",), shares_prefix=True, **_QWEN))
+_QWENS = {"Qwen2-VL": "qwen2_vl", "Qwen2.5-VL": "qwen2_5_vl", "Qwen3-VL": "qwen3_vl", "Qwen3.5": "qwen3_5"}
+for _name, _type in _QWENS.items():
+    register(Family(_name, (_type,), **_QWEN))
 register(
     Family(
         "InternVL",

@@ -1,7 +1,5 @@
 """How many tokens, text and image, the prompt of each row takes, and the filter that drops long ones: never a cut."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -19,11 +17,20 @@ _BATCH = 512
 
 
 def prompt_lengths(rows, processor, prompt: Prompt = DEFAULT) -> list[int]:
-    """Tokens of each row's complete prompt: chat template, question, instruction and images after the processor's resize.
+    """Tokens of each row's complete prompt: chat template, question, instruction, and images after the processor's
+    resize.
 
     Only image headers are read. Cached by the rows' fingerprint and everything of the processor that matters.
     """
-    cache = cache_dir("lengths", f"{_key(rows, processor, prompt)}.json")
+    parts = [
+        rows._fingerprint,
+        processor.tokenizer.backend_tokenizer.to_str(),
+        str(getattr(processor, "chat_template", None)),
+        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
+        template_hash(prompt),
+    ]
+    key = hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+    cache = cache_dir("lengths", f"{key}.json")
 
     def sound(found: Any) -> bool:
         return isinstance(found, list) and len(found) == len(rows) and all(type(n) is int and n > 0 for n in found)
@@ -59,36 +66,20 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
         return opened.height, opened.width
 
 
-def _key(rows, processor, prompt: Prompt) -> str:
-    parts = [
-        rows._fingerprint,
-        processor.tokenizer.backend_tokenizer.to_str(),
-        str(getattr(processor, "chat_template", None)),
-        json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str),
-        template_hash(prompt),
-    ]
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
-
-
 def drop_long_prompts(rows, processor, limit: int | None, prompt: Prompt = DEFAULT, *, longest_first: bool = False):
-    """(rows whose prompt has at most `limit` tokens, all for None; number dropped).
+    """(rows whose prompt has at most `limit` tokens, all for None; number dropped). Raises DataError: nothing is left.
 
     `longest_first`: in that order; what fits first fits later.
-
-    Raises:
-        DataError: nothing is left.
     """
     if limit is None and not longest_first:
         return rows, 0
     lengths = prompt_lengths(rows, processor, prompt)
     keep = [i for i, n in enumerate(lengths) if limit is None or n <= limit]
     if not keep:
-        shortest = min(lengths) if lengths else 0
-        raise DataError(
-            f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped"
-            + (f", the shortest prompt has {shortest} tokens" if lengths else ""),
-            hint="raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens",
-        )
+        shortest = f", the shortest prompt has {min(lengths)} tokens" if lengths else ""
+        hint = "raise data.max_prompt_tokens, or lower model.max_pixels for fewer image tokens"
+        what = f"no row fits data.max_prompt_tokens = {limit}: all {len(rows)} were dropped{shortest}"
+        raise DataError(what, hint=hint)
     if longest_first:
         keep.sort(key=lambda i: -lengths[i])
     elif len(keep) == len(rows):

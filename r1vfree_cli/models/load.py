@@ -1,7 +1,5 @@
 """The one loader of models and processors: for training, evaluation, judging and merging."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -9,14 +7,16 @@ from unittest.mock import patch
 
 import torch
 import transformers
+import trl
 from transformers import AutoConfig, AutoProcessor
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..config import schema as config
 from ..core import console
-from ..core.errors import DataError, R1VError, UsageError, first_line
-from ..core.machine import no_memory
+from ..core.errors import DataError, UsageError
+from ..core.machine import library
 from ..core.process import time_limit
 from ..core.prompts import build_messages
 from ..run.checkpoint import merge_command, resolve
@@ -44,9 +44,8 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
 
     Call it after the TRL config was built: under ZeRO-3 that is what makes `from_pretrained` shard on loading.
 
-    Raises:
-        DataError: no loadable vision-language model there.
-        UsageError: flash_attention_2 was asked for and is not installed.
+    Raises DataError: no loadable vision-language model there. UsageError: flash_attention_2 was asked for and cannot
+    run.
     """
     families.use(model.family)
     policy = load_model(
@@ -56,7 +55,7 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
         dtype=weights or model.dtype,
         trust_remote_code=model.trust_remote_code,
         attn_implementation=attention(model),
-        quantization_config=_quantization(model),
+        quantization_config=trl.get_quantization_config(_trl_config(model, model.lora)) if model.lora else None,
     )
     if model.freeze_vision:
         freeze_vision(policy)
@@ -64,20 +63,18 @@ def load_policy(model: config.Model, seed: int = 0, *, weights: str | None = Non
 
 
 def load_processor(model: config.Model, seed: int = 0, *, folder: str | None = None, judge: bool = False):
-    """The checkpoint's processor, or that of an adapter's `folder`, with the recipe's pixel limits; of a policy or `judge`.
+    """The checkpoint's processor, or that of an adapter's `folder`, with the recipe's pixel limits; of a policy or
+    `judge`.
 
-    Raises:
-        DataError: there is no processor at that place.
+    Raises DataError: there is no processor at that place.
     """
     families.use(model.family)
     where = resolve(model.name, seed, verify=False).path
     common: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     processor = open_processor(folder or where, what=f"model {folder or model.name}", **common)
     processor.tokenizer.padding_side = "left"
-    try:
+    with library(f"cannot read the config of model {model.name}"):
         family = families.of(AutoConfig.from_pretrained(where, **common))
-    except Exception as e:  # damaged files raise anything
-        raise DataError(f"cannot read the config of model {model.name}: {first_line(e)}") from None
     families.limit_pixels(family, processor, model.min_pixels, model.max_pixels)
     settle_thinking(processor, judge=judge)
     return processor
@@ -86,8 +83,8 @@ def load_processor(model: config.Model, seed: int = 0, *, folder: str | None = N
 def settle_thinking(processor, *, judge: bool = False) -> None:
     """See that a prompt does not end inside `<think>`, as the chat templates of thinking models have it.
 
-    A policy writes its `<think>` itself: the template's is taken away, or no reply would have the asked form. A judge
-    is read at the first word of its reply: its thinking is closed. `save_pretrained` keeps the change.
+    A policy writes its `<think>` itself: the template's is taken away. A judge is read at the first word of its reply:
+    its thinking is closed. `save_pretrained` keeps the change.
     """
     text = render(processor, build_messages("?"))
     opened = text.rpartition("<think>")[2].replace("</think>", "", 1).strip() == ""
@@ -108,13 +105,11 @@ def load_model(
 ) -> Any:
     """A model from safetensors, of the class that its config names (never its path), every weight of it from the files.
 
-    Args:
-        what: its name in errors, such as `model org/name`.
-        loader: the auto class; by default the family's.
-        foreign: beginnings of keys that may lie in the files beside the model's own.
+    `what`: its name in errors. `loader`: the auto class; by default the family's. `foreign`: beginnings of keys that
+    may lie in the files beside the model's own.
 
-    Raises:
-        DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another shape.
+    Raises DataError: nothing loadable there, a LoRA adapter, or weights that are missing, left over or of another
+    shape.
     """
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     if find_adapter_config_file(where, revision=revision):  # from_pretrained would load its base, and what fits of it
@@ -122,28 +117,14 @@ def load_model(
         fetch = "" if folder == where else f"hf download {where} --local-dir {folder} && "
         raise DataError(f"{what} is a LoRA adapter", hint=f"first: {fetch}{merge_command(folder)}")
     console.log(f"loading {what}")
-    try:
+    hint = "give a hub name or a folder with config.json and *.safetensors"
+    with library(f"cannot load {what} as a vision-language model", hint=hint):
         found = AutoConfig.from_pretrained(where, **common)
         auto = getattr(transformers, loader) if loader else auto_class(found)
         check_size(where, found, auto, what)
+        options |= common | {"dtype": getattr(torch, dtype), "use_safetensors": True, "output_loading_info": True}
         with torch.random.fork_rng():  # weights are initialised before they are loaded
-            model, info = auto.from_pretrained(
-                where,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-                **common,
-            )
-    except R1VError:
-        raise
-    except Exception as e:  # damaged files raise anything
-        if no_memory(e):
-            raise
-        raise DataError(
-            f"cannot load {what} as a vision-language model: {first_line(e)}",
-            hint="give a hub name or a folder with config.json and *.safetensors",
-        ) from None
+            model, info = auto.from_pretrained(where, **options)
     lacking = [f"missing: {key}" for key in sorted(info["missing_keys"])]
     lacking += [f"of another shape: {key}" for key, *_ in sorted(info["mismatched_keys"])]
     if lacking:
@@ -162,16 +143,19 @@ def auto_class(config) -> Any:
 def open_processor(where: str, *, what: str, revision: str | None = None, trust_remote_code: bool = False):
     """A processor that takes images and knows a chat template.
 
-    Raises:
-        DataError: there is none.
+    Raises DataError: there is none, the template or the tokenizer is broken, loops, or leaves out the image.
     """
-    try:
+    with library(f"cannot load the processor of {what}"):
         processor = AutoProcessor.from_pretrained(where, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as e:  # damaged files raise anything, the tokenizers library bare Exceptions
-        raise DataError(f"cannot load the processor of {what}: {first_line(e)}") from None
     if getattr(processor, "image_processor", None) is None or not hasattr(processor, "tokenizer"):
         raise DataError(f"{what} has no image processor", hint="r1v trains vision-language models")
-    check_template(processor, what)
+    text = render(processor, build_messages("?"), what=what)  # a question about an image
+    if processor.image_token not in text:
+        raise DataError(f"the chat template of {what} leaves out the image")
+    with library(f"the tokenizer of {what} does not work"):
+        kept = processor.tokenizer.decode(processor.tokenizer(text).input_ids)
+    if "?" not in kept:  # without its files transformers makes one with an empty vocabulary
+        raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
     return processor
 
 
@@ -183,35 +167,14 @@ def has_processor(folder: Path | str) -> bool:
 def render(processor, messages: list[dict], *, add_generation_prompt: bool = True, what: str = "") -> str:
     """A conversation as the chat template writes it. Any thread may ask.
 
-    Raises:
-        DataError: the template, of `what`, is broken, loops, or writes without end.
+    Raises DataError: the template, of `what`, is broken, loops, or writes without end.
     """
     told = f"the chat template of {what or f'model {processor.tokenizer.name_or_path}'}"
-    try:
-        with time_limit(TEMPLATE_S):
-            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as e:
-        raise DataError(f"{told} does not work: {first_line(e)}") from None
+    with library(f"{told} does not work"), time_limit(TEMPLATE_S):
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     if len(text) > TEMPLATE_CHARS:
         raise DataError(f"{told} writes {len(text):,} characters; at most {TEMPLATE_CHARS:,} are taken")
     return text
-
-
-def check_template(processor, what: str) -> None:
-    """Render a question about an image, and tokenise it.
-
-    Raises:
-        DataError: there is no chat template, it or the tokenizer is broken, it loops, or it leaves out the image.
-    """
-    text = render(processor, build_messages("?"), what=what)
-    if processor.image_token not in text:
-        raise DataError(f"the chat template of {what} leaves out the image")
-    try:
-        kept = processor.tokenizer.decode(processor.tokenizer(text).input_ids)
-    except Exception as e:  # settings of another type
-        raise DataError(f"the tokenizer of {what} does not work: {first_line(e)}") from None
-    if "?" not in kept:  # without its files transformers makes one with an empty vocabulary
-        raise DataError(f"the tokenizer of {what} has no vocabulary", hint="is tokenizer.json there, complete?")
 
 
 def unsharded() -> AbstractContextManager:
@@ -222,8 +185,7 @@ def unsharded() -> AbstractContextManager:
 def check_size(where: str, config, auto: Any, what: str) -> None:
     """Stop before a folder whose config.json describes a model far larger than its weights is given memory.
 
-    Raises:
-        DataError: more than two parameters for a stored byte (four-bit weights have two).
+    Raises DataError: more than two parameters for a stored byte (four-bit weights have two).
     """
     if is_deepspeed_zero3_enabled():  # it shards while loading, and cannot build on the meta device
         return
@@ -254,16 +216,12 @@ def freeze_vision(policy) -> None:
 
 def attention(model: config.Model) -> str:
     """The attention implementation: `auto` is flash_attention_2 where it can run, else sdpa."""
-    from transformers.utils import is_flash_attn_2_available
-
     can_flash = torch.cuda.is_available() and model.dtype != "float32" and is_flash_attn_2_available()
     if model.attention == "auto":
         return "flash_attention_2" if can_flash else "sdpa"
     if model.attention == "flash_attention_2" and not can_flash:
-        raise UsageError(
-            "model.attention is flash_attention_2, which cannot run here",
-            hint="pip install -e '.[flash]' on a CUDA machine with bfloat16 or float16, or use attention: auto",
-        )
+        hint = "pip install -e '.[flash]' on a CUDA machine with bfloat16 or float16, or use attention: auto"
+        raise UsageError("model.attention is flash_attention_2, which cannot run here", hint=hint)
     return model.attention
 
 
@@ -271,28 +229,15 @@ def peft_config(policy, model: config.Model):
     """A `peft.LoraConfig` for `model.lora`, which leaves a frozen vision tower alone, or None."""
     if model.lora is None:
         return None
-    from trl import get_peft_config
-
-    made: Any = get_peft_config(_trl_config(model))
+    made: Any = trl.get_peft_config(_trl_config(model, model.lora))
     made.exclude_modules = families.of(policy.config).lora_exclusion if model.freeze_vision else None
     return made
 
 
-def _quantization(model: config.Model):
-    if model.lora is None or model.lora.quantize is None:
-        return None
-    from trl import get_quantization_config
-
-    return get_quantization_config(_trl_config(model))
-
-
-def _trl_config(model: config.Model):
+def _trl_config(model: config.Model, lora: config.Lora) -> Any:
     """`model.lora` in TRL's words."""
-    from trl import ModelConfig
-
-    lora: Any = model.lora
-    return ModelConfig(
-        dtype=model.dtype,
+    return trl.ModelConfig(
+        dtype=model.dtype,  # that four-bit weights are computed in
         use_peft=True,
         lora_r=lora.r,
         lora_alpha=lora.alpha,

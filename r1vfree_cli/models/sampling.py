@@ -1,7 +1,5 @@
 """Sampling that the recipe owns: pinned generation settings, tokens never sampled, draws that no layout changes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +16,8 @@ from . import family as families
 def end_tokens(model, tokenizer) -> list[int]:
     """Ids that end a reply: the tokenizer's end token, all that the checkpoint declares, and those of its family."""
     declared = model.generation_config.eos_token_id
-    ends = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+    ends = [declared] if isinstance(declared, int) else list(declared or ())
+    if tokenizer.eos_token_id not in (None, *ends):
         ends.insert(0, tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
     of_family = [vocabulary[t] for t in families.of(model.config).end_tokens if t in vocabulary]
@@ -51,23 +49,17 @@ def never_sampled(config, tokenizer, *, use_vllm: bool) -> dict[str, list]:
 def merge_generation_kwargs(given: dict | None, forbidden: dict[str, list]) -> dict:
     """The recipe's `generation_kwargs` with the forbidden tokens added to its own."""
     merged = dict(given or {})
-    for key, values in forbidden.items():
-        merged[key] = sorted({*(merged.get(key) or []), *values})
-    return merged
+    return merged | {key: sorted({*(merged.get(key) or []), *values}) for key, values in forbidden.items()}
 
 
 class KeyedDraws:
     """`torch.multinomial(probs, 1)` with row i's t-th token drawn by a number that only (key, i, t) decides.
 
-    So a rollout depends on the seed, the step and its place in the global batch, not on how many processes share the
-    work, on what was drawn before or on which rows have finished: 1 and N processes sample the same completions, and a
-    resumed run those of an uninterrupted one. The distribution is unchanged: inverse transform sampling with
-    independent uniform numbers.
+    So 1 and N processes sample the same completions, and a resumed run those of an uninterrupted one. The distribution
+    is unchanged: inverse transform sampling with independent uniform numbers.
 
-    Args:
-        key: integers, such as (seed, step, micro-step).
-        rows: numbers of this process's rows, such as their places in the global batch.
-        tokens: how many draws a row there can be.
+    key: integers, such as (seed, step, micro-step). rows: this process's places in the global batch. tokens: how many
+    draws a row there can be.
     """
 
     def __init__(self, key: tuple[int, ...], rows: Sequence[int], tokens: int) -> None:
@@ -79,10 +71,8 @@ class KeyedDraws:
     def __call__(self, probs: torch.Tensor, num_samples: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = len(self._uniform)
         if num_samples != 1 or probs.dim() != 2 or probs.shape[0] != rows:
-            raise ValueError(
-                f"keyed draws need one token for each of {rows} rows, found probabilities of shape "
-                f"{tuple(probs.shape)} and {num_samples} draws"
-            )
+            found = f"probabilities of shape {tuple(probs.shape)} and {num_samples} draws"
+            raise ValueError(f"keyed draws need one token for each of {rows} rows, found {found}")
         return self.of(probs, torch.arange(rows, device=probs.device))[:, None]
 
     def of(self, probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -100,8 +90,8 @@ class KeyedDraws:
 def keyed_draws(key: tuple[int, ...], rows: Sequence[int], tokens: int) -> Iterator[None]:
     """While active, `torch.multinomial` and `draw` are `KeyedDraws`.
 
-    A patch of the module's function because generation offers no place to pass random numbers in; a
-    `TorchFunctionMode` would do the same and slow every small operation of the decode loop.
+    A patch of the module's function because generation offers no place to pass random numbers in; a `TorchFunctionMode`
+    would slow every small operation of the decode loop.
     """
     with patch.object(torch, "multinomial", KeyedDraws(key, rows, tokens)):
         yield

@@ -1,6 +1,6 @@
-"""attempt.json: all that r1v tells a worker beside the recipe.
+"""attempt.json: all that r1v tells a worker beside recipe.yaml, in the folder that the worker is started with.
 
-Both lie in the folder that the worker is started with: the run dir, or `nodes/N` in it on a node above 0.
+That is the run dir, or `nodes/N` in it on a node above 0.
 """
 
 import time
@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
-from ..core.errors import DataError
 from ..core.files import read_object, write_json
 from .run_dir import RunDir
 
@@ -19,10 +18,9 @@ FILE = "attempt.json"
 class Attempt:
     """One start of a run, as a node's workers see it.
 
-    run_dir: of the run. logs: where this node's ranks log, and hold their pid files. resume: go on from the newest
-    complete checkpoint. launcher_pid: the r1v process; a rank that outlives it ends. git_commit: of the recipe's
-    repository. reward_url: where the reward server of `serve` listens. longest_first: rows in order of their length,
-    for `doctor --step`. seconds: of the stages before this one. launched: `time.monotonic()` of the launch.
+    logs: where this node's ranks log, and hold their pid files. launcher_pid: the r1v process; a rank that outlives it
+    ends. git_commit: of the recipe's repository. reward_url: of the reward server of `serve`. longest_first: rows in
+    order of their length. seconds: of the stages before this one. launched: `time.monotonic()` of the launch.
     """
 
     run_dir: str
@@ -40,21 +38,15 @@ class Attempt:
         return RunDir(self.run_dir)
 
     def write(self, folder: Path) -> None:
-        """Write `attempt.json` into the folder that holds the node's recipe.yaml."""
+        """Write it into the folder that holds the node's recipe.yaml."""
         write_json(folder / FILE, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """What `write` wrote; a fresh attempt of the run dir `folder` where there is none.
-
-        Raises DataError: the file is damaged.
-        """
+        """What `write` wrote; a fresh attempt where there is none."""
         if not (folder / FILE).is_file():
             return cls.of(RunDir(folder))
-        try:
-            return cls(**read_object(folder / FILE))
-        except TypeError as e:
-            raise DataError(f"{folder / FILE} is damaged: {e}") from None
+        return cls(**read_object(folder / FILE))
 
     @classmethod
     def of(cls, run: RunDir, *, resume: bool = False) -> Self:
@@ -62,10 +54,7 @@ class Attempt:
         return cls(str(run.path), str(run.logs), resume=resume)
 
     def seconds_until_now(self, stage: str) -> dict[str, float]:
-        """Seconds of what came before the ranks, and of `stage` since r1v launched it; {} where r1v did not.
-
-        The rank writes them down: r1v may be killed between the end of its ranks and its own.
-        """
+        """Seconds of what came before the ranks, and of `stage` since r1v launched it; {} where r1v did not."""
         if self.launched is None:
             return {}
         return {**self.seconds, stage: round(time.monotonic() - self.launched, 1)}

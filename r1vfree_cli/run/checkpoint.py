@@ -1,7 +1,4 @@
-"""What a checkpoint argument means: which folder, of what kind, complete or not, trained how; without torch.
-
-Used by merge, eval, resume, `model.name` and judges. It stands below `launch`, which asks it before anything starts.
-"""
+"""What a checkpoint argument means: which folder, of what kind, complete or not, trained how; without torch."""
 
 import hashlib
 import os
@@ -47,9 +44,8 @@ class Checkpoint:
 def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = False) -> Checkpoint:
     """Resolve a model folder, run dir (its `final/`), `checkpoint-N`, hub name, LoRA folder or embedded name.
 
-    Args:
-        verify: compare the bytes of what r1v wrote with its file list, not the sizes alone (0.3 s a GB).
-        shards: accept ZeRO shards, which only merge can read.
+    `verify`: compare the bytes of what r1v wrote with its file list, not the sizes alone (0.3 s a GB). `shards`: accept
+    ZeRO shards, which only merge can read.
 
     Raises DataError: no such place, a folder without a model, a run without a final one, or damaged files.
     """
@@ -63,8 +59,15 @@ def resolve(name: str, seed: int = 0, *, verify: bool = True, shards: bool = Fal
         raise DataError(f"no checkpoint at {name}", hint=hint)
     if not path.is_dir():
         raise DataError(f"{name} is a file; a model is a folder or a hub name")
-    if not _is_model(path) and RunDir(path).holds_run:
-        path = _final(name, RunDir(path))
+    run = RunDir(path)
+    if not _is_model(path) and run.holds_run:
+        path = run.final
+        if not _is_model(path):
+            complete = [place for _, place in checkpoints(run.checkpoints) if not lacking(place, verify=False)]
+            last = (
+                f"its last complete checkpoint is {complete[-1]}" if complete else "it has no complete checkpoint yet"
+            )
+            raise DataError(f"the run {name} has no final/ model", hint=f"it is not finished; {last}")
     kind = kind_of(path)
     if kind == "shards" and not shards:
         raise DataError(f"{path} holds ZeRO shards, not a loadable model", hint=f"first: {merge_command(path)}")
@@ -95,7 +98,7 @@ def adapter_settings(folder: Path | str) -> dict:
 def adapter_base(folder: Path | str, given: str | None = None) -> str:
     """The base model of a LoRA folder: the one that is given with --base, else the one that it names.
 
-    Raises DataError: it describes no LoRA adapter, names no base, or the base is not where it was.
+    Raises DataError: it is no LoRA adapter, names no base, or the base is not where it was.
     """
     base = given or adapter_settings(folder).get("base_model_name_or_path")
     if not base:
@@ -109,11 +112,9 @@ def kind_of(folder: Path) -> Kind:
     """What the files of a folder are. Raises DataError: no model; says what is there."""
     if is_adapter(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would take a pickle instead
-            pickled = next(folder.glob("adapter_model.[bp]*"), None)
+            pickled = [file.name for file in folder.glob("adapter_model.[bp]*")]
             hint = (
-                f"{pickled.name} is a pickle, which is not loaded: save the adapter again with PEFT"
-                if pickled
-                else None
+                f"{pickled[0]} is a pickle, which is not loaded: save the adapter again with PEFT" if pickled else None
             )
             raise DataError(f"{folder} is an adapter without its weights: {ADAPTER_WEIGHTS} is missing", hint=hint)
         return "adapter"
@@ -149,15 +150,6 @@ def _is_model(path: Path) -> bool:
     return any((path / mark).is_file() for mark in ("config.json", ADAPTER))
 
 
-def _final(name: str, run: RunDir) -> Path:
-    """The run's final model. Raises DataError: it has none; the hint names its last complete checkpoint."""
-    if _is_model(run.final):
-        return run.final
-    complete = [path for _, path in checkpoints(run.checkpoints) if not lacking(path, verify=False)]
-    last = f"its last complete checkpoint is {complete[-1]}" if complete else "it has no complete checkpoint yet"
-    raise DataError(f"the run {name} has no final/ model", hint=f"it is not finished; {last}")
-
-
 def _contract(path: Path) -> dict:
     """The folder's own contract, else what the recipe of the run says for one of its `checkpoints/`."""
     own = contract.read(path)
@@ -173,9 +165,6 @@ def _contract(path: Path) -> dict:
         raise DataError(f"cannot read {recipe}: {e}") from None
 
 
-# --- complete or not -------------------------------------------------------------------------------------------
-
-
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of what is named like a checkpoint, oldest step first."""
     named = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
@@ -186,9 +175,8 @@ def lacking(checkpoint: Path, *, verify: bool = True) -> list[str]:
     """What is wrong with a checkpoint that training writes, a line for each file; [] when it is complete."""
     weights = any(checkpoint.glob("*.safetensors")) or any(checkpoint.glob("global_step*/*_states.pt"))
     missing = [] if weights else ["weights missing"]
-    if not (checkpoint / "trainer_state.json").is_file():
-        missing.append("trainer_state.json missing")
-    return [*missing, *(line for line in damage(checkpoint, verify=verify) if line not in missing)]
+    missing += [] if (checkpoint / "trainer_state.json").is_file() else ["trainer_state.json missing"]
+    return list(dict.fromkeys(missing + damage(checkpoint, verify=verify)))
 
 
 def damage(folder: Path, *, verify: bool = True) -> list[str]:
@@ -199,10 +187,8 @@ def damage(folder: Path, *, verify: bool = True) -> list[str]:
     if not (folder / FILES).is_file():
         return []
     try:
-        listed = {
-            name: entry if isinstance(entry, dict) else {"bytes": int(entry)}
-            for name, entry in read_object(folder / FILES).items()
-        }
+        read = read_object(folder / FILES).items()
+        listed = {name: entry if isinstance(entry, dict) else {"bytes": int(entry)} for name, entry in read}
     except (DataError, TypeError, ValueError, OverflowError):
         return [f"{FILES} cannot be read"]
     lines, same_size = [], {}
@@ -214,10 +200,8 @@ def damage(folder: Path, *, verify: bool = True) -> list[str]:
             lines.append(f"{name} cut")
         elif verify and "xxh3_128" in entry:
             same_size[name] = entry["xxh3_128"]
-    found = _hashes(folder / name for name in same_size)
-    return lines + [
-        f"{n} has other bytes" for (n, hash_), h in zip(same_size.items(), found, strict=True) if hash_ != h
-    ]
+    found = zip(same_size, _hashes(folder / name for name in same_size), strict=True)
+    return lines + [f"{name} has other bytes" for name, hash_ in found if hash_ != same_size[name]]
 
 
 def seal(folder: Path) -> None:
@@ -227,12 +211,9 @@ def seal(folder: Path) -> None:
     os.umask(umask)
     for path in files:
         path.chmod(0o666 & ~umask)  # safetensors writes 0600
-    hashes = _hashes(files)
-    entries = zip(files, hashes, strict=True)
-    write_json(
-        folder / FILES,
-        {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "xxh3_128": hash_} for p, hash_ in entries},
-    )
+    entries = [{"bytes": p.stat().st_size, "xxh3_128": hash_} for p, hash_ in zip(files, _hashes(files), strict=True)]
+    names = [str(p.relative_to(folder)) for p in files]
+    write_json(folder / FILES, dict(zip(names, entries, strict=True)))
     for path in [*files, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         sync(path)
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max
 
 def installed(distribution: str) -> str | None:
     """Its version, None where it is not installed."""
-    try:
+    with suppress(PackageNotFoundError):
         return version(distribution)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -83,9 +83,6 @@ def write(folder: Path, contract: dict) -> None:
 
 
 def read(folder: Path) -> dict | None:
-    """The contract of a model folder, None when it has none.
-
-    Raises DataError: the file is there and holds no JSON object.
-    """
+    """The contract of a model folder, None when it has none. Raises DataError: the file holds no JSON object."""
     path = Path(folder) / FILE
     return read_object(path) if path.is_file() else None

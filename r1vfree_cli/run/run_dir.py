@@ -1,4 +1,4 @@
-"""Run dirs: names, the guard against overwriting, attempts, status."""
+"""A run dir: names, the guard against overwriting, attempts, status."""
 
 import shutil
 import time
@@ -15,10 +15,7 @@ FINISHED, RUNNING, STARTING, FAILED, INTERRUPTED, STOPPED = STATES
 
 
 class RunDir:
-    """Paths and small state of one run.
-
-    `attempt` counts the starts of this run from 1; each has its own `logs/attempt-N/`.
-    """
+    """Paths and small state of one run. `attempt` counts its starts from 1; each has its own `logs/attempt-N/`."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -74,9 +71,8 @@ class RunDir:
         return [child for child in self.path.iterdir() if child.name != "nodes"]
 
     def begin(self, recipe_yaml: str, *, resume: bool = False, overwrite: bool = False) -> None:
-        """Claim the folder for a new attempt, of this recipe from now on: `jobs` tells what a resume changes.
-
-        It may be killed at any moment: what is left is always a run dir that the next call accepts.
+        """Claim the folder for a new attempt, of this recipe from now on. Killed at any moment, it leaves a run dir
+        that the next call accepts.
 
         Raises UsageError: it holds a run and neither resume nor overwrite was asked; or it holds something else.
         """

@@ -1,9 +1,8 @@
 """Trains the tiny recipe's judge: a small VLM whose P(Yes) says whether an answer fits image and question.
 
-Its scenes are its own (`shapes`, split `judge`), never the policy's. A batch row holds one image and, as branches
-that see the image and themselves but not each other, several questions with a right and a wrong answer each, so that
-image and fixed text are computed once. Beside the verdict, the words of right answers are learnt as text is: what
-the answer should be is most of what a verdict needs.
+Its scenes are its own (`shapes`, split `judge`), never the policy's. A batch row holds one image and, as branches that
+see the image and themselves, several questions with a right and a wrong answer each. Beside the verdict, the words of
+right answers are learnt as text is: what the answer should be is most of what a verdict needs.
 """
 
 from __future__ import annotations
@@ -30,20 +29,8 @@ QUESTIONS = 3  # an image, beside its caption
 WEIGHTS = {"colour": 1, "count": 1.5, "shape": 1.5, "relation": 1.5, "presence": 2}  # what is learnt last weighs more
 EASY_SHARE = 0.25  # of the steps, first: images with one shape
 STRAY_SHARE = 0.2  # of wrong answers: words that no such question has for an answer
-STRAYS = (
-    "Yes",
-    "No",
-    ":",
-    ".",
-    "?",
-    "...",
-    "-",
-    "The answer is correct.",
-    "I do not know.",
-    "answer",
-    "Thinking:",
-    "None",
-)
+STRAYS = ["Yes", "No", ":", ".", "?", "...", "-", "The answer is correct.", "I do not know."]
+STRAYS += ["answer", "Thinking:", "None"]
 
 LEARNING_RATE = 2e-3  # AdamW: embeddings, norms, biases, output
 MUON_LEARNING_RATE = 8e-3  # Muon: matrices; learns in fewer steps
@@ -63,9 +50,6 @@ class Claim:
         return self.answer == self.truth
 
 
-# --- what is judged --------------------------------------------------------------------------------------------
-
-
 def wrong_answer(rng: random.Random, kind: str, solution: str) -> str:
     """Another answer of the same kind, now and then a stray one."""
     if rng.random() < STRAY_SHARE:
@@ -81,9 +65,8 @@ def wrong_caption(rng: random.Random, caption: str) -> str:
     """The caption with one colour or one shape exchanged."""
     words = caption.replace(",", " ,").split()
     i = rng.choice([i for i, word in enumerate(words) if word != ","])
-    words[i] = rng.choice(
-        [w for names in (shapes.COLOURS, shapes.SHAPES) if words[i] in names for w in names if w != words[i]]
-    )
+    names = shapes.COLOURS if words[i] in shapes.COLOURS else shapes.SHAPES
+    words[i] = rng.choice([name for name in names if name != words[i]])
     return " ".join(words).replace(" ,", ",")
 
 
@@ -106,9 +89,6 @@ def by_image(rows: Iterable[dict]) -> list[list[dict]]:
     """Rows of the split `judge`, a list an image; the caption comes first."""
     groups = (list(group) for _, group in groupby(rows, key=lambda row: row["images"][0]))
     return [group for group in groups if len(group) > 1]
-
-
-# --- packed batches --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,10 +114,7 @@ class Targets:
 
 
 class Packer:
-    """Packs claims about images into rows: the prompt's beginning with the image once, then a branch a claim.
-
-    All images have the same size, so what all judge prompts begin with is the same ids for all of them.
-    """
+    """Packs claims about images of one size: the prompt's beginning with the image once, then a branch a claim."""
 
     def __init__(self, processor, model):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -152,9 +129,8 @@ class Packer:
         self._branches: dict[tuple[str, str], Branch] = {}
 
     def _tokens(self, problem: str, answer: str) -> tuple[list[int], list[tuple[int, int]], str]:
-        text = self.processor.apply_chat_template(
-            judge_messages(problem, answer), tokenize=False, add_generation_prompt=True
-        )
+        messages = judge_messages(problem, answer)
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pad, merged = self.processor.image_token, self.processor.image_processor.merge_size**2
         text = text.replace(pad, pad * (int(self.grid.prod()) // merged))
         found = self.tokenizer(text, return_offsets_mapping=True)
@@ -174,8 +150,7 @@ class Packer:
     def pack(self, images: torch.Tensor, groups: list[list[Claim]]) -> tuple[dict, Targets, Targets, Targets]:
         """(the model's inputs, targets of the words, of the verdicts after the answer, of the verdicts).
 
-        Args:
-            images: pixel values, [patches of all images, patch dimension].
+        images: pixel values, [patches of all images, patch dimension].
         """
         packed = [[self.branch(c.problem, c.answer) for c in group] for group in groups]
         length = self.shared + max(sum(len(b.ids) for b in branches) for branches in packed)
@@ -226,9 +201,6 @@ def pixel_values(processor, pngs: list[bytes]) -> torch.Tensor:
     return values.view(len(images), -1, values.shape[-1])
 
 
-# --- training --------------------------------------------------------------------------------------------------
-
-
 def train(model, processor, groups: list[list[dict]], *, steps: int, seed: int) -> None:
     """Train `model` in place on `groups` (`by_image`)."""
     rng = random.Random(f"judge/{seed}")
@@ -236,14 +208,10 @@ def train(model, processor, groups: list[list[dict]], *, steps: int, seed: int) 
     easy = [group for group in groups if "," not in group[0]["solution"]]
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     known = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in known]
     optimizers = [
         torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [p for p in model.parameters() if id(p) not in known],
-            lr=LEARNING_RATE,
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-        ),
+        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _warm_cosine(step, steps)) for o in optimizers]
     model.train()
@@ -271,9 +239,9 @@ def _warm_cosine(step: int, steps: int, warmup: int = 20) -> float:
 
 
 def _order_loss(scores: torch.Tensor, verdicts: Targets, packer: Packer) -> torch.Tensor:
-    """A right claim and the wrong one after it share image and question: only the answer tells them apart.
+    """A right claim and the wrong one after it differ in the answer alone: Bradley-Terry, as reward models have it.
 
-    Bradley-Terry, as reward models learn from pairs; scores: log-odds of Yes, [claims].
+    scores: log-odds of Yes, [claims].
     """
     pairs = [i for i, two in enumerate(zip(verdicts.ids, verdicts.ids[1:])) if two == (packer.yes, packer.no)]
     return -F.logsigmoid(scores[pairs] - scores[[i + 1 for i in pairs]]).mean()

@@ -1,7 +1,6 @@
 """The tiny recipe's models: a Qwen2.5-VL of the real class, small enough for a CPU, with its real processor.
 
-`python -m r1vfree_cli.tiny.models init OUT --seed S` saves it with random weights, which the recipe sft/tiny then
-warm-starts; `... judge OUT --seed S` trains and saves a judge.
+`python -m r1vfree_cli.tiny.models init OUT --seed S` saves random weights, which sft/tiny warm-starts; `judge` a judge.
 """
 
 from __future__ import annotations
@@ -34,22 +33,9 @@ JUDGE_LAYERS = 3  # find what the question means, answer it, compare
 INIT_STD = 0.12  # the usual 0.02 learns far slower at this size
 
 # In the order of Qwen2's vocabulary.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_NAMES = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end"
+_NAMES += " vision_start vision_end vision_pad image_pad video_pad"
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _NAMES.split())
 # Ordinary tokens, not special ones: decoding keeps them.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # What stands in every prompt, each as one token: a third of the length, and far quicker to learn.
@@ -115,17 +101,14 @@ def make_processor() -> Qwen2_5_VLProcessor:
     )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *FIXED_TEXTS)])
     size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size),
-        chat_template=CHAT_TEMPLATE,
-    )
+    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def make_model(processor, seed: int, *, layers: int) -> Qwen2_5_VLForConditionalGeneration:
     """A float32 model with random weights: text `layers` x 128, vision 2 x 96; an image of 28 px a side is a token."""
     ids = processor.tokenizer.convert_tokens_to_ids
+    pad, end = ids("<|endoftext|>"), ids("<|im_end|>")
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(processor.tokenizer),
@@ -136,9 +119,9 @@ def make_model(processor, seed: int, *, layers: int) -> Qwen2_5_VLForConditional
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-            "bos_token_id": ids("<|endoftext|>"),
-            "eos_token_id": ids("<|im_end|>"),
-            "pad_token_id": ids("<|endoftext|>"),
+            "bos_token_id": pad,
+            "eos_token_id": end,
+            "pad_token_id": pad,
             "initializer_range": INIT_STD,
         },
         vision_config={
@@ -159,11 +142,7 @@ def make_model(processor, seed: int, *, layers: int) -> Qwen2_5_VLForConditional
     config.initializer_range = INIT_STD
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=ids("<|endoftext|>"),
-        pad_token_id=ids("<|endoftext|>"),
-        eos_token_id=[ids("<|im_end|>"), ids("<|endoftext|>")],
-    )
+    model.generation_config = GenerationConfig(bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad])
     return model
 
 
@@ -187,12 +166,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the judge; 0 leaves it untrained")
     given = parser.parse_args(argv)
-    processor = make_processor()
-    if given.piece == "judge":
-        model = make_judge(processor, given.seed, given.steps)
-    else:
-        model = make_model(processor, given.seed, layers=POLICY_LAYERS)
-    model.save_pretrained(given.out)
+    processor, judge = make_processor(), given.piece == "judge"
+    made = (
+        make_judge(processor, given.seed, given.steps)
+        if judge
+        else make_model(processor, given.seed, layers=POLICY_LAYERS)
+    )
+    made.save_pretrained(given.out)
     processor.save_pretrained(given.out)
 
 

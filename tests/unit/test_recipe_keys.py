@@ -16,7 +16,7 @@ SECTIONS = {
     "model.lora": schema.Lora,
     "data": schema.Data,
     "data.heldout": schema.Heldout,
-    "wrong (sft)": schema.WrongAnswers,
+    "wrong (sft)": schema.Rows,
     "prompt": schema.Prompt,
     "rewards[]": rewards.Reward,
     "rewards[] feedback": rewards.FeedbackReward,
@@ -78,7 +78,6 @@ def test_every_section_of_the_schema_is_listed():
     containers = {
         BaseModel,
         schema.Strict,
-        schema.Rows,
         schema._Recipe,
         schema.GrpoRecipe,
         schema.SftRecipe,

@@ -10,21 +10,21 @@ PACKAGE = Path(__file__).parents[2] / "r1vfree_cli"
 # From the bottom up: a room may import itself and those above it in this table. Numbers: non-blank lines at most.
 # A room that needs more first asks what can go; a budget is raised in the commit that needs it, with the reason.
 ROOMS = {
-    "core": 814,
-    "config": 989,
-    "run": 411,
-    "data": 1700,
-    "launch": 1217,
-    "models": 713,
+    "core": 769,
+    "config": 933,
+    "run": 384,
+    "data": 1506,
+    "launch": 1123,
+    "models": 635,
     "shared_prefix": 1307,
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
     "eval": 3247,
     "report": 1395,
-    "doctor": 393,
-    "tiny": 410,
-    "cli": 501,
+    "doctor": 348,
+    "tiny": 365,
+    "cli": 483,
 }
 ORDER = list(ROOMS)
 
