@@ -67,19 +67,18 @@ def row_images(recipe: dict, ids: set[str]) -> tuple[dict[str, bytes], str | Non
     Nothing is downloaded or prepared: of a hub dataset only what is in the cache is read.
     """
     data = recipe.get("data") or {}
-    path, split = str(data.get("path") or ""), str(data.get("split") or "train")
+    path, split, without = str(data.get("path") or ""), data.get("split") or "train", "so its rollouts have no images"
     if not ids:
         return {}, None
     if not path:
-        return {}, "the recipe names no data, so its rollouts have no images"
+        return {}, f"the recipe names no data, {without}"
     try:
         folder = find_rows(with_seed(path, (recipe.get("train") or {}).get("seed", 42)), split)
     except R1VError as e:
-        return {}, f"the data {path} cannot be read, so its rollouts have no images: {e.message}"
-    if folder is None and Path(path).exists():
-        folder = Path(path)  # not prepared yet; its ids and images are there all the same
-    if folder is None:
-        return {}, f"the data {path} is not on this machine, so its rollouts have no images"
+        return {}, f"the data {path} cannot be read, {without}: {e.message}"
+    folder = folder or Path(path)  # not prepared yet; its ids and images are there all the same
+    if not folder.exists():
+        return {}, f"the data {path} is not on this machine, {without}"
     found = _scan(folder, split, ids)
     missing = len(ids - set(found))
     return found, f"{missing} of {len(ids)} images are not in the data {path}" if missing else None
@@ -95,21 +94,18 @@ def _scan(place: Path, split: str, ids: set[str]) -> dict[str, bytes]:
     for file in files:
         try:
             shard = pq.ParquetFile(file)
-            names = set(shard.schema_arrow.names)
+            names = shard.schema_arrow.names
             column = "images" if "images" in names else "image"
-            if not {"id", column} <= names:
-                continue
             for group in range(shard.num_row_groups):
-                have = list(map(str, shard.read_row_group(group, columns=["id"])["id"].to_pylist()))
-                wanted = [i for i, row_id in enumerate(have) if row_id in ids - found.keys()]
-                if not wanted:
-                    continue
-                values = shard.read_row_group(group, columns=[column])[column].take(wanted).to_pylist()
-                for i, value in zip(wanted, values):
+                have = map(str, shard.read_row_group(group, columns=["id"])["id"].to_pylist())
+                wanted = {i: row_id for i, row_id in enumerate(have) if row_id in ids - found.keys()}
+                rows = shard.read_row_group(group, columns=[column])[column].take(list(wanted)) if wanted else []
+                for row_id, row in zip(wanted.values(), rows):
+                    value = row.as_py()
                     first = (value or [None])[0] if isinstance(value, list) else value
                     image = first.get("bytes") if isinstance(first, dict) else first
                     if isinstance(image, bytes):
-                        found[have[i]] = image
-        except (pa.ArrowException, OSError):
-            continue  # a damaged shard: its images are counted as not found
+                        found[row_id] = image
+        except (pa.ArrowException, OSError, KeyError):
+            continue  # a damaged shard, or one without such columns: its images are counted as not found
     return found

@@ -16,14 +16,7 @@ from .load import UNFINISHED, Eval, Run, collect
 from .plots import MARK
 from .view import signed
 
-GALLERY_LEAD = (
-    "From the first and the last kept steps and evenly spaced ones between, the groups whose advantages differ most: "
-    "these teach most and are no average sample. Best advantage first."
-)
-CURVES_LEAD = (
-    "Where a faint line lies behind a strong one, it is single steps, and the strong one their running mean. Axes of "
-    "shares go from 0 to 1."
-)
+_HOLDS_0 = "not established: the interval holds 0"
 
 
 class Raw(str):
@@ -33,16 +26,12 @@ class Raw(str):
 def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     """Write report.md, report.html and their pictures about run dirs and eval dirs into `out`.
 
-    Files of an earlier report are recognised by the mark in them and replaced; pictures of it that are no longer
-    needed are removed. A file of the same name without the mark is somebody else's: it is replaced only with
-    `overwrite`. The first eval dir is what the others are compared with.
+    Files of an earlier report, known by the mark in them, are replaced, and its pictures removed that are no longer
+    needed; a file of somebody else is replaced only with `overwrite`. The first eval dir is what the others are compared
+    with. Returns what `--json` prints: `out`, `files`, `runs`, `evals`, `comparisons`, `missing`.
 
-    Returns:
-        What `--json` prints: `out`, `files`, `runs`, `evals`, `comparisons`, `missing`.
-
-    Raises:
-        UsageError: no dirs; evals of different protocols; a foreign file in the way.
-        DataError: a dir that is neither, damaged main files, or evals of different questions.
+    Raises UsageError: no dirs; evals of different protocols; a foreign file in the way. DataError: a dir that is
+    neither, damaged main files, or evals of different questions.
     """
     runs, evals = collect(dirs)
     album = Album()
@@ -59,7 +48,7 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
         "files": sorted(files),
         "runs": [_run_summary(r) for r in runs],
         "evals": [{"label": e.label, "path": str(e.path), "metrics": e.scores["metrics"]} for e in evals],
-        "comparisons": [{"label": c.label, "reference": c.reference, **c.result} for c in view["comparisons"]],
+        "comparisons": view["comparisons"],
         "missing": [{"where": who, "what": note} for who, note in view["missing"]],
     }
 
@@ -91,13 +80,15 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "figures": figures,
         "all_figures": figures + bench.get("figures", []),
         "runs": run_views,
-        "gallery_lead": GALLERY_LEAD,
-        "curves_lead": CURVES_LEAD,
+        "gallery_lead": "From the first and the last kept steps and evenly spaced ones between, the groups whose "
+        "advantages differ most: these teach most and are no average sample. Best advantage first.",
+        "curves_lead": "Where a faint line lies behind a strong one, it is single steps, and the strong one their "
+        "running mean. Axes of shares go from 0 to 1.",
         "missing": list(dict.fromkeys(missing)),
     }
 
 
-def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[str]:
+def verdict(runs: list[Run], comparisons: list[dict]) -> list[str]:
     """What changed, by how much, and whether it is established: a sentence a run and a comparison."""
     said = []
     for run in runs:
@@ -118,20 +109,18 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
                 "answers are better, a benchmark tells."
             )
     for c in comparisons:
-        name, paired = next(iter(c.result["metrics"].items()))
+        name, paired = next(iter(c["metrics"].items()))
         if paired["difference"] is None:
             continue
-        low, high = paired["interval"]
-        p = paired.get("p_swap")
+        (low, high), p = paired["interval"], paired["p_swap"]
+        word = "established"
         if low <= 0 <= high:
-            word = "not established: the interval holds 0"
-        elif p is not None and p > 1 - c.result["level"]:  # few sets of questions: their interval is too narrow
+            word = _HOLDS_0
+        elif p > 1 - c["level"]:  # few sets of questions: their interval is too narrow
             word = f"not established: the two swapped at random differ as much (p {p:.2g})"
-        else:
-            word = "established"
         said.append(
-            f"{c.label} against {c.reference}: {name} {signed(paired['difference'])} points, "
-            f"{100 * c.result['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."
+            f"{c['label']} against {c['reference']}: {name} {signed(paired['difference'])} points, "
+            f"{100 * c['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."
         )
     return said
 
@@ -160,7 +149,7 @@ def _change(before: float, after: float, n: float | None) -> str:
     if not n:
         return f"{text}; the number of rows was not kept, so there is no interval."
     half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
-    word = "established" if abs(after - before) > half else "not established: the interval holds 0"
+    word = "established" if abs(after - before) > half else _HOLDS_0
     return f"{text} ± {100 * half:.1f} ({n:.0f} rows, 95 %), {word}."
 
 
@@ -198,8 +187,7 @@ def markdown(value: Any) -> str:
 
 def fence(text: Any) -> Raw:
     """A fenced code block that no line in the text can end."""
-    longest = max((len(run) for run in re.findall(r"`+", str(text))), default=0)
-    ticks = "`" * max(3, longest + 1)
+    ticks = max(("`" + run for run in re.findall(r"``+", str(text))), key=len, default="```")
     return Raw(f"{ticks}text\n{text}\n{ticks}")
 
 
