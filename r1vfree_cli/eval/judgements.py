@@ -1,7 +1,6 @@
 """`judgements.jsonl`: what is known about each reply, by the rule or by a chat model; resumable after a kill."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,10 +39,9 @@ class Judgement(BaseModel, strict=True):
 
 @dataclass
 class Outcome:
-    """All judgements by question id. `failed` counts calls that failed for good now, by kind; `failures` adds examples."""
+    """All judgements by question id. `failures`: kind -> {n, example} of the calls that failed for good now."""
 
     judgements: dict[str, Judgement] = field(default_factory=dict)
-    failed: Counter = field(default_factory=Counter)
     failures: dict[str, dict] = field(default_factory=dict)
     unjudged: list[str] = field(default_factory=list)
 
@@ -55,7 +53,8 @@ class Outcome:
     def cost(self) -> dict:
         """What `--json` and eval.json say about the judge's calls, those of earlier attempts included."""
         names = ("calls", "cache_hits", "prompt_tokens", "completion_tokens")
-        return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | {"failed": dict(self.failed)}
+        failed = {"failed": {kind: f["n"] for kind, f in self.failures.items()}}
+        return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | failed
 
 
 def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:

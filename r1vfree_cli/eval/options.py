@@ -19,8 +19,7 @@ class EvalOptions(BaseModel, extra="forbid"):
 
     None for pixels, `protocol`, ... means the run contract's value, else the default that the result prints.
 
-    Raises:
-        UsageError: unknown keys, wrong types, impossible values, all at once; or what contradicts itself.
+    Raises UsageError: unknown keys, wrong types, impossible values, all at once; or what contradicts itself.
     """
 
     benchmark: str = "hallusion"  # a room, or my_bench.py:BENCHMARK
@@ -109,8 +108,7 @@ def _explain(error: Any) -> str:
 def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) -> EvalOptions:
     """The options of a recipe (a name in recipes/eval/, or a path), then `--set`, then what the command line gives.
 
-    Raises:
-        UsageError: no such recipe, or as `EvalOptions`.
+    Raises UsageError: no such recipe, or as `EvalOptions`.
     """
     document: dict[str, Any] = {}
     if recipe:
@@ -127,8 +125,7 @@ def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) ->
 def parse_gates(fail_under: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
     """`aAcc=50` and the like -> metric -> least percent.
 
-    Raises:
-        UsageError: an unknown metric, or no number from 0 to 100.
+    Raises UsageError: an unknown metric, or no number from 0 to 100.
     """
     gates = {}
     for text in fail_under:
@@ -152,8 +149,7 @@ def parse_gates(fail_under: Sequence[str], metrics: Sequence[str]) -> dict[str, 
 def check_gates(doc: dict, fail_under: Sequence[str]) -> None:
     """Compare a result with the gates; call it after the result is printed.
 
-    Raises:
-        GateError: naming each gate that is not met.
+    Raises GateError: naming each gate that is not met.
     """
     missed = []
     for metric, least in parse_gates(fail_under, list(doc["metrics"])).items():

@@ -6,31 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError, UsageError, counted
-from ..core.files import read_json
+from ..core.files import read_object
 from ..core.prompts import parse
 from . import reading, stats
 from .benchmark import UNCLEAR, Benchmark, content_key
-from .predict import Other, Work
+from .predict import Work
 
 WARN_EMPTY = 1.0  # percent of empty replies
 
 
-def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
-    """An eval dir, or a judged file (the benchmark's first protocol).
+def load_other(path: Path, benchmark: Benchmark, protocol: str) -> tuple[list[Any], Any]:
+    """(judged questions, who judged them) of an eval dir, or of a judged file (the benchmark's first protocol).
 
-    Raises:
-        UsageError: another protocol, or nothing there.
-        DataError: damaged, or partly unjudged.
+    Raises UsageError: another protocol, or nothing there. DataError: damaged, or partly unjudged.
     """
-    document: Any
-    file, document = path, {"protocol": (*benchmark.protocols, protocol)[0], "settings": {"judge": {"kind": "file"}}}
+    document: dict[str, Any] = {
+        "protocol": (*benchmark.protocols, protocol)[0],
+        "settings": {"judge": {"kind": "file"}},
+    }
+    file = path
     if path.is_dir():
         if not (path / "scores.json").is_file() or not (path / "judged.json").is_file():
             raise UsageError(f"--compare-to {path}: no finished evaluation there (scores.json, judged.json)")
-        file, document = path / "judged.json", read_json(path / "scores.json")
+        file, document = path / "judged.json", read_object(path / "scores.json")
     elif not path.is_file():
         raise UsageError(f"--compare-to {path}: no such eval dir or judged file")
-    found = document.get("protocol") if isinstance(document, dict) else None
+    found = document.get("protocol")
     if found != protocol:
         raise UsageError(
             f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared",
@@ -39,7 +40,7 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
     judged, _ = benchmark.load_judged([file])
     if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
-    return Other(path, judged, (document.get("settings") or {}).get("judge"))
+    return judged, (document.get("settings") or {}).get("judge")
 
 
 def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
@@ -57,8 +58,7 @@ def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
 def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
     """The `--json` document. `unjudged`: questions without a verdict, or without a part of it.
 
-    Raises:
-        DataError: more replies are empty than `--max-empty` allows.
+    Raises DataError: more replies are empty than `--max-empty` allows.
     """
     o, benchmark, questions, records = w.o, w.benchmark, w.asked.questions, w.records or {}
     doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
@@ -83,12 +83,13 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
             rule = {q.id: benchmark.code(q, text) for q in asked if (text := read[q.id]) is not None}
             doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in judged})
     doc["settings"] = settings
-    doc["warnings"] = _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc)
+    doc["warnings"] = _first(doc) + list(dict.fromkeys(w.warnings)) + benchmark.warnings(doc)
     if w.other:
-        same_questions(judged, w.other.judged, w.other.path)
-        compared = stats.compare(judged, w.other.judged, benchmark.score, seed=o.seed)
-        doc["comparison"] = {"with": str(w.other.path), **compared}
-        if _who(w.other.judge) != _who(settings.get("judge")):
+        theirs, judge = w.other
+        same_questions(judged, theirs, o.compare_to)
+        compared = stats.compare(judged, theirs, benchmark.score, seed=o.seed)
+        doc["comparison"] = {"with": str(o.compare_to), **compared}
+        if _who(judge) != _who(settings.get("judge")):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
 
@@ -96,22 +97,19 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
 def empty_replies(w: Work, source: str) -> dict:
     """{n, causes} of the replies that say nothing: as the endpoint told, cut in their reasoning, or reasoning alone.
 
-    Raises:
-        DataError: they are more than `--max-empty` allows; told before a judge is asked.
+    Raises DataError: they are more than `--max-empty` allows; told before a judge is asked.
     """
-    texts = {
-        id_: r["model_prediction"] for id_, r in (w.records or {}).items() if isinstance(r.get("model_prediction"), str)
-    }
+    records = [r for r in (w.records or {}).values() if isinstance(r.get("model_prediction"), str)]
     found: Counter[str] = Counter()
-    for id_, text in texts.items():
-        record = (w.records or {})[id_]
+    for record in records:
+        text = record["model_prediction"]
         if not record.get("unanswered") and reading.judged_text(text, "answer", w.benchmark.reader) is None:
             cut = "length" if record.get("finish") == "length" else "reasoning" if text.strip() else "empty"
             found[record.get("cause") or cut] += 1
     empty: dict[str, Any] = {"n": found.total(), "causes": dict(found)}
-    if 100 * empty["n"] > w.o.max_empty * len(texts):
+    if 100 * empty["n"] > w.o.max_empty * len(records):
         raise DataError(
-            f"{source}: {empty['n']} of {len(texts)} replies are empty ({causes(empty)}), so there is no score",
+            f"{source}: {empty['n']} of {len(records)} replies are empty ({causes(empty)}), so there is no score",
             hint=f"--max-empty is {w.o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens",
         )
     return empty

@@ -110,8 +110,7 @@ def compare(a: Sequence[Any], b: Sequence[Any], score: Score, *, draws: int = DR
         `metrics`: metric -> {difference (percentage points), interval, p_swap}; `mcnemar`: {gained, lost, p};
         `gained`, `lost`: question ids only `a`, only `b` has right; `sets` (clusters), `draws`, `seed`, `level`.
 
-    Raises:
-        ValueError: the questions differ.
+    Raises ValueError: the questions differ.
     """
     ok_a, ok_b = ({j.id: j.ok for j in judged} for judged in (a, b))
     if ok_a.keys() != ok_b.keys():

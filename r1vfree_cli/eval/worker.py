@@ -29,8 +29,7 @@ def benchmark_exam(recipe: GrpoRecipe) -> Exam:
     """The benchmark's image questions by its last protocol, which asks no judge model; at most `eval.limit` of them, in
     whole clusters, the same in every run.
 
-    Raises:
-        UsageError, DataError: no such benchmark, or its questions or figures are not there.
+    Raises UsageError, DataError: no such benchmark, or its questions or figures are not there.
     """
     settings = recipe.eval
     assert settings is not None

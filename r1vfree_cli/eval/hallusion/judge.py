@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...core import console
 from ...core.errors import UsageError, counted
@@ -58,8 +57,7 @@ def fill(template: str, **values: str) -> str:
 def load_prompt(path: Path | None) -> str:
     """The judge's wording.
 
-    Raises:
-        UsageError: unreadable, or it does not show question, reference and prediction to the judge.
+    Raises UsageError: unreadable, or it does not show question, reference and prediction to the judge.
     """
     if path is None:
         return PROMPT
@@ -69,23 +67,16 @@ def load_prompt(path: Path | None) -> str:
         raise UsageError(f"cannot read the judge prompt {path}: {e}") from None
     missing = [f"{{{name}}}" for name in _FIELDS if f"{{{name}}}" not in text]
     if missing:
-        raise UsageError(
-            f"the judge prompt {path} lacks {', '.join(missing)}",
-            hint="it needs {question}, {reference} and {prediction}, and must ask for correct, incorrect or unclear",
-        )
+        hint = "it needs {question}, {reference} and {prediction}, and must ask for correct, incorrect or unclear"
+        raise UsageError(f"the judge prompt {path} lacks {', '.join(missing)}", hint=hint)
     return text
-
-
-# --- the chat judge --------------------------------------------------------------------------------------------
 
 
 class LabelJudge:
     """A chat model behind an endpoint, with the cache on disk keyed by content: the model and all it is shown."""
 
     def __init__(self, endpoint: Endpoint, prompt: str = PROMPT):
-        self.endpoint = endpoint
-        self.prompt = prompt
-        self.cache = JudgementCache(cache_dir("judge"))
+        self.endpoint, self.prompt, self.cache = endpoint, prompt, JudgementCache(cache_dir("judge"))
 
     def question(self, question: Question, reply: str) -> tuple[str, str]:
         """(content key, prompt) of the verdict on one reply."""
@@ -100,9 +91,8 @@ class LabelJudge:
     async def ask(self, key: str, prompt: str, labels: dict[str, int], payer: Judgement) -> dict:
         """One call, {label, raw, model}, cached once it has a label; what it costs is added to `payer`.
 
-        Raises:
-            UsageError, Failure: as `Endpoint.request`, also when the reply has no label or was cut: that is a failed
-                call, never `unclear`.
+        Raises UsageError, Failure: as `Endpoint.request`, also when the reply has no label or was cut: that is a failed
+        call, never `unclear`.
         """
 
         def read(reply: Reply) -> dict:
@@ -147,51 +137,41 @@ def by_chat(
         replies: question id -> the text to be judged, None where there is no answer.
         path: `judgements.jsonl`; appended to while calls finish, then rewritten with a line a question.
 
-    Raises:
-        UsageError: the endpoint is down or refuses.
+    Raises UsageError: the endpoint is down or refuses.
     """
-    outcome = Outcome()
     repair_tail(path)
     before = judgements.read(path)
     asked = {q.id: judge.question(q, reply) for q in questions if (reply := replies[q.id]) is not None}
+    found: dict[str, Judgement] = {}
     for q in questions:
-        if q.id not in asked:
-            outcome.judgements[q.id] = judgements.no_reply(benchmark, q)
-            continue
-        old, key = before.get(q.id), asked[q.id][0]
-        outcome.judgements[q.id] = j = old if old and old.key == key else Judgement(id=q.id, key=key)
-        j.reading = reading.read_yes_no(replies[q.id] or "")
+        if q.id in asked:
+            old, key = before.get(q.id), asked[q.id][0]
+            found[q.id] = old if old and old.key == key else Judgement(id=q.id, key=key)
+            found[q.id].reading = reading.read_yes_no(replies[q.id] or "")
+        else:
+            found[q.id] = judgements.no_reply(benchmark, q)
 
-    def store(id_: str, **said: Any) -> None:
-        for name, value in said.items():
-            setattr(outcome.judgements[id_], name, value)
-        append_jsonl(path, vars(outcome.judgements[id_]))
-
-    def store_code(id_: str, entry: dict) -> None:
-        store(id_, code=entry["label"], raw=entry["raw"], judge=entry["model"])
-
-    def store_same(id_: str, entry: dict) -> None:
-        store(id_, same=entry["label"], raw_same=entry["raw"])
-
-    open_codes = {id_: asked[id_] for id_, j in outcome.judgements.items() if j.code is None}
-    _ask_all("judge", open_codes, judge, VERDICTS, store_code, outcome)
-    open_same = _open_same(outcome, questions, replies, judge)
-    _ask_all("judge: same answer?", open_same, judge, SAMES, store_same, outcome)
+    open_codes = {id_: asked[id_] for id_, j in found.items() if j.code is None}
+    names = {"label": "code", "raw": "raw", "model": "judge"}
+    failed = _ask_all("judge", judge, open_codes, VERDICTS, names, found, path)
+    open_same = _open_same(found, questions, replies, judge)
+    names = {"label": "same", "raw": "raw_same"}
+    failed += _ask_all("judge: same answer?", judge, open_same, SAMES, names, found, path)
+    outcome = judgements.as_judged(benchmark, questions, found)
     judgements.write(path, outcome, benchmark, questions)
-    outcome.unjudged = judgements.as_judged(benchmark, questions, outcome.judgements).unjudged
     examples = judge.endpoint.failures
-    outcome.failures = {kind: {"n": n, "example": examples.get(kind, "")} for kind, n in outcome.failed.items()}
+    outcome.failures = {kind: {"n": n, "example": examples.get(kind, "")} for kind, n in failed.items()}
     return outcome
 
 
 def _open_same(
-    outcome: Outcome, questions: list[Question], replies: dict[str, str | None], judge: LabelJudge
+    found: dict[str, Judgement], questions: list[Question], replies: dict[str, str | None], judge: LabelJudge
 ) -> dict[str, tuple[str, str]]:
     """Id -> (key, prompt) of the questions whose label needs `same` and that have none for these replies."""
     first = {q.item.pair_key: q.id for q in questions if q.item.original}
-    found = {}
+    jobs = {}
     for q in questions:
-        j, original = outcome.judgements[q.id], outcome.judgements.get(first.get(q.item.pair_key, ""))
+        j, original = found[q.id], found.get(first.get(q.item.pair_key, ""))
         here, there = replies[q.id], replies[original.id] if original else None
         needed = original and score.reads_same(replace(q.item, code=j.code), original.code)
         if not needed or here is None or there is None:
@@ -200,28 +180,36 @@ def _open_same(
         key, prompt = judge.same(here, there)
         if j.same_key != key or j.same is None:
             j.same, j.same_key = None, key
-            found[j.id] = (key, prompt)
-    return found
+            jobs[j.id] = (key, prompt)
+    return jobs
 
 
 def _ask_all(
     title: str,
-    jobs: dict[str, tuple[str, str]],
     judge: LabelJudge,
+    jobs: dict[str, tuple[str, str]],
     labels: dict[str, int],
-    store: Callable[[str, dict], None],
-    outcome: Outcome,
-) -> None:
+    names: dict[str, str],
+    found: dict[str, Judgement],
+    path: Path,
+) -> Counter:
+    """Ask the (key, prompt) of questions; what a call says goes into their judgements under `names`, and to `path`."""
+
+    def store(id_: str, entry: dict) -> None:
+        for said, name in names.items():
+            setattr(found[id_], name, entry[said])
+        append_jsonl(path, vars(found[id_]))
+
     left: dict[str, list[str]] = {}  # key -> questions: what is shown twice is asked once
     cached = judge.cache.get_labels([key for key, _ in jobs.values()], labels)
     for id_, (key, _) in jobs.items():
         if entry := cached.get(key):
-            outcome.judgements[id_].cache_hits += 1
+            found[id_].cache_hits += 1
             store(id_, entry)
         else:
             left.setdefault(key, []).append(id_)
     if not left:
-        return
+        return Counter()
     console.log(f"{title}: {counted(len(left), 'call')} to {judge.endpoint.model} at {judge.endpoint.where}")
     with console.progress(title, len(left)) as bar:
 
@@ -232,9 +220,9 @@ def _ask_all(
 
         async def work(key: str) -> dict:
             first = left[key][0]
-            return await judge.ask(key, jobs[first][1], labels, outcome.judgements[first])
+            return await judge.ask(key, jobs[first][1], labels, found[first])
 
-        outcome.failed += judge.endpoint.run(list(left), work, done)
+        return judge.endpoint.run(list(left), work, done)
 
 
 def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: LabelJudge) -> dict:

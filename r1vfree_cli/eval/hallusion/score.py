@@ -70,8 +70,7 @@ class Item:
 def whole(value: Any) -> int | None:
     """An integer given as int, float or string; None for null, NaN and the empty string.
 
-    Raises:
-        ValueError: anything else.
+    Raises ValueError: anything else.
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -88,8 +87,7 @@ def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
     Args:
         judged: also read `gpt4v_output_gpt_check` and `same`; absent or null means None.
 
-    Raises:
-        DataError: a field is missing or has an impossible value; `where` says which record it is.
+    Raises DataError: a field is missing or has an impossible value; `where` says which record it is.
     """
 
     def number(name: str, allowed: tuple[int, ...]) -> int | None:
