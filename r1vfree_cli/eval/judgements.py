@@ -16,22 +16,18 @@ UNANSWERED = "unanswered"  # stands for a judge where there is no reply to judge
 
 
 class Judgement(BaseModel, strict=True):
-    """What is known about one question's reply.
-
-    key, same_key: content of the calls behind `code` and `same`; a judgement with another key is not reused.
-    calls ... completion_tokens: what this judgement has cost, so that a resumed evaluation knows what it spent before.
-    """
+    """What is known about one question's reply."""
 
     id: str
-    key: str
+    key: str  # content of the call behind `code`; a judgement with another key is not reused
     code: int | None = Field(None, ge=0, le=2)
     same: int | None = Field(None, ge=0, le=1)
-    same_key: str | None = None
+    same_key: str | None = None  # as `key`, of `same`
     reading: str | None = None
     judge: str = "rule"
     raw: str | None = None
     raw_same: str | None = None
-    calls: int = 0
+    calls: int = 0  # these: what it has cost, so that a resumed evaluation knows what was spent before
     cache_hits: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -90,16 +86,11 @@ def by_rule(
 ) -> Outcome:
     """Judge by the benchmark's rule. Nothing to resume: it takes milliseconds.
 
-    Args:
-        replies: question id -> the text to be judged, None where there is no answer.
-        path: `judgements.jsonl`, rewritten; None: not written.
+    replies: question id -> the text to be judged, None where there is no answer. path: `judgements.jsonl`, rewritten.
     """
-    outcome = Outcome()
+    outcome = Outcome({q.id: no_reply(benchmark, q) for q in questions})
     for q in questions:
-        reply = replies[q.id]
-        if reply is None:
-            outcome.judgements[q.id] = no_reply(benchmark, q)
-        else:
+        if (reply := replies[q.id]) is not None:
             key = content_key("rule", reply, q.content)
             outcome.judgements[q.id] = Judgement(id=q.id, key=key, code=benchmark.code(q, reply))
     benchmark.relate(questions, replies, outcome)

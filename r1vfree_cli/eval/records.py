@@ -106,22 +106,20 @@ def _sheet(path: Path) -> Iterator[tuple[int, dict]]:
     from ..data.archives import zip_members
 
     members = zip_members(path)
-    sheets = sorted(name for name in members if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name))
+    sheets = [name for name in members if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name)]
     if not sheets:
         raise DataError(f"{path}: a zip archive that is no .xlsx workbook")
     try:
         strings = members.get("xl/sharedStrings.xml")
         shared = [_text(item) for item in ElementTree.fromstring(strings()).iterfind("{*}si")] if strings else []
-        first = "xl/worksheets/sheet1.xml"
-        sheet = ElementTree.fromstring(members[first if first in members else sheets[0]]())
+        sheet = ElementTree.fromstring(members[min(sheets)]())
         names: dict[int, Any] = {}
         for number, row in enumerate(sheet.iterfind("{*}sheetData/{*}row"), 1):
             here = enumerate(row.iterfind("{*}c"))
             cells = {_column(cell.get("r") or "", position): _value(cell, shared) for position, cell in here}
             if names:
                 yield int(row.get("r") or number), {name: cells.get(column) for column, name in names.items()}
-            else:
-                names = {column: _name(name) for column, name in cells.items() if name is not None}
+            names = names or {column: _name(name) for column, name in cells.items() if name is not None}
     except (ElementTree.ParseError, ValueError, IndexError) as e:
         raise DataError(f"cannot read {path}: {e}") from None
 
@@ -136,8 +134,7 @@ def _column(place: str, position: int) -> int:
 
 def _text(item: ElementTree.Element) -> str:
     """A string and its runs, without the phonetic readings beside it."""
-    parts = [item.findtext("{*}t") or "", *(run.findtext("{*}t") or "" for run in item.iterfind("{*}r"))]
-    return _unescaped("".join(parts))
+    return _unescaped("".join(part.text or "" for place in ("{*}t", "{*}r/{*}t") for part in item.iterfind(place)))
 
 
 def _unescaped(text: str) -> str:

@@ -60,38 +60,40 @@ def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
 
     Raises DataError: more replies are empty than `--max-empty` allows.
     """
-    o, benchmark, questions, records = w.o, w.benchmark, w.asked.questions, w.records or {}
+    o, benchmark, judge = w.o, w.benchmark, settings["judge"]
     doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
     doc |= benchmark.document(judged, w.protocol)
     doc["unjudged"] = unjudged
     doc["questions_sha256"] = content_key(sorted(j.key for j in judged))
     doc["intervals"] = stats.intervals(judged, benchmark.score, seed=o.seed)
-    replies = {q.id: records.get(q.id, {}).get("model_prediction") for q in questions}
-    texts = {id_: text for id_, text in replies.items() if isinstance(text, str)}
-    unanswered = Counter(r["unanswered"] for id_ in texts if (r := records[id_]).get("unanswered"))
+    replies = _replies(w)
+    unanswered = Counter(r["unanswered"] for r in replies.values() if r.get("unanswered"))
     doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
-    answered = {id_: text for id_, text in texts.items() if not records[id_].get("unanswered")}
     doc["empty"] = empty_replies(w, settings.get("judged") or str(w.out))
-    if len(texts) == len(judged):
-        judge = settings.get("judge") or {}
-        asked = [q for q in questions if q.id in answered]
-        codes = {q.id: benchmark.code(q, answered[q.id]) for q in asked}
-        doc["answer_format"] = answer_format(answered, records, codes)
+    if len(replies) == len(judged):
+        asked = [(q, r) for q in w.asked.questions if not (r := replies[q.id]).get("unanswered")]
+        codes = [benchmark.code(q, r["model_prediction"]) for q, r in asked]
+        doc["answer_format"] = answer_format([r for _, r in asked], codes)
         if judge.get("kind") != "rule":
             what = judge.get("judge_input", o.judge_input)
-            read = {id_: reading.judged_text(text, what, benchmark.reader) for id_, text in answered.items()}
-            rule = {q.id: benchmark.code(q, text) for q in asked if (text := read[q.id]) is not None}
+            read = [(q, reading.judged_text(r["model_prediction"], what, benchmark.reader)) for q, r in asked]
+            rule = {q.id: benchmark.code(q, text) for q, text in read if text is not None}
             doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in judged})
     doc["settings"] = settings
     doc["warnings"] = _first(doc) + list(dict.fromkeys(w.warnings)) + benchmark.warnings(doc)
     if w.other:
-        theirs, judge = w.other
+        theirs, other_judge = w.other
         same_questions(judged, theirs, o.compare_to)
         compared = stats.compare(judged, theirs, benchmark.score, seed=o.seed)
         doc["comparison"] = {"with": str(o.compare_to), **compared}
-        if _who(judge) != _who(settings.get("judge")):
+        if _who(other_judge) != _who(judge):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
+
+
+def _replies(w: Work) -> dict[str, dict]:
+    """The records that have a reply: those of a file of verdicts need not."""
+    return {id_: r for id_, r in (w.records or {}).items() if isinstance(r.get("model_prediction"), str)}
 
 
 def empty_replies(w: Work, source: str) -> dict:
@@ -99,8 +101,8 @@ def empty_replies(w: Work, source: str) -> dict:
 
     Raises DataError: they are more than `--max-empty` allows; told before a judge is asked.
     """
-    records = [r for r in (w.records or {}).values() if isinstance(r.get("model_prediction"), str)]
     found: Counter[str] = Counter()
+    records = _replies(w).values()
     for record in records:
         text = record["model_prediction"]
         if not record.get("unanswered") and reading.judged_text(text, "answer", w.benchmark.reader) is None:
@@ -155,14 +157,14 @@ def agreement(rule: dict[str, int], judged: dict[str, int | None]) -> dict:
     }
 
 
-def answer_format(texts: dict[str, str], records: dict[str, dict], codes: dict[str, int]) -> dict:
+def answer_format(records: list[dict], codes: list[int]) -> dict:
     """How the replies look: without a usable `<answer>`, cut at the length limit (None: not known), unreadable (and as
     a share from 0 to 1)."""
-    problems = Counter(p.problem for text in texts.values() if (p := parse(text)).answer is None)
-    finishes = [records[id_].get("finish") for id_ in texts]
-    unreadable = list(codes.values()).count(UNCLEAR)
+    problems = Counter(p.problem for r in records if (p := parse(r["model_prediction"])).answer is None)
+    finishes = [r.get("finish") for r in records]
+    unreadable = codes.count(UNCLEAR)
     return {
-        "n": len(texts),
+        "n": len(records),
         "no_answer_tags": problems.total(),
         "problems": {str(k): n for k, n in problems.items()},
         "cut_at_length": finishes.count("length") if any(finishes) else None,

@@ -220,8 +220,8 @@ def test_several_verdicts(reply, expected):
 
 def test_the_share_of_unread_replies():
     def share(texts: list[str], read=reading.read_yes_no):
-        codes = {str(i): reading.rule_code(text, 1, read) for i, text in enumerate(texts)}
-        return result.answer_format(dict.fromkeys(codes, ""), {id_: {} for id_ in codes}, codes)["unreadable_share"]
+        codes = [reading.rule_code(text, 1, read) for text in texts]
+        return result.answer_format([{"model_prediction": text} for text in texts], codes)["unreadable_share"]
 
     assert share(["Yes", "hm", "No", "No image."]) == 0.5
     assert share([]) is None

@@ -21,22 +21,17 @@ ID = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One judged question.
-
-    gt: 1 yes, 0 no. visual_input: 0 text only, 1 original figure, 2 modified figure.
-    code: 1 right, 0 wrong, 2 unclear, None unjudged.
-    same: 1 when the response agrees with the response to figure 0 of its pair, 0 when not, None unknown.
-    """
+    """One judged question."""
 
     category: str
     subcategory: str
     set_id: str
     figure_id: str
     question_id: str
-    visual_input: int
-    gt: int
-    code: int | None = None
-    same: int | None = None
+    visual_input: int  # 0 text only, 1 original figure, 2 modified figure
+    gt: int  # 1 yes, 0 no
+    code: int | None = None  # 1 right, 0 wrong, 2 unclear, None unjudged
+    same: int | None = None  # 1: the response agrees with that to figure 0 of its pair, 0: not, None: unknown
 
     @property
     def id(self) -> str:
@@ -68,10 +63,7 @@ class Item:
 
 
 def whole(value: Any) -> int | None:
-    """An integer given as int, float or string; None for null, NaN and the empty string.
-
-    Raises ValueError: anything else.
-    """
+    """An integer given as int, float or string; None for null, NaN and the empty string. Raises ValueError: else."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
@@ -84,8 +76,7 @@ def whole(value: Any) -> int | None:
 def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
     """One question of the official JSON or result format; fields may be strings or integers.
 
-    Args:
-        judged: also read `gpt4v_output_gpt_check` and `same`; absent or null means None.
+    judged: also read `gpt4v_output_gpt_check` and `same`; absent or null means None.
 
     Raises DataError: a field is missing or has an impossible value; `where` says which record it is.
     """
@@ -216,15 +207,11 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
 
 
 def score(items: list[Item], protocol: str = "official") -> dict:
-    """All scores of one judged file, in the shape that `--json` prints.
+    """All scores of unique questions, in the shape that `--json` prints; unjudged ones count as not ok.
 
-    Args:
-        items: unique questions in any order. Unjudged ones count as not ok and are counted in `unjudged`.
-
-    Returns:
-        `protocol, n_questions, metrics` (percent), `counts` ([right, total]), `diagnostics`, `by_category`,
-        `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`; for vlmevalkit `mean`, of
-        aAcc, fAcc and qAcc, which its leaderboard shows.
+    Returns `protocol, n_questions, metrics` (percent), `counts` ([right, total]), `diagnostics`, `by_category`,
+    `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`; for vlmevalkit `mean`, of aAcc,
+    fAcc and qAcc, which its leaderboard shows.
     """
     codes = originals(items)
 
