@@ -71,20 +71,21 @@ class Benchmark:
         path = Path(source)
         files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise UsageError(
-                f"no questions at {source}", hint="--questions takes a JSON Lines file or a folder of them"
-            )
-        found: list[Any] = []
+            hint = "--questions takes a JSON Lines file or a folder of them"
+            raise UsageError(f"no questions at {source}", hint=hint)
+        made = QuestionSet([], {}, source)
+        root = (images or files[0].parent).resolve()
         for file in files:
             for where, record in read_records(file):
                 try:
-                    found.append(self.question(record, where, file))
+                    q = self.question(record, where, file)
                 except (KeyError, TypeError, ValueError) as e:
                     raise DataError(f"{where}: no question of {name}: {e}", details=[found_in(record)]) from None
-        root = (images or files[0].parent).resolve()
-        readers = {q.id: f.read_bytes for q in unique(found, source) if (f := figure_file(root, q.filename))}
-        made = QuestionSet(found, readers, source)
-        made.need_figures(asked, f"give the folder that {found[0].filename} lies in with --images")
+                made.questions.append(q)
+                if figure := figure_file(root, q.filename):
+                    made.readers[q.id] = figure.read_bytes
+        first = unique(made.questions, source)[0].filename
+        made.need_figures(asked, f"give the folder that {first} lies in with --images")
         return made
 
     def question(self, record: dict, where: str, file: Path) -> Any:
@@ -149,9 +150,7 @@ class Benchmark:
 
     def records(self, files: list[Path]) -> list[tuple[str, dict]]:
         """(where, record) of files of predictions or verdicts, in the form that `from_record` takes.
-
-        Raises DataError: damaged, or in no form that is known.
-        """
+        Raises DataError: damaged, or in no form that is known."""
         return list(read_records(*files))
 
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
@@ -164,9 +163,7 @@ class Benchmark:
 
     def load_predictions(self, records: list[tuple[str, dict]], known: list[Any], source: str) -> dict[str, dict]:
         """Question id -> record with `model_prediction`.
-
-        Raises DataError: a question twice, unknown, or with another text or answer; or no `model_prediction`.
-        """
+        Raises DataError: a question twice, unknown, or with another text or answer; or no `model_prediction`."""
         by_id = {q.id: q for q in known}
         found: dict[str, dict] = {}
         wrong: dict[str, list[str]] = defaultdict(list)
@@ -190,9 +187,7 @@ class Benchmark:
 
     def load_judged(self, files: list[Path], known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
         """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
-
-        Raises DataError: not that, or a question twice.
-        """
+        Raises DataError: not that, or a question twice."""
         by_id = {q.id: q for q in known}
         records = [(where, self.filled(record, where, by_id)) for where, record in self.records(files)]
         judged = [self.judged_record(record, where) for where, record in records]
@@ -251,9 +246,7 @@ def shipped() -> list[str]:
 
 def find(name: str) -> Benchmark:
     """A room's benchmark, or a user's: `my_bench.py:BENCHMARK`, `package.module:BENCHMARK`.
-
-    Raises UsageError: there is none, or it fails on import.
-    """
+    Raises UsageError: there is none, or it fails on import."""
     if ":" not in name:
         if name not in shipped():
             hint = did_you_mean(name, shipped(), "one of your own: my_bench.py:BENCHMARK")

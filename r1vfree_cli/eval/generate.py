@@ -81,19 +81,16 @@ class Generator:
             self.model = load_adapter(self.model, adapter, base).get_base_model()
         self.model.eval().to(self.device)
         self.reuse = families.of(self.model.config).takes_features(self.model)
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": 1.0, "do_sample": False}
         if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        tokenizer = self.processor.tokenizer
-        pin_generation(self.model, tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=1.0, **sampling)
+            sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        pin_generation(self.model, self.processor.tokenizer, **sampling)
         self.settings = self.model.generation_config
 
     @torch.inference_mode()
     def run(self, jobs: list[Job], batch_size: int, done: Callable[[Job, Reply], None]) -> None:
         """Answer all jobs; `done` is called for each as its batch finishes.
-
-        Raises DataError: a figure that the processor cannot take, or a prompt longer than the model's context.
-        """
+        Raises DataError: a figure that the processor cannot take, or a prompt longer than the model's context."""
         features: dict[str, torch.Tensor] = {}
         prompts: list[_Prompt] = []
         with console.progress("prepare questions", len(jobs)) as bar:
@@ -137,11 +134,9 @@ class Generator:
         prompt = _Prompt(job, figure, {key: inputs[key] for key in _KEPT if key in inputs})
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and prompt.length + self.settings.max_new_tokens > context:
-            raise DataError(
-                f"{job.id}: {prompt.length} prompt tokens and {self.settings.max_new_tokens} new ones exceed the "
-                f"model's context of {context}",
-                hint="nothing is ever cut; lower --max-pixels or --max-new-tokens",
-            )
+            what = f"{job.id}: {prompt.length} prompt tokens and {self.settings.max_new_tokens} new ones exceed the "
+            hint = "nothing is ever cut; lower --max-pixels or --max-new-tokens"
+            raise DataError(f"{what}model's context of {context}", hint=hint)
         return prompt
 
     def _inputs(self, jobs: list[Job]) -> dict[str, Any]:
@@ -167,9 +162,8 @@ class Generator:
         with watch_logits(self.model) as logits:
             out = self.model.generate(**inputs, generation_config=self.settings)
         if not logits.usable:
-            raise DataError(
-                "the model computes NaN: its logits are not finite, or all alike", hint="its weights are damaged"
-            )
+            what = "the model computes NaN: its logits are not finite, or all alike"
+            raise DataError(what, hint="its weights are damaged")
         width = inputs["input_ids"].shape[1]
         return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
 

@@ -1,6 +1,7 @@
 """`judgements.jsonl`: what is known about each reply, by the rule or by a chat model; resumable after a kill."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,10 +55,8 @@ class Outcome:
 
 
 def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:
-    """Question id -> its last record in a file that is appended to; {} when there is no file.
-
-    A record that is not of the `form` is named and left out with those of its id before it: it is made again.
-    """
+    """Question id -> its last record in a file that is appended to; {} when there is no file. A record that is not of
+    the `form` is named and left out with those of its id before it: it is made again."""
     found: dict[str, Form] = {}
     for document, record in read_records(path, form.model_validate, what):
         id_ = document.get("id") if isinstance(document, dict) else None
@@ -68,26 +67,27 @@ def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:
     return found
 
 
+def write_lines(path: Path, documents: Iterable[dict]) -> None:
+    write_text(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
+
+
 def read(path: Path) -> dict[str, Judgement]:
     return by_id(path, Judgement, "judgement")
 
 
 def write(path: Path, outcome: Outcome, benchmark: Benchmark, questions: list[Any]) -> None:
     """Replace the file: a line a question, with whether it counts as right."""
-    lines = []
-    for judged, q in zip(outcome.judged(benchmark, questions), questions):
-        if j := outcome.judgements.get(q.id):
-            lines.append(json.dumps(vars(j) | {"ok": judged.ok if j.code is not None else None}, ensure_ascii=False))
-    write_text(path, "".join(line + "\n" for line in lines))
+    found = [
+        (outcome.judgements.get(q.id), judged.ok) for q, judged in zip(questions, outcome.judged(benchmark, questions))
+    ]
+    write_lines(path, [vars(j) | {"ok": ok if j.code is not None else None} for j, ok in found if j])
 
 
 def by_rule(
     benchmark: Benchmark, questions: list[Any], replies: dict[str, str | None], path: Path | None = None
 ) -> Outcome:
-    """Judge by the benchmark's rule. Nothing to resume: it takes milliseconds.
-
-    replies: question id -> the text to be judged, None where there is no answer. path: `judgements.jsonl`, rewritten.
-    """
+    """Judge by the benchmark's rule. Nothing to resume: it takes milliseconds. replies: question id -> the text to be
+    judged, None where there is no answer. path: `judgements.jsonl`, rewritten."""
     outcome = Outcome({q.id: no_reply(benchmark, q) for q in questions})
     for q in questions:
         if (reply := replies[q.id]) is not None:

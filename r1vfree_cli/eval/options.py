@@ -106,9 +106,7 @@ def _explain(error: Any) -> str:
 
 def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) -> EvalOptions:
     """The options of a recipe (a name in recipes/eval/, or a path), then `--set`, then what the command line gives.
-
-    Raises UsageError: no such recipe, or as `EvalOptions`.
-    """
+    Raises UsageError: no such recipe, or as `EvalOptions`."""
     document: dict[str, Any] = {}
     if recipe:
         document = recipes.load_document(recipes.find("eval", recipe), list(overrides))

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from ..config.recipes import differences
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
 from ..core.errors import DataError, Interrupted, UsageError, counted
-from ..core.files import append_jsonl, read_object, repair_tail, write_text
+from ..core.files import append_jsonl, read_object, repair_tail
 from ..core.process import gpu_count
 from ..judges.client import Endpoint
 from ..judges.protocol import JPEG_QUALITY, Failure
@@ -25,7 +25,7 @@ from ..launch import processes, vllm
 from ..models import family
 from ..run.checkpoint import Checkpoint, merge_command, resolve
 from .benchmark import Benchmark, content_key
-from .judgements import by_id
+from .judgements import by_id, write_lines
 from .options import EvalOptions
 from .questions import Job, QuestionSet
 from .remote import data_url, fitted, is_settled, size_of, with_image
@@ -67,10 +67,8 @@ class Work:
 
 
 def plan(w: Work) -> None:
-    """Resolve the model and the settings: the run contract's pixel limits unless others are asked for.
-
-    Raises DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels, or what the model cannot have.
-    """
+    """Resolve the model and the settings: the run contract's pixel limits unless others are asked for. Raises
+    DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels, or what the model cannot have."""
     o = w.o
     w.checkpoint = found = resolve(o.checkpoint, o.seed) if o.checkpoint else None
     if o.base and (found is None or found.kind not in ("adapter", "hub")):
@@ -128,10 +126,6 @@ def read_predictions(path: Path) -> dict[str, dict]:
     return {id_: p.model_dump(exclude_unset=True) for id_, p in by_id(path, Prediction, "prediction").items()}
 
 
-def write_predictions(path: Path, records: dict[str, dict]) -> None:
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
-
-
 def jobs(w: Work) -> Iterator[Job]:
     for q in w.asked.questions:
         messages, image = w.benchmark.messages(q, w.prompt), w.asked.image(q)
@@ -155,11 +149,8 @@ def generate(w: Work) -> dict[str, dict]:
     found = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
     stale = [id_ for id_, record in found.items() if record.get("key") != asked[id_].key]
     if stale:
-        raise UsageError(
-            f"{path} holds answers of another model, other figures or other settings",
-            details=stale[:3],
-            hint="choose another --out, or delete the file",
-        )
+        what = f"{path} holds answers of another model, other figures or other settings"
+        raise UsageError(what, details=stale[:3], hint="choose another --out, or delete the file")
     asked_again = len(before) > len(found)
     todo = [job for id_, job in asked.items() if id_ not in found]
     if found and todo:
@@ -186,7 +177,7 @@ def generate(w: Work) -> dict[str, dict]:
         raise DataError(f"none of {len(asked)} questions got an answer from {w.o.endpoint or 'vLLM'}")
     answers = {id_: found[id_] for id_ in asked}
     if asked_again:  # one line a question is left
-        write_predictions(path, before | answers)
+        write_lines(path, (before | answers).values())
     return answers
 
 
@@ -233,7 +224,7 @@ def _remote(
     o = w.o
     limits = w.pixels if server is None else None
     if limits:
-        _refuse_unsettled(todo, limits)
+        _refuse_unsettled(todo, *limits)
     left = {job.id: job for job in todo}
     why: dict[str, Failure] = {}
     jpegs = 0
@@ -280,14 +271,13 @@ def _remote(
         keep(job, None, unanswered=why[id_].kind, reason=endpoint.told(why[id_].message))
 
 
-def _refuse_unsettled(todo: list[Job], limits: tuple[int, int]) -> None:
+def _refuse_unsettled(todo: list[Job], least: int, most: int) -> None:
     for job in todo:
-        if job.image and not is_settled(*size_of(job.image), *limits):
-            raise UsageError(
-                f"question {job.id}: no size of whole tokens between {limits[0]} and {limits[1]} pixels has the "
-                f"shape of its {' x '.join(map(str, size_of(job.image)))} image, so that an endpoint may resize it again",
-                hint="wider --min-pixels and --max-pixels; --vllm serves a checkpoint at these limits",
-            )
+        if job.image and not is_settled(*size_of(job.image), least, most):
+            what = f"question {job.id}: no size of whole tokens between {least} and {most} pixels has the shape of its "
+            what += f"{' x '.join(map(str, size_of(job.image)))} image, so that an endpoint may resize it again"
+            hint = "wider --min-pixels and --max-pixels; --vllm serves a checkpoint at these limits"
+            raise UsageError(what, hint=hint)
 
 
 def failure_lines(failures: dict[str, dict]) -> list[str]:
@@ -297,21 +287,15 @@ def failure_lines(failures: dict[str, dict]) -> list[str]:
 
 def estimate(w: Work) -> dict:
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
-    done = read_predictions(w.file)
-    text = images = calls = 0
-    for job in jobs(w):
-        if job.id in done and not done[job.id].get("unanswered"):
-            continue
-        calls += 1
-        text += sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4
-        if job.image:
-            width, height = fitted(*size_of(job.image), *w.pixels)
-            images += width * height // FEWEST_PIXELS
+    done = {id_ for id_, record in read_predictions(w.file).items() if not record.get("unanswered")}
+    todo = [job for job in jobs(w) if job.id not in done]
+    texts = [sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4 for job in todo]
+    images = sum(math.prod(fitted(*size_of(j.image), *w.pixels)) // FEWEST_PIXELS for j in todo if j.image)
     return {
-        "calls": calls,
-        "prompt_tokens": text + images,
+        "calls": len(todo),
+        "prompt_tokens": sum(texts) + images,
         "image_tokens": images,
-        "completion_tokens_at_most": calls * w.identity["max_new_tokens"],
+        "completion_tokens_at_most": len(todo) * w.identity["max_new_tokens"],
     }
 
 
@@ -322,8 +306,6 @@ def claim(w: Work) -> None:
     if file.is_file() and any((w.out / name).is_file() for name in ("predictions.jsonl", "judged.json")):
         before = read_object(file).get("identity")
         if before not in (None, w.identity):
-            raise UsageError(
-                f"{w.out} holds an evaluation of another model or with other settings",
-                details=differences(before, w.identity),
-                hint=f"choose another --out, or delete that folder; --predictions {w.file} reuses its answers",
-            )
+            what = f"{w.out} holds an evaluation of another model or with other settings"
+            hint = f"choose another --out, or delete that folder; --predictions {w.file} reuses its answers"
+            raise UsageError(what, details=differences(before, w.identity), hint=hint)

@@ -15,10 +15,8 @@ _SHOWN = 5  # examples in an error
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `answer` is the right answer as text; `part` is a part of the benchmark that is scored alone too.
-
-    A benchmark may use a class of its own with `id, text, filename, figure, content, asked` and `record()`.
-    """
+    """One question. `answer` is the right answer as text; `part` is a part of the benchmark that is scored alone too. A
+    benchmark may use a class of its own with `id, text, filename, figure, content, asked` and `record()`."""
 
     id: str
     text: str

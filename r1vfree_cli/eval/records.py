@@ -26,9 +26,7 @@ def found_in(record: dict) -> str:
 
 def read_records(*files: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of all records of all files, in order. What a file is, its content says, not its name.
-
-    Raises DataError: no such file, damaged, or no list of objects.
-    """
+    Raises DataError: no such file, damaged, or no list of objects."""
     for path in files:
         try:
             yield from _records_of(path)

@@ -17,9 +17,7 @@ WARN_EMPTY = 1.0  # percent of empty replies
 
 def load_other(path: Path, benchmark: Benchmark, protocol: str) -> tuple[list[Any], Any]:
     """(judged questions, who judged them) of an eval dir, or of a judged file (the benchmark's first protocol).
-
-    Raises UsageError: another protocol, or nothing there. DataError: damaged, or partly unjudged.
-    """
+    Raises UsageError: another protocol, or nothing there. DataError: damaged, or partly unjudged."""
     document: dict[str, Any] = {
         "protocol": (*benchmark.protocols, protocol)[0],
         "settings": {"judge": {"kind": "file"}},
@@ -33,10 +31,8 @@ def load_other(path: Path, benchmark: Benchmark, protocol: str) -> tuple[list[An
         raise UsageError(f"--compare-to {path}: no such eval dir or judged file")
     found = document.get("protocol")
     if found != protocol:
-        raise UsageError(
-            f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared",
-            hint="score both by the same --protocol",
-        )
+        what = f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared"
+        raise UsageError(what, hint="score both by the same --protocol")
     judged, _ = benchmark.load_judged([file])
     if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
@@ -47,19 +43,15 @@ def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
     """Raises DataError when the judged questions of `source` are others than ours, or have another answer key."""
     here, there = ({j.key for j in some} for some in (ours, theirs))
     if here != there:
-        raise DataError(
-            f"{source} is about another question set: {len(there - here)} questions only there, "
-            f"{len(here - there)} only here",
-            details=[key[0] for key in sorted(here ^ there)[:5]],
-            hint="both must be of the same questions, with the same answer key and the same --limit",
-        )
+        counts = f"{len(there - here)} questions only there, {len(here - there)} only here"
+        ids = [key[0] for key in sorted(here ^ there)[:5]]
+        hint = "both must be of the same questions, with the same answer key and the same --limit"
+        raise DataError(f"{source} is about another question set: {counts}", details=ids, hint=hint)
 
 
 def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
     """The `--json` document. `unjudged`: questions without a verdict, or without a part of it.
-
-    Raises DataError: more replies are empty than `--max-empty` allows.
-    """
+    Raises DataError: more replies are empty than `--max-empty` allows."""
     o, benchmark, judge = w.o, w.benchmark, settings["judge"]
     doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
     doc |= benchmark.document(judged, w.protocol)
@@ -98,9 +90,7 @@ def _replies(w: Work) -> dict[str, dict]:
 
 def empty_replies(w: Work, source: str) -> dict:
     """{n, causes} of the replies that say nothing: as the endpoint told, cut in their reasoning, or reasoning alone.
-
-    Raises DataError: they are more than `--max-empty` allows; told before a judge is asked.
-    """
+    Raises DataError: they are more than `--max-empty` allows; told before a judge is asked."""
     found: Counter[str] = Counter()
     records = _replies(w).values()
     for record in records:
@@ -110,10 +100,9 @@ def empty_replies(w: Work, source: str) -> dict:
             found[record.get("cause") or cut] += 1
     empty: dict[str, Any] = {"n": found.total(), "causes": dict(found)}
     if 100 * empty["n"] > w.o.max_empty * len(records):
-        raise DataError(
-            f"{source}: {empty['n']} of {len(records)} replies are empty ({causes(empty)}), so there is no score",
-            hint=f"--max-empty is {w.o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens",
-        )
+        what = f"{source}: {empty['n']} of {len(records)} replies are empty ({causes(empty)}), so there is no score"
+        hint = f"--max-empty is {w.o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens"
+        raise DataError(what, hint=hint)
     return empty
 
 
@@ -143,18 +132,12 @@ def _first(doc: dict) -> list[str]:
 
 
 def agreement(rule: dict[str, int], judged: dict[str, int | None]) -> dict:
-    """Judge against rule: how often the judge's verdict is the rule's, over judged questions.
-
-    `readable` counts only replies in which the rule finds an answer.
-    """
-    both = [id_ for id_ in rule if judged[id_] is not None]
-    readable = [id_ for id_ in both if rule[id_] != UNCLEAR]
-    return {
-        "n": len(both),
-        "agree": sum(rule[id_] == judged[id_] for id_ in both),
-        "readable": len(readable),
-        "agree_readable": sum(rule[id_] == judged[id_] for id_ in readable),
-    }
+    """Judge against rule: how often the judge's verdict is the rule's, over judged questions. `readable` counts only
+    replies in which the rule finds an answer."""
+    both = [(code, judged[id_]) for id_, code in rule.items() if judged[id_] is not None]
+    readable = [pair for pair in both if pair[0] != UNCLEAR]
+    found = {"n": len(both), "agree": sum(a == b for a, b in both)}
+    return found | {"readable": len(readable), "agree_readable": sum(a == b for a, b in readable)}
 
 
 def answer_format(records: list[dict], codes: list[int]) -> dict:

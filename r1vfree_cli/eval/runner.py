@@ -83,9 +83,6 @@ def _default_out(o: EvalOptions, protocol: str) -> Path:
     return Path("evals", "-".join(parts[-2:]) + ("" if protocol == "official" else f"-{protocol}"))
 
 
-# --- what is evaluated -----------------------------------------------------------------------------------------
-
-
 def _open(w: Work) -> None:
     """Set identity, asked and records; the latter stay None when they have to be generated."""
     o, benchmark = w.o, w.benchmark
@@ -96,7 +93,7 @@ def _open(w: Work) -> None:
         predict.claim(w)
         w.records = _take(w, records, source)
         if not o.estimate:
-            predict.write_predictions(w.file, w.records)
+            judgements.write_lines(w.file, w.records.values())
         return
     if o.sources:
         predict.plan(w)
@@ -146,10 +143,8 @@ def _take(w: Work, records: list[tuple[str, dict]], source: str) -> dict[str, di
     }
     unanswered = sum(bool(r.get("unanswered")) for r in w.records.values())
     if unanswered and not o.count_unanswered_wrong:
-        raise DataError(
-            f"{counted(unanswered, 'question')} of {source} have no answer",
-            hint="run the generate stage again, or --count-unanswered-wrong counts them as not right",
-        )
+        hint = "run the generate stage again, or --count-unanswered-wrong counts them as not right"
+        raise DataError(f"{counted(unanswered, 'question')} of {source} have no answer", hint=hint)
     empty_replies(w, source)
     return w.records
 
@@ -165,9 +160,6 @@ def _chosen(w: Work, known: QuestionSet) -> QuestionSet:
 def _part(source: str, n: int, of: int) -> str:
     """The warning of a file without an answer key of its own, which says itself which questions it is about."""
     return f"{source} has {n} of the {of} questions: only those are scored"
-
-
-# --- the stages ------------------------------------------------------------------------------------------------
 
 
 def _stages(w: Work) -> dict:
@@ -202,11 +194,9 @@ def _stages(w: Work) -> dict:
         write_text(file, text)
     lines = predict.failure_lines(outcome.failures)
     if outcome.unjudged and not o.allow_unjudged:
-        raise DataError(
-            f"{out}: {counted(len(outcome.unjudged), 'question is', 'questions are')} unjudged, so there is no score",
-            details=lines or outcome.unjudged[:5],
-            hint="the same command asks only for these again; --allow-unjudged counts them as not right",
-        )
+        what = f"{out}: {counted(len(outcome.unjudged), 'question is', 'questions are')} unjudged, so there is no score"
+        hint = "the same command asks only for these again; --allow-unjudged counts them as not right"
+        raise DataError(what, details=lines or outcome.unjudged[:5], hint=hint)
     for line in lines:
         console.warn(f"unjudged: {line}")
     if o.stage == "judge":
@@ -318,10 +308,8 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
     judged, records = judged[: o.limit], records[: o.limit]
     unjudged = sum(j.code is None for j in judged)
     if unjudged and not o.allow_unjudged:
-        raise DataError(
-            f"{path}: {counted(unjudged, 'question is', 'questions are')} unjudged (verdict missing or null), so there is no score",
-            hint="--allow-unjudged counts them as not right",
-        )
+        what = f"{path}: {counted(unjudged, 'question is', 'questions are')} unjudged (verdict missing or null), "
+        raise DataError(f"{what}so there is no score", hint="--allow-unjudged counts them as not right")
     w.asked = QuestionSet([benchmark.from_record(r, path) for r in records])
     w.records = {j.id: r for j, r in zip(judged, records)}
     w.identity = {"model": files[0].stem, "judged": content_key(records), "protocol": w.protocol}

@@ -75,11 +75,8 @@ def _points(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) ->
 
 
 def swap_p(a: ClusterTable, b: ClusterTable, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Two-sided p of a swap test, one a metric.
-
-    Under the null hypothesis the two models' answers to a cluster can be exchanged, by a coin toss each.
-    p = (1 + draws at least as extreme) / (1 + draws).
-    """
+    """Two-sided p of a swap test, one a metric. Under the null hypothesis the two models' answers to a cluster can be
+    exchanged, by a coin toss each. p = (1 + draws at least as extreme) / (1 + draws)."""
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, size=(draws, len(a.clusters))).astype(np.float64) * 2 - 1
 

@@ -18,9 +18,7 @@ _NO_FIGURES = "figures are not on this machine, so changed answers have no image
 
 def benchmark_of(e: Eval) -> Benchmark:
     """The benchmark that an eval is of; evals of old releases are HallusionBench's.
-
-    Raises UsageError: it is a user's, and its file is not here.
-    """
+    Raises UsageError: it is a user's, and its file is not here."""
     return find(str(e.scores.get("benchmark") or "hallusion"))
 
 
@@ -76,11 +74,11 @@ def pair(reference: Eval, other: Eval) -> dict | None:
     try:
         found = compare(list(other.items.values()), list(reference.items.values()), benchmark_of(other).score)
     except ValueError:
-        raise DataError(
-            f"{other.path} is about another question set than {reference.path}: their scores cannot stand in one table",
-            details=sorted(other.items.keys() ^ reference.items.keys())[:5],
-            hint="make one report for each",
-        ) from None
+        what = (
+            f"{other.path} is about another question set than {reference.path}: their scores cannot stand in one table"
+        )
+        ids = sorted(other.items.keys() ^ reference.items.keys())[:5]
+        raise DataError(what, details=ids, hint="make one report for each") from None
     return {"label": other.label, "reference": reference.label, **found}
 
 

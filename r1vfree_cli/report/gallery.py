@@ -62,10 +62,8 @@ class Album:
 
 
 def row_images(recipe: dict, ids: set[str]) -> tuple[dict[str, bytes], str | None]:
-    """First image (encoded) of the rows with these ids in a recipe's data, and a note where some are not found.
-
-    Nothing is downloaded or prepared: of a hub dataset only what is in the cache is read.
-    """
+    """First image (encoded) of the rows with these ids in a recipe's data, and a note where some are not found. Nothing
+    is downloaded or prepared: of a hub dataset only what is in the cache is read."""
     data = recipe.get("data") or {}
     path, split, without = str(data.get("path") or ""), data.get("split") or "train", "so its rollouts have no images"
     if not ids:

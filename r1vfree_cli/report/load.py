@@ -44,10 +44,8 @@ class Run:
 
 @dataclass
 class Eval:
-    """An eval dir: `scores.json` (what `eval-hallusion --json` prints) and `eval.json` (how it was made).
-
-    items, records, figures, by question id: the judged question, its record in judged.json, what reads its figure.
-    """
+    """An eval dir: `scores.json` (what `eval-hallusion --json` prints) and `eval.json` (how it was made). items,
+    records, figures, by question id: the judged question, its record in judged.json, what reads its figure."""
 
     path: Path
     label: str
@@ -116,11 +114,9 @@ def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
         for e in evals:
             found.setdefault(str(e.scores.get(key)), []).append(str(e.path))
         if len(found) > 1:
-            raise error(
-                f"the evals have different {what}, and their scores cannot stand in one table",
-                details=[f"{value}: {', '.join(who)}" for value, who in found.items()],
-                hint="make one report for each",
-            )
+            told = f"the evals have different {what}, and their scores cannot stand in one table"
+            details = [f"{value}: {', '.join(who)}" for value, who in found.items()]
+            raise error(told, details=details, hint="make one report for each")
     return runs, evals
 
 
@@ -179,9 +175,7 @@ def read_run(path: Path, label: str) -> Run:
 
 def read_metrics(path: Path, notes: list[str]) -> list[dict]:
     """Lines of metrics.jsonl by step, numbers only; a step that is there twice (a resume) counts once, the last wins.
-
-    Damaged lines and a cut last line (killed writer) are left out and noted.
-    """
+    Damaged lines and a cut last line (killed writer) are left out and noted."""
     if not path.is_file():
         notes.append(f"{path.name} is not there")
         return []

@@ -43,10 +43,8 @@ class Series:
 
 
 def curve(name: str, title: str, unit: str, series: list[Series], *, legend: bool, share: bool = False) -> Figure:
-    """A metric over training steps, one line a run; from `SMOOTH_FROM` steps on a running mean before the raw line.
-
-    A share's axis is 0 to 1; other axes span at least a tenth of the values, so that noise does not look like a trend.
-    """
+    """A metric over training steps, one line a run; from `SMOOTH_FROM` steps on a running mean before the raw line. A
+    share's axis is 0 to 1; other axes span at least a tenth of the values, so that noise does not look like a trend."""
     figure, axes = _axes(3.9, 2.5, title, "step", grid="y")
     for s in series:
         i = s.style

@@ -201,11 +201,9 @@ def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
         raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
     foreign = [name for name in files if (out / name).exists() and not _is_ours(out / name)]
     if foreign and not overwrite:
-        raise UsageError(
-            f"{out} holds files that r1v report did not write",
-            details=[f"in the way: {', '.join(sorted(foreign))}"],
-            hint="--out names another folder, --overwrite replaces them",
-        )
+        details = [f"in the way: {', '.join(sorted(foreign))}"]
+        hint = "--out names another folder, --overwrite replaces them"
+        raise UsageError(f"{out} holds files that r1v report did not write", details=details, hint=hint)
     # The pages last: they never name a picture that is not there yet.
     for name in sorted(files, key=lambda n: n.startswith("report.")):
         write_bytes(out / name, files[name])

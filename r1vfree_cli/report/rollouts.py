@@ -14,9 +14,7 @@ from .load import clean, number
 
 def read_groups(file: Path, step: int, recipe: dict) -> list[dict]:
     """The groups of a step: question, samples, spread of advantages, disagreement of the recipe's judges.
-
-    Raises DataError: the file is damaged.
-    """
+    Raises DataError: the file is damaged."""
     try:
         rows = pq.read_table(file).to_pylist()
     except (pa.ArrowException, OSError) as e:

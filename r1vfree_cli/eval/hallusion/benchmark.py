@@ -97,18 +97,15 @@ class Hallusion(Benchmark):
 
     def warnings(self, doc: dict) -> list[str]:
         found = []
-        official = doc["protocol"] == "official"
-        totals = {metric: total for metric, (_, total) in doc["counts"].items()}
+        official, n = doc["protocol"] == "official", doc["n_questions"]
         expected = score.OFFICIAL_COUNTS["aAcc"] if official else score.IMAGE_QUESTIONS
-        if not (totals == score.OFFICIAL_COUNTS if official else totals["aAcc"] == expected):
-            found.append(
-                f"{totals['aAcc']} questions, the published benchmark has {expected}: not comparable with published figures"
-            )
-        if official and doc["diagnostics"]["unlabelled"]:
-            found.append(
-                f"{doc['diagnostics']['unlabelled']} wrong questions cannot be labelled language, illusion or mixed: "
-                "`same`, or the verdict on figure 0 of the pair, is missing"
-            )
+        totals = {metric: total for metric, (_, total) in doc["counts"].items()}
+        if n != expected or (official and totals != score.OFFICIAL_COUNTS):
+            known = f"the published benchmark has {expected}: not comparable with published figures"
+            found.append(f"{n} questions, {known}")
+        if official and (n := doc["diagnostics"]["unlabelled"]):
+            missing = "`same`, or the verdict on figure 0 of the pair, is missing"
+            found.append(f"{n} wrong questions cannot be labelled language, illusion or mixed: {missing}")
         return found
 
 

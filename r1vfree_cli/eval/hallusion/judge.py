@@ -56,9 +56,7 @@ def fill(template: str, **values: str) -> str:
 
 def load_prompt(path: Path | None) -> str:
     """The judge's wording.
-
-    Raises UsageError: unreadable, or it does not show question, reference and prediction to the judge.
-    """
+    Raises UsageError: unreadable, or it does not show question, reference and prediction to the judge."""
     if path is None:
         return PROMPT
     try:
@@ -80,13 +78,14 @@ class LabelJudge:
 
     def question(self, question: Question, reply: str) -> tuple[str, str]:
         """(content key, prompt) of the verdict on one reply."""
-        values = {"question": question.text, "reference": question.reference or "", "prediction": reply}
-        return content_key(self.endpoint.model, self.prompt, values), fill(self.prompt, **values)
+        return self._call(self.prompt, question=question.text, reference=question.reference or "", prediction=reply)
 
     def same(self, reply: str, original: str) -> tuple[str, str]:
         """(content key, prompt) of whether two replies agree."""
-        values = {"first": reply, "second": original}
-        return content_key(self.endpoint.model, SAME_PROMPT, values), fill(SAME_PROMPT, **values)
+        return self._call(SAME_PROMPT, first=reply, second=original)
+
+    def _call(self, template: str, **values: str) -> tuple[str, str]:
+        return content_key(self.endpoint.model, template, values), fill(template, **values)
 
     async def ask(self, key: str, prompt: str, labels: dict[str, int], payer: Judgement) -> dict:
         """One call, {label, raw, model}, cached once it has a label; what it costs is added to `payer`.
@@ -119,11 +118,11 @@ def check_references(questions: list[Question]) -> None:
     """Raises UsageError when questions lack the reference details that a chat judge compares with."""
     without = [q.id for q in questions if not q.reference]
     if without:
-        raise UsageError(
-            f"{counted(len(without), 'question has', 'questions have')} no gt_answer_details, which a chat judge needs",
-            details=without[:5],
-            hint="use the official JSON with --questions, or --judge rule",
+        what = (
+            f"{counted(len(without), 'question has', 'questions have')} no gt_answer_details, which a chat judge needs"
         )
+        hint = "use the official JSON with --questions, or --judge rule"
+        raise UsageError(what, details=without[:5], hint=hint)
 
 
 def by_chat(
@@ -227,24 +226,16 @@ def _ask_all(
 
 def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: LabelJudge) -> dict:
     """Calls and tokens that `by_chat` would spend now; `same` calls are an upper bound, tokens 4 characters each."""
-    before = judgements.read(path)
-    cached = judge.cache.get_labels([judge.question(q, replies.get(q.id, ""))[0] for q in questions], VERDICTS)
-    calls: set[str] = set()
-    tokens = sames = 0
-    for q in questions:
-        key, prompt = judge.question(q, replies.get(q.id, ""))
-        known = before.get(q.id)
-        if not (known and known.key == key and known.code is not None) and key not in cached:
-            # What is shown twice is asked once; of replies that do not exist yet nobody knows which are equal.
-            shown = key if q.id in replies else q.id
-            tokens += 0 if shown in calls else len(prompt) // 4 + 8
-            calls.add(shown)
-        if not q.item.original:
-            sames += 1
-            tokens += (len(SAME_PROMPT) + 2 * len(replies.get(q.id, ""))) // 4 + 8
+    shown = {q.id: judge.question(q, replies.get(q.id, "")) for q in questions}
+    known = set(judge.cache.get_labels([key for key, _ in shown.values()], VERDICTS))
+    known |= {j.key for id_, j in judgements.read(path).items() if id_ in shown and j.code is not None}
+    # What is shown twice is asked once; of replies that do not exist yet nobody knows which are equal.
+    asked = {key if id_ in replies else id_: text for id_, (key, text) in shown.items() if key not in known}
+    calls, sames = len(asked), [len(replies.get(q.id, "")) for q in questions if not q.item.original]
+    tokens = sum(len(prompt) // 4 + 8 for prompt in asked.values())
     return {
-        "calls": len(calls),
-        "same_calls_at_most": sames,
-        "prompt_tokens": tokens,
-        "completion_tokens": 4 * (len(calls) + sames),
+        "calls": calls,
+        "same_calls_at_most": len(sames),
+        "prompt_tokens": tokens + sum((len(SAME_PROMPT) + 2 * n) // 4 + 8 for n in sames),
+        "completion_tokens": 4 * (calls + len(sames)),
     }

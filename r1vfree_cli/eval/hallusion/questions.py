@@ -99,10 +99,8 @@ def load(
     if source is None or (named_so and not path.exists()):
         path = _download(str(path))
     if not path.exists():
-        raise UsageError(
-            f"no questions at {source}",
-            hint="--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name",
-        )
+        hint = "--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name"
+        raise UsageError(f"no questions at {source}", hint=hint)
     questions: list[Question] = []
     readers: dict[str, Reader] = {}
     for where, record, read in _parquet(path) if path.is_dir() else _records(path):
@@ -138,9 +136,7 @@ def _figure_key(name: str | None) -> str:
 
 def figure_readers(images: Path) -> dict[str, Reader]:
     """Figure path from VD/ or VS/ on -> reader, of a folder or a zip.
-
-    Raises UsageError: there is no such folder or zip, or it is no zip.
-    """
+    Raises UsageError: there is no such folder or zip, or it is no zip."""
     if images.is_dir():
         root = images.resolve()
         # A link to outside the folder is not followed: a shared question file must not choose what is read.
