@@ -59,11 +59,8 @@ class Benchmark:
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
         """The question set of a file of records, or of all .json and .jsonl files of a folder.
 
-        Args:
-            images: the folder that `filename` is relative to; without it the folder of the question file.
-            asked: the figures of these questions must be there.
-
-        Raises UsageError: nothing there. DataError: damaged content, or figures are missing.
+        images: the folder that `filename` is relative to; without it the folder of the question file. asked: the figures
+        of these questions must be there. Raises UsageError: nothing there. DataError: damaged, or figures are missing.
         """
         name = self.title or self.name
         if source is None:
@@ -240,7 +237,6 @@ def scored(counts: Counts) -> dict:
 
 
 def shipped() -> list[str]:
-    """Names of the rooms."""
     return sorted(p.parent.name for p in Path(__file__).parent.glob("*/benchmark.py"))
 
 

@@ -14,13 +14,9 @@ from ..core.errors import GateError, UsageError, counted, did_you_mean, nearest
 
 
 class EvalOptions(BaseModel, extra="forbid"):
-    """One evaluation. Exactly one of `checkpoint`, `endpoint`, `predictions`, `judged` says what is evaluated; the
-    stages judge and score alone go on with what is in `out`.
-
-    None for pixels, `protocol`, ... means the run contract's value, else the default that the result prints.
-
-    Raises UsageError: unknown keys, wrong types, impossible values, all at once; or what contradicts itself.
-    """
+    """One evaluation. One of `checkpoint`, `endpoint`, `predictions`, `judged` says what is evaluated; the stages judge and
+    score alone go on with what is in `out`. None for pixels, `protocol`, ... means the run contract's value, else the
+    default that the result prints. Raises UsageError: unknown keys, wrong types, impossible values, all at once."""
 
     benchmark: str = "hallusion"  # a room, or my_bench.py:BENCHMARK
     checkpoint: str | None = None
@@ -89,7 +85,6 @@ class EvalOptions(BaseModel, extra="forbid"):
 
 
 def flag(key: str) -> str:
-    """The option of the command line for a key."""
     return {"timeout_s": "--timeout", "checkpoint": "CKPT"}.get(key, "--" + key.replace("_", "-"))
 
 

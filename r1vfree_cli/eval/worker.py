@@ -75,7 +75,6 @@ def _some(benchmark: Benchmark, questions: list[Any], limit: int | None) -> list
 
 
 def main(recipe: GrpoRecipe, attempt: Attempt) -> None:
-    """`GrpoTraining.main` on every rank."""
     grpo.main(recipe, attempt, benchmark_exam(recipe))
 
 

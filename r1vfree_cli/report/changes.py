@@ -6,6 +6,7 @@ from typing import Any
 from ..core.errors import DataError, R1VError, counted, first_line
 from ..core.prompts import parse
 from ..eval.benchmark import Benchmark, find
+from ..eval.result import same_questions
 from ..eval.stats import compare
 from .gallery import Album
 from .load import Eval, clean
@@ -64,22 +65,13 @@ def pair(reference: Eval, other: Eval) -> dict | None:
     for e in (other, reference):
         unjudged = sum(item.code is None for item in e.items.values())
         if not e.items or unjudged:
-            why = (
-                f"{counted(unjudged, 'question')} of {e.label} unjudged"
-                if unjudged
-                else f"{e.label} has no judged.json"
-            )
+            why = f"{counted(unjudged, 'question')} of {e.label} unjudged"
+            why = why if e.items else f"{e.label} has no judged.json"
             other.notes.append(f"no paired comparison with {reference.label}: {why}")
             return None
-    try:
-        found = compare(list(other.items.values()), list(reference.items.values()), benchmark_of(other).score)
-    except ValueError:
-        what = (
-            f"{other.path} is about another question set than {reference.path}: their scores cannot stand in one table"
-        )
-        ids = sorted(other.items.keys() ^ reference.items.keys())[:5]
-        raise DataError(what, details=ids, hint="make one report for each") from None
-    return {"label": other.label, "reference": reference.label, **found}
+    theirs, ours = list(other.items.values()), list(reference.items.values())
+    same_questions(ours, theirs, other.path)
+    return {"label": other.label, "reference": reference.label, **compare(theirs, ours, benchmark_of(other).score)}
 
 
 def changes(c: dict, reference: Eval, other: Eval, album: Album) -> dict[str, Any]:

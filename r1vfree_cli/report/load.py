@@ -139,9 +139,8 @@ def labels(paths: list[Path]) -> list[str]:
     parts = [p.resolve().parts for p in paths]
     names = []
     for own in parts:
-        n = 1
-        while n < len(own) and sum(other[-n:] == own[-n:] for other in parts) > 1:
-            n += 1
+        alone = (n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        n = next(alone, len(own))
         if own[-n:] in (("eval",), ("final",)) and len(own) > n + 1:
             n += 1
         names.append(clean("/".join(own[-n:])))

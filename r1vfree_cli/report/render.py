@@ -40,23 +40,19 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     except (TypeError, AttributeError, KeyError, ValueError, LookupError) as e:  # values that r1v does not write
         raise DataError(f"the files of {', '.join(map(str, dirs))} hold other values than r1v writes: {e!r}") from e
     view["training_first"] = bool(runs) and Path(dirs[0]).resolve() == runs[0].path.resolve()
-    files = {"report.html": _html(view).encode(), "report.md": _markdown(view).encode()}
+    files = {"report.html": _render("report.html.j2", view, autoescape=True)}
+    # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
+    files["report.md"] = _render("report.md.j2", view, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
     files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album.files
     _write(Path(out), files, overwrite)
     return {
         "out": str(out),
         "files": sorted(files),
-        "runs": [_run_summary(r) for r in runs],
+        "runs": [training.summary(r) for r in runs],
         "evals": [{"label": e.label, "path": str(e.path), "metrics": e.scores["metrics"]} for e in evals],
         "comparisons": view["comparisons"],
         "missing": [{"where": who, "what": note} for who, note in view["missing"]],
     }
-
-
-def _run_summary(run: Run) -> dict:
-    last = run.metrics[-1] if run.metrics else {}
-    found = {"state": run.status.get("state"), "step": run.status.get("step", last.get("step"))}
-    return {"label": run.label, "path": str(run.path), **found, "reward": last.get("reward")}
 
 
 def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
@@ -153,28 +149,17 @@ def _change(before: float, after: float, n: float | None) -> str:
     return f"{text} ± {100 * half:.1f} ({n:.0f} rows, 95 %), {word}."
 
 
-def _environment(**options):
+def _render(template: str, view: dict, **options) -> bytes:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("r1vfree_cli.report", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, **options)
+    environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute, "signed": signed}
     environment.filters |= {
         "scored": lambda value: "not scored" if value is None else f"{value:.3g}",
         "tone": lambda advantage: "" if not advantage else "up" if advantage > 0 else "down",
-        "signed": signed,
     }
-    return environment
-
-
-def _html(view: dict) -> str:
-    return _environment(autoescape=True).get_template("report.html.j2").render(view).lstrip()
-
-
-def _markdown(view: dict) -> str:
-    # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
-    environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
-    environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
-    return environment.get_template("report.md.j2").render(view)
+    return environment.get_template(template).render(view).lstrip().encode()
 
 
 def markdown(value: Any) -> str:

@@ -88,14 +88,20 @@ def view(run: Run, album: Album) -> dict[str, Any]:
     }
 
 
+def summary(run: Run) -> dict[str, Any]:
+    """What `--json` prints of a run."""
+    last = run.metrics[-1] if run.metrics else {}
+    found = {"state": run.status.get("state"), "step": run.status.get("step", last.get("step"))}
+    return {"label": run.label, "path": str(run.path), **found, "reward": last.get("reward")}
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     model, data, train = (run.recipe.get(k) or {} for k in ("model", "data", "train"))
     named = [f"{r['name']} × {plain(r.get('weight', 1.0))}" for r in run.recipe.get("rewards", [])]
-    last = run.metrics[-1] if run.metrics else {}
-    done, planned = run.status.get("step", last.get("step")), run.status.get("max_steps") or 0
-    steps = None if done is None else f"{done:g}" + (f" of {planned:g}" if planned > 0 else "")
+    now, planned = summary(run), run.status.get("max_steps") or 0
+    steps = None if now["step"] is None else f"{now['step']:g}" + (f" of {planned:g}" if planned > 0 else "")
     pairs: list[tuple[str, Any]] = [
-        ("state", run.status.get("state")),
+        ("state", now["state"]),
         ("reason", run.status.get("reason")),
         ("steps", steps),
         ("attempts", run.status.get("attempt")),
@@ -103,7 +109,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("data", data.get("path") and f"{data['path']} ({data.get('split', 'train')})"),
         ("rewards", ", ".join(named)),
         ("group size", train.get("num_generations")),
-        ("last reward", last.get("reward")),
+        ("last reward", now["reward"]),
     ]
     return [(name, plain(value)) for name, value in pairs if value not in (None, "", [])]
 

@@ -66,7 +66,6 @@ def plain(value: Any) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, for people."""
     if seconds is None:
         return NONE
     if seconds < 60:

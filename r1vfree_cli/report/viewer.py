@@ -99,13 +99,10 @@ def app(runs: list[Rollouts]):
         return runs[int(index)]
 
     def answer(read):
-        def endpoint(request: Request) -> Response:
-            try:
-                return JSONResponse(read(request))
-            except (DataError, ValueError) as e:
-                return JSONResponse({"error": str(e)}, status_code=404)
+        return lambda request: JSONResponse(read(request))
 
-        return endpoint
+    def refuse(_: Request, e: Exception) -> Response:
+        return JSONResponse({"error": str(e)}, status_code=404)
 
     def image(request: Request) -> Response:
         data = run_of(request).image(text(request, "id"))
@@ -125,7 +122,7 @@ def app(runs: list[Rollouts]):
     ]
     # A page elsewhere that resolves its name to this machine must not read along.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    return Starlette(routes=routes, middleware=[hosts])
+    return Starlette(routes=routes, middleware=[hosts], exception_handlers={DataError: refuse, ValueError: refuse})
 
 
 def view(dirs: list[Path], *, port: int | None, open_browser: bool) -> None:

@@ -1,7 +1,5 @@
 """HallusionBench's chat judge: a teacher who compares a reply with the reference details. Resumable after a kill."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace
@@ -130,13 +128,9 @@ def by_chat(
 ) -> Outcome:
     """Judge by a chat model; asks only for what neither `path` nor the cache holds.
 
-    Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight.
-
-    Args:
-        replies: question id -> the text to be judged, None where there is no answer.
-        path: `judgements.jsonl`; appended to while calls finish, then rewritten with a line a question.
-
-    Raises UsageError: the endpoint is down or refuses.
+    Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight: `path`,
+    `judgements.jsonl`, is appended to, then rewritten with a line a question. replies: question id -> the text to be
+    judged, None where there is no answer. Raises UsageError: the endpoint is down or refuses.
     """
     repair_tail(path)
     before = judgements.read(path)

@@ -40,12 +40,10 @@ class Question:
 
     @property
     def figure(self) -> tuple | None:
-        """What tells its figure from others; None for a text-only question."""
         return (*self.item.cluster, self.item.figure_id) if self.needs_image else None
 
     @property
     def content(self) -> str:
-        """All that decides what a reply is worth."""
         return f"{self.id}\0{self.text}\0{self.reference}\0{self.item.gt}\0{self.item.visual_input}"
 
     @property
@@ -86,13 +84,11 @@ def load(
 ) -> QuestionSet:
     """Read a question set.
 
-    Args:
-        source: official JSON (or JSONL), VLMEvalKit TSV, folder of parquet files, or hub name; None is the hub's copy.
-        images: folder or zip of the figures, for the official JSON.
-        needed: which questions will be asked of a model; their figures must be there. Judging and scoring need none.
+    source: official JSON (or JSONL), VLMEvalKit TSV, folder of parquet files, or hub name; None is the hub's copy.
+    images: folder or zip of the figures, for the official JSON.
+    needed: which questions will be asked of a model; their figures must be there. Judging and scoring need none.
 
-    Raises UsageError: nothing there, or figures are needed and `images` is not given. DataError: damaged or
-    inconsistent content; missing figures, named.
+    Raises UsageError: nothing there. DataError: damaged or inconsistent content; missing figures, named.
     """
     path = Path(source or HUB)
     named_so = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in _FILES

@@ -39,7 +39,6 @@ class Item:
 
     @property
     def key(self) -> tuple:
-        """What must be equal for two results to be about the same question."""
         return self.id, self.gt, self.visual_input
 
     @property
@@ -142,7 +141,6 @@ def groups(metric: str, items: Iterable[Item]) -> dict[tuple, list[bool]]:
 
 
 def counts(items: list[Item]) -> dict[str, list[int]]:
-    """Metric -> [right, total]."""
     found = {metric: groups(metric, items).values() for metric in METRICS}
     return {metric: [sum(map(all, oks)), len(oks)] for metric, oks in found.items()}
 
@@ -157,11 +155,8 @@ def reads_same(item: Item, original: int | None) -> bool:
 
 
 def label(item: Item, original: int | None) -> str | None:
-    """`language`, `illusion` or `mixed` for a question that is judged and not ok.
-
-    None when it cannot be told: figure 0 of the pair is not there or unjudged, or `same` is needed and unknown.
-    The table is that of get_eval_pair_all in the official script.
-    """
+    """`language`, `illusion` or `mixed` for a question that is judged and not ok, by get_eval_pair_all of the official
+    script; None where figure 0 of the pair is not there or unjudged, or `same` is needed and unknown."""
     if item.original:
         return "illusion" if item.category == "VD" else "language"
     if original is None:
@@ -209,9 +204,8 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
 def score(items: list[Item], protocol: str = "official") -> dict:
     """All scores of unique questions, in the shape that `--json` prints; unjudged ones count as not ok.
 
-    Returns `protocol, n_questions, metrics` (percent), `counts` ([right, total]), `diagnostics`, `by_category`,
-    `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`; for vlmevalkit `mean`, of aAcc,
-    fAcc and qAcc, which its leaderboard shows.
+    metrics in percent, counts [right, total], by_subcategory of `VD_figure`, ...; for vlmevalkit `mean`, of aAcc, fAcc
+    and qAcc, which its leaderboard shows.
     """
     codes = originals(items)
 
@@ -221,19 +215,19 @@ def score(items: list[Item], protocol: str = "official") -> dict:
     def baseline(answer: int) -> dict:
         return scored(counts([replace(item, code=int(item.gt == answer)) for item in items]))
 
-    strata = sorted({(item.category, item.subcategory) for item in items})
     every = part(items)
     three = [every["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")]
     mean = {} if protocol == "official" else {"mean": sum(three) / 3 if None not in three else None}
+    strata = {
+        stratum: [i for i in items if i.cluster[:2] == stratum] for stratum in sorted({i.cluster[:2] for i in items})
+    }
     return {
         "protocol": protocol,
         "n_questions": len(items),
         **every,
         **mean,
         "by_category": {c: part([i for i in items if i.category == c]) for c in ("VD", "VS")},
-        "by_subcategory": {
-            f"{c}_{s}": part([i for i in items if (i.category, i.subcategory) == (c, s)]) for c, s in strata
-        },
+        "by_subcategory": {"_".join(stratum): part(some) for stratum, some in strata.items()},
         "baselines": {"always_yes": baseline(1), "always_no": baseline(0)},
         "unjudged": sum(item.code is None for item in items),
         "unclear_right": sum(item.code == UNCLEAR and item.ok for item in items),
