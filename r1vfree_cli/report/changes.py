@@ -8,7 +8,7 @@ from ..core.prompts import parse
 from ..eval.benchmark import Benchmark, find
 from ..eval.result import same_questions
 from ..eval.stats import compare
-from .gallery import Album
+from .gallery import Album, add_picture
 from .load import Eval, clean
 
 SHOWN = 8  # questions shown of those gained, and of those lost
@@ -99,7 +99,7 @@ def _changed(key: str, reference: Eval, other: Eval, album: Album) -> dict[str, 
         "question": question,
         "right": clean(right),
         "replies": [_said(e, key) for e in (reference, other)],
-        "picture": album.add(figure, f"figure of the question: {question[:200]}"),
+        "picture": add_picture(album, figure, f"figure of the question: {question[:200]}"),
         "has_figure": has_figure,
     }
 

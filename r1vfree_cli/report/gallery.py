@@ -3,8 +3,8 @@
 import base64
 import hashlib
 import io
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, PngImagePlugin
 
@@ -19,46 +19,29 @@ MAX_SIDE = 440  # px; twice the width that the page gives a picture
 _PNG_BYTES = 24_000  # drawings are smaller as PNG and stay sharp; photographs become JPEG
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A shrunk image. `file` is its name in the report's folder, width and height are in px."""
-
-    file: str
-    data: bytes
-    width: int
-    height: int
-    alt: str
-
-    @property
-    def uri(self) -> str:
-        kind = "png" if self.file.endswith(".png") else "jpeg"
-        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+Album = dict[str, bytes]  # file name -> the pictures of one report; the same image is there once
 
 
-@dataclass
-class Album:
-    """The pictures of one report; the same image is stored once."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-
-    def add(self, data: bytes | None, alt: str) -> Picture | None:
-        """Shrink an encoded image and keep it; None when there is none or it cannot be decoded."""
-        try:
-            image = Image.open(io.BytesIO(normalise_image(data or b"")))
-        except RowProblem:  # the report goes on without the picture and says so
-            return None
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        info = PngImagePlugin.PngInfo()
-        info.add_text("Software", MARK)
-        out, extension = io.BytesIO(), "png"
-        image.save(out, "PNG", pnginfo=info, optimize=True)
-        if out.tell() > _PNG_BYTES:
-            out, extension = io.BytesIO(), "jpg"
-            image.save(out, "JPEG", quality=82, comment=MARK.encode())
-        small = out.getvalue()
-        name = f"report-image-{hashlib.sha256(small).hexdigest()[:10]}.{extension}"
-        self.files[name] = small
-        return Picture(name, small, *image.size, alt)
+def add_picture(album: Album, data: bytes | None, alt: str) -> dict[str, Any] | None:
+    """Shrink an encoded image and keep it: `file`, `uri`, `width` and `height` in px, `alt`; None when there is none or
+    it cannot be decoded."""
+    try:
+        image = Image.open(io.BytesIO(normalise_image(data or b"")))
+    except RowProblem:  # the report goes on without the picture and says so
+        return None
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
+    out, kind = io.BytesIO(), "png"
+    image.save(out, "PNG", pnginfo=info, optimize=True)
+    if out.tell() > _PNG_BYTES:
+        out, kind = io.BytesIO(), "jpeg"
+        image.save(out, "JPEG", quality=82, comment=MARK.encode())
+    small = out.getvalue()
+    name = f"report-image-{hashlib.sha256(small).hexdigest()[:10]}.{'jpg' if kind == 'jpeg' else kind}"
+    album[name] = small
+    uri = f"data:image/{kind};base64,{base64.b64encode(small).decode()}"
+    return {"file": name, "uri": uri, "width": image.width, "height": image.height, "alt": alt}
 
 
 def row_images(recipe: dict, ids: set[str]) -> tuple[dict[str, bytes], str | None]:

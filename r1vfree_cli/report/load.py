@@ -150,7 +150,8 @@ def labels(paths: list[Path]) -> list[str]:
 def read_run(path: Path, label: str) -> Run:
     """Read a run dir. Raises DataError: `status.json` is damaged."""
     files, notes = RunDir(path), list[str]()
-    status, recipe = clean(files.status), _optional(files.recipe, notes, _recipe)
+    status = clean(files.status)
+    recipe = _optional(files.recipe, notes, lambda p: read_yaml(p.read_text(encoding="utf-8"), "it"))
     run = Run(
         path,
         label,
@@ -206,19 +207,15 @@ def read_eval(path: Path, label: str) -> Eval:
     return Eval(path, label, scores, _optional(path / "eval.json", notes), notes)
 
 
-def _optional(path: Path, notes: list[str], read: Callable[[Path], dict] = read_object) -> dict:
+def _optional(path: Path, notes: list[str], read: Callable[[Path], Any] = read_object) -> dict:
     where = f"{path.parent.name}/{path.name}" if path.parent.name == "final" else path.name
     try:
-        if path.is_file():
-            return clean(read(path))
-        notes.append(f"{where} is not there")
+        if not path.is_file():
+            notes.append(f"{where} is not there")
+        elif isinstance(document := read(path), dict):
+            return clean(document)
+        else:
+            notes.append(f"{where} is damaged: it holds no recipe")
     except (DataError, UsageError, OSError, ValueError) as e:
         notes.append(f"{where} is damaged: {clean(first_line(e))}")
     return {}
-
-
-def _recipe(path: Path) -> dict:
-    document = read_yaml(path.read_text(encoding="utf-8"), "it")
-    if not isinstance(document, dict):
-        raise ValueError("it holds no recipe")
-    return document

@@ -34,7 +34,7 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     neither, damaged main files, or evals of different questions.
     """
     runs, evals = collect(dirs)
-    album = Album()
+    album: Album = {}
     try:
         view = _view(runs, evals, album)
     except (TypeError, AttributeError, KeyError, ValueError, LookupError) as e:  # values that r1v does not write
@@ -43,7 +43,7 @@ def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     files = {"report.html": _render("report.html.j2", view, autoescape=True)}
     # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
     files["report.md"] = _render("report.md.j2", view, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
-    files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album.files
+    files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album
     _write(Path(out), files, overwrite)
     return {
         "out": str(out),
@@ -123,16 +123,16 @@ def verdict(runs: list[Run], comparisons: list[dict]) -> list[str]:
 
 def _evaluated(run: Run) -> str | None:
     """The evaluation while training, first and last: the metric of `keep_best`, else the first."""
-    lines = [(line, keys) for line in run.metrics if (keys := [k for k in line if training.EVALUATION.fullmatch(k)])]
+    lines = [line for line in run.metrics if any(map(training.EVALUATION.fullmatch, line))]
     if len(lines) < 2:
         return None
-    keys = lines[0][1]
+    keys = [key for key in lines[0] if training.EVALUATION.fullmatch(key)]
     best = (run.recipe.get("eval") or {}).get("keep_best")
     key = next((k for k in keys if k.endswith(f"/{best}")), keys[0])
-    wanted = (key, f"{key}/low", f"{key}/high")
-    first, last = ([v for k in wanted if (v := line.get(k)) is not None] for line, _ in (lines[0], lines[-1]))
-    if len(first) < 3 or len(last) < 3:
+    wanted = [key, f"{key}/low", f"{key}/high"]
+    if not lines[0].keys() & lines[-1].keys() >= set(wanted):
         return None
+    first, last = ([line[k] for k in wanted] for line in (lines[0], lines[-1]))
     apart = last[1] > first[2] or last[2] < first[1]
     word = "established" if apart else "not established: the intervals overlap"
     shown = [f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in (first, last)]

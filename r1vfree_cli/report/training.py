@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from ..core.errors import DataError
-from .gallery import Album, row_images
+from .gallery import Album, add_picture, row_images
 from .load import Run
 from .plots import Figure, Series, curve
 from .rollouts import read_groups
@@ -163,7 +163,8 @@ def gallery(run: Run, album: Album, notes: list[str]) -> list[dict]:
     images, note = row_images(run.recipe, {g["id"] for g in groups})
     notes += [note] if note else []
     for group in groups:
-        group["picture"] = album.add(images.get(group["id"]), f"image of the question: {group['question'][:200]}")
+        alt = f"image of the question: {group['question'][:200]}"
+        group["picture"] = add_picture(album, images.get(group["id"]), alt)
         group["samples"].sort(key=lambda s: -math.inf if s["advantage"] is None else s["advantage"], reverse=True)
         for s in group["samples"]:
             s |= {"cut": max(0, len(s["completion"]) - MAX_CHARS), "completion": s["completion"][:MAX_CHARS]}

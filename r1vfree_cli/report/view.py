@@ -58,11 +58,9 @@ def plain(value: Any) -> str:
         if found is None:
             return NONE
         return f"{found:,.0f}" if found == int(found) and abs(found) < 1e15 else f"{found:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(plain(v) for v in value) or NONE
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items()) or NONE
-    return str(value)
+        value = [f"{k}: {plain(v)}" for k, v in value.items()]
+    return (", ".join(map(plain, value)) or NONE) if isinstance(value, list | tuple) else str(value)
 
 
 def duration(seconds: float | None) -> str:
