@@ -27,11 +27,11 @@ def found_in(record: dict) -> str:
 def read_records(*files: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of all records of all files, in order. What a file is, its content says, not its name.
     Raises DataError: no such file, damaged, or no list of objects."""
-    for path in files:
-        try:
+    try:
+        for path in files:
             yield from _records_of(path)
-        except DataError as e:
-            raise DataError(e.message, details=e.details, hint=e.hint or READ) from None
+    except DataError as e:
+        raise DataError(e.message, details=e.details, hint=e.hint or READ) from None
 
 
 def _records_of(path: Path) -> Iterator[tuple[str, dict]]:

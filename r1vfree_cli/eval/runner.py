@@ -184,11 +184,9 @@ def _stages(w: Work) -> dict:
     if o.stage != "score":
         log.save("judge", outcome.failures)
     judged = outcome.judged(w.benchmark, w.asked.questions)
-    kept = [w.records[j.id] | w.benchmark.verdict(j) for j in judged]
-    text, file = (
-        dump_judged([{k: v for k, v in r.items() if k not in ("id", "key")} for r in kept]),
-        out / "judged.json",
-    )
+    records, verdict = w.records, w.benchmark.verdict
+    kept = [{k: v for k, v in records[j.id].items() if k not in ("id", "key")} | verdict(j) for j in judged]
+    text, file = dump_judged(kept), out / "judged.json"
     if not file.is_file() or file.read_text(encoding="utf-8") != text:  # scores of other verdicts go
         (out / "scores.json").unlink(missing_ok=True)
         write_text(file, text)

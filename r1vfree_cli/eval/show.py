@@ -91,28 +91,22 @@ def _notes(doc: dict) -> list[str]:
         ]
     if "mean" in doc:
         lines.append(f"mean of aAcc, fAcc and qAcc, as VLMEvalKit's leaderboard shows it: {_number(doc['mean'])}")
-    judge = doc["settings"].get("judge") or {}
+    s, judge = doc["settings"], doc["settings"].get("judge") or {}
     who = " ".join(str(judge[k]) for k in ("kind", "model") if judge.get(k))
     if judge.get("reader", "r1v") != "r1v":
         who += f", reading as {judge['reader']} does"
     lines.append(f"judge: {who}" + (f", shown the {judge['judge_input']}" if judge.get("judge_input") else ""))
     if f := doc.get("answer_format"):
         cut = "not known" if f["cut_at_length"] is None else f["cut_at_length"]
-        lines.append(
-            f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags, cut at the length limit: {cut}, "
-            f"no answer readable: {f['unreadable']} ({_number(100 * (f['unreadable_share'] or 0))} %)"
-        )
+        unread = f"no answer readable: {f['unreadable']} ({_number(100 * (f['unreadable_share'] or 0))} %)"
+        tags = f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags"
+        lines.append(f"{tags}, cut at the length limit: {cut}, {unread}")
     if a := doc.get("judge_agreement"):
-        lines.append(
-            f"judge and rule agree on {a['agree']} of {a['n']} questions "
-            f"({a['agree_readable']} of the {a['readable']} with a readable answer)"
-        )
-    s = doc["settings"]
+        readable = f"{a['agree_readable']} of the {a['readable']} with a readable answer"
+        lines.append(f"judge and rule agree on {a['agree']} of {a['n']} questions ({readable})")
     if "max_pixels" in s:
-        lines.append(
-            f"asked with {s['min_pixels']} to {s['max_pixels']} pixels, at most {s['max_new_tokens']} new tokens, "
-            f"temperature {s['temperature']:g}"
-        )
+        tokens = f"at most {s['max_new_tokens']} new tokens, temperature {s['temperature']:g}"
+        lines.append(f"asked with {s['min_pixels']} to {s['max_pixels']} pixels, {tokens}")
     if n := s.get("jpeg_images"):
         why = f"their PNG is above {s['max_image_bytes']} bytes"
         lines.append(f"{n} images went as JPEG of quality {s['jpeg_quality']}: {why}")

@@ -35,7 +35,8 @@ class Rollouts:
         if self._run.stage != "grpo":
             what = "is no run of r1v grpo: there are no rollouts to view" if path.exists() else "does not exist"
             raise DataError(f"{path} {what}", hint="give a run dir")
-        self.groups = lru_cache(64)(self._groups)
+        # Of a step. Raises DataError: no such step, or its file is damaged.
+        self.groups = lru_cache(64)(lambda n: read_groups(rollout_file(self.files, n), n, self._run.recipe))
 
     def about(self) -> dict:
         """What the page's head shows; read again each time, the run may be going on."""
@@ -45,10 +46,6 @@ class Rollouts:
     def steps(self) -> list[int]:
         """The steps that have a file now, ascending."""
         return list(self.files.rollout_files)
-
-    def _groups(self, step: int) -> list[dict]:
-        """`read_groups` of a step. Raises DataError: no such step, or its file is damaged."""
-        return read_groups(rollout_file(self.files, step), step, self._run.recipe)
 
     def _groups_of(self, step: int, columns: list[str], test: Callable[[str], bool]) -> list[dict]:
         """A step's groups where a value of the columns passes; else none of it is read but these."""

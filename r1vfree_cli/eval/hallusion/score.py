@@ -91,17 +91,17 @@ def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
             raise DataError(f"{where}: {name} is {value!r}, allowed: {', '.join(map(str, allowed))}")
         return found
 
-    names: dict[str, Any] = dict(zip(ID, _names(record)))
-    visual_input, gt = number("visual_input", (0, 1, 2)), number("gt_answer", (0, 1))
-    for name, value in {**names, "visual_input": visual_input, "gt_answer": gt}.items():
+    found: dict[str, Any] = dict(zip(ID, _names(record)))
+    found |= {"visual_input": number("visual_input", (0, 1, 2)), "gt_answer": number("gt_answer", (0, 1))}
+    for name, value in found.items():
         if value is None or value == "":
             hint = "--questions HallusionBench.json has the answer key" if name == "gt_answer" else None
             raise DataError(f"{where}: no {name}", details=[found_in(record)], hint=hint)
-    if names["category"] not in ("VD", "VS"):
-        raise DataError(f"{where}: category is {names['category']!r}, allowed: VD, VS")
-    if judged:
-        names |= {"code": number(CODE, (WRONG, RIGHT, UNCLEAR)), "same": number(SAME, (0, 1))}
-    return Item(**names, visual_input=visual_input, gt=gt)  # type: ignore[arg-type]
+    if found["category"] not in ("VD", "VS"):
+        raise DataError(f"{where}: category is {found['category']!r}, allowed: VD, VS")
+    gt = found.pop("gt_answer")
+    code, same = (number(CODE, (WRONG, RIGHT, UNCLEAR)), number(SAME, (0, 1))) if judged else (None, None)
+    return Item(**found, gt=gt, code=code, same=same)
 
 
 def record_id(record: dict) -> str:
@@ -159,12 +159,11 @@ def label(item: Item, original: int | None) -> str | None:
     script; None where figure 0 of the pair is not there or unjudged, or `same` is needed and unknown."""
     if item.original:
         return "illusion" if item.category == "VD" else "language"
-    if original is None:
+    needs_same = reads_same(item, original)
+    if original is None or (needs_same and item.same is None):
         return None
-    if not reads_same(item, original):
+    if not needs_same:
         return "mixed" if item.category == "VS" and original == WRONG else "illusion"
-    if item.same is None:
-        return None
     if item.category == "VD":
         return "mixed" if item.same else "illusion"
     return "language" if item.same else "mixed" if original == WRONG else "illusion"
@@ -178,9 +177,8 @@ def originals(items: Iterable[Item]) -> dict[tuple, int | None]:
 def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
     """Yes/no bias, hallucination labels (counts of questions) and consistency (counts of figures).
 
-    `yes_pct_diff` = mean[ok == gt] - mean[gt] and `fp_ratio` = share of not-ok questions with gt 0, as in
-    yes_ratio_stats of the official script. The three labels are None when some wrong question cannot be labelled;
-    `unlabelled` says how many.
+    `yes_pct_diff` = mean[ok == gt] - mean[gt] and `fp_ratio` = share of not-ok questions with gt 0, as in yes_ratio_stats
+    of the official script. The three labels are None when some wrong question cannot be labelled: `unlabelled`.
     """
     wrong = [item for item in items if not item.ok]
     labels = [label(item, codes.get(item.pair_key)) for item in wrong if item.code is not None]
@@ -188,16 +186,13 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
     n = len(items)
     figures = groups("fAcc", items).values()
     names = {"language_hallucination": "language", "visual_illusion": "illusion", "mixed": "mixed"}
+    right, none = sum(map(all, figures)), sum(not any(oks) for oks in figures)
     return {
         "yes_pct_diff": (sum(int(i.ok) == i.gt for i in items) - sum(i.gt for i in items)) / n if n else None,
         "fp_ratio": sum(i.gt == 0 for i in wrong) / len(wrong) if wrong else None,
         **{key: None if unlabelled else labels.count(name) for key, name in names.items()},
         "unlabelled": unlabelled,
-        "consistency": {
-            "correct": sum(map(all, figures)),
-            "inconsistent": sum(any(oks) and not all(oks) for oks in figures),
-            "wrong": sum(not any(oks) for oks in figures),
-        },
+        "consistency": {"correct": right, "inconsistent": len(figures) - right - none, "wrong": none},
     }
 
 
