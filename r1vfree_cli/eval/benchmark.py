@@ -125,8 +125,8 @@ class Benchmark:
         """The question with its verdict, as `score` takes it."""
         return Judged(question, code, self.cluster(question))
 
-    def relate(self, questions: list[Any], replies: dict[str, str | None], outcome: Any) -> None:
-        """After the rule: what a verdict takes from other questions."""
+    def relate(self, questions: list[Any], replies: dict[str, str | None], found: dict[str, Any]) -> None:
+        """After the rule: what the judgements `found` take from other questions."""
 
     def unjudged(self, judged: list[Any]) -> list[str]:
         """Ids of questions that lack a verdict, or a part of it."""

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,24 +33,8 @@ class Judgement(BaseModel, strict=True):
     completion_tokens: int = 0
 
 
-@dataclass
-class Outcome:
-    """All judgements by question id. `failures`: kind -> {n, example} of the calls that failed for good now."""
-
-    judgements: dict[str, Judgement] = field(default_factory=dict)
-    failures: dict[str, dict] = field(default_factory=dict)
-    unjudged: list[str] = field(default_factory=list)
-
-    def judged(self, benchmark: Benchmark, questions: list[Any]) -> list[Any]:
-        """The questions with their verdicts, as the benchmark scores them."""
-        found = ((q, self.judgements.get(q.id)) for q in questions)
-        return [benchmark.judged(q, j.code if j else None, j.same if j else None) for q, j in found]
-
-    def cost(self) -> dict:
-        """What `--json` and eval.json say about the judge's calls, those of earlier attempts included."""
-        names = ("calls", "cache_hits", "prompt_tokens", "completion_tokens")
-        failed = {"failed": {kind: f["n"] for kind, f in self.failures.items()}}
-        return {n: sum(getattr(j, n) for j in self.judgements.values()) for n in names} | failed
+Found = dict[str, Judgement]  # by question id
+Replies = dict[str, str | None]  # question id -> the text to be judged, None where there is no answer
 
 
 def by_id(path: Path, form: type[Form], what: str) -> dict[str, Form]:
@@ -71,43 +54,41 @@ def write_lines(path: Path, documents: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents))
 
 
-def read(path: Path) -> dict[str, Judgement]:
+def read(path: Path) -> Found:
     return by_id(path, Judgement, "judgement")
 
 
-def write(path: Path, outcome: Outcome, benchmark: Benchmark, questions: list[Any]) -> None:
+def judged(benchmark: Benchmark, questions: list[Any], found: Found) -> list[Any]:
+    """The questions with their verdicts, as the benchmark scores them."""
+    known = ((q, found.get(q.id)) for q in questions)
+    return [benchmark.judged(q, j.code if j else None, j.same if j else None) for q, j in known]
+
+
+def unjudged(benchmark: Benchmark, questions: list[Any], found: Found) -> list[str]:
+    """Ids of the questions that have a reply and lack a verdict, or a part of it."""
+    unanswered = {j.id for j in found.values() if j.judge == UNANSWERED}
+    return [id_ for id_ in benchmark.unjudged(judged(benchmark, questions, found)) if id_ not in unanswered]
+
+
+def write(path: Path, found: Found, benchmark: Benchmark, questions: list[Any]) -> None:
     """Replace the file: a line a question, with whether it counts as right."""
-    found = [
-        (outcome.judgements.get(q.id), judged.ok) for q, judged in zip(questions, outcome.judged(benchmark, questions))
-    ]
-    write_lines(path, [vars(j) | {"ok": ok if j.code is not None else None} for j, ok in found if j])
+    lines = [(found.get(q.id), j.ok) for q, j in zip(questions, judged(benchmark, questions, found))]
+    write_lines(path, [vars(j) | {"ok": ok if j.code is not None else None} for j, ok in lines if j])
 
 
-def by_rule(
-    benchmark: Benchmark, questions: list[Any], replies: dict[str, str | None], path: Path | None = None
-) -> Outcome:
-    """Judge by the benchmark's rule. Nothing to resume: it takes milliseconds. replies: question id -> the text to be
-    judged, None where there is no answer. path: `judgements.jsonl`, rewritten."""
-    outcome = Outcome({q.id: no_reply(benchmark, q) for q in questions})
+def by_rule(benchmark: Benchmark, questions: list[Any], replies: Replies, path: Path | None = None) -> Found:
+    """Judge by the benchmark's rule, into `path` where it is given. Nothing to resume: it takes milliseconds."""
+    found = {q.id: no_reply(benchmark, q) for q in questions}
     for q in questions:
         if (reply := replies[q.id]) is not None:
             key = content_key("rule", reply, q.content)
-            outcome.judgements[q.id] = Judgement(id=q.id, key=key, code=benchmark.code(q, reply))
-    benchmark.relate(questions, replies, outcome)
+            found[q.id] = Judgement(id=q.id, key=key, code=benchmark.code(q, reply))
+    benchmark.relate(questions, replies, found)
     if path is not None:
-        write(path, outcome, benchmark, questions)
-    return outcome
+        write(path, found, benchmark, questions)
+    return found
 
 
 def no_reply(benchmark: Benchmark, question: Any) -> Judgement:
     """The verdict on a question that was never answered: not right."""
     return Judgement(id=question.id, key=UNANSWERED, code=benchmark.unanswered_code, judge=UNANSWERED)
-
-
-def as_judged(benchmark: Benchmark, questions: list[Any], judgements: dict[str, Judgement]) -> Outcome:
-    """The outcome of judgements that are there already; what lacks a part of its verdict is unjudged."""
-    outcome = Outcome({q.id: judgements[q.id] for q in questions if q.id in judgements})
-    open_ids = benchmark.unjudged(outcome.judged(benchmark, questions))
-    unanswered = {j.id for j in outcome.judgements.values() if j.judge == UNANSWERED}
-    outcome.unjudged = [id_ for id_ in open_ids if id_ not in unanswered]
-    return outcome

@@ -18,25 +18,22 @@ WARN_EMPTY = 1.0  # percent of empty replies
 def load_other(path: Path, benchmark: Benchmark, protocol: str) -> tuple[list[Any], Any]:
     """(judged questions, who judged them) of an eval dir, or of a judged file (the benchmark's first protocol).
     Raises UsageError: another protocol, or nothing there. DataError: damaged, or partly unjudged."""
-    document: dict[str, Any] = {
-        "protocol": (*benchmark.protocols, protocol)[0],
-        "settings": {"judge": {"kind": "file"}},
-    }
-    file = path
+    file, found, judge = path, (*benchmark.protocols, protocol)[0], {"kind": "file"}
     if path.is_dir():
-        if not (path / "scores.json").is_file() or not (path / "judged.json").is_file():
+        file, scores = path / "judged.json", path / "scores.json"
+        if not scores.is_file() or not file.is_file():
             raise UsageError(f"--compare-to {path}: no finished evaluation there (scores.json, judged.json)")
-        file, document = path / "judged.json", read_object(path / "scores.json")
+        document = read_object(scores)
+        found, judge = document.get("protocol"), (document.get("settings") or {}).get("judge")
     elif not path.is_file():
         raise UsageError(f"--compare-to {path}: no such eval dir or judged file")
-    found = document.get("protocol")
     if found != protocol:
         what = f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared"
         raise UsageError(what, hint="score both by the same --protocol")
     judged, _ = benchmark.load_judged([file])
     if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
-    return judged, (document.get("settings") or {}).get("judge")
+    return judged, judge
 
 
 def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:

@@ -23,7 +23,7 @@ from ..run import contract
 from . import judgements, predict, reading
 from .benchmark import Benchmark, content_key, find
 from .hallusion import judge
-from .judgements import Outcome
+from .judgements import Found, Replies
 from .options import EvalOptions, check, parse_gates
 from .predict import Work
 from .questions import QuestionSet, unique
@@ -180,29 +180,29 @@ def _stages(w: Work) -> dict:
         return {"stage": "generate", "out": str(out), "n_questions": len(w.records)}
 
     empty_replies(w, str(w.file))
-    outcome = _judge(w, w.records, log.state)
+    found, unjudged, failures = _judge(w, w.records, log.state)
     if o.stage != "score":
-        log.save("judge", outcome.failures)
-    judged = outcome.judged(w.benchmark, w.asked.questions)
+        log.save("judge", failures)
+    judged = judgements.judged(w.benchmark, w.asked.questions, found)
     records, verdict = w.records, w.benchmark.verdict
     kept = [{k: v for k, v in records[j.id].items() if k not in ("id", "key")} | verdict(j) for j in judged]
     text, file = dump_judged(kept), out / "judged.json"
     if not file.is_file() or file.read_text(encoding="utf-8") != text:  # scores of other verdicts go
         (out / "scores.json").unlink(missing_ok=True)
         write_text(file, text)
-    lines = predict.failure_lines(outcome.failures)
-    if outcome.unjudged and not o.allow_unjudged:
-        what = f"{out}: {counted(len(outcome.unjudged), 'question is', 'questions are')} unjudged, so there is no score"
+    lines = predict.failure_lines(failures)
+    if unjudged and not o.allow_unjudged:
+        what = f"{out}: {counted(len(unjudged), 'question is', 'questions are')} unjudged, so there is no score"
         hint = "the same command asks only for these again; --allow-unjudged counts them as not right"
-        raise DataError(what, details=lines or outcome.unjudged[:5], hint=hint)
+        raise DataError(what, details=lines or unjudged[:5], hint=hint)
     for line in lines:
         console.warn(f"unjudged: {line}")
     if o.stage == "judge":
-        return {"stage": "judge", "out": str(out), "n_questions": len(judged), "unjudged": len(outcome.unjudged)}
+        return {"stage": "judge", "out": str(out), "n_questions": len(judged), "unjudged": len(unjudged)}
 
     settings = w.identity | log.state.get("runtime", {})
     settings |= {"judge": log.state["judge"], "questions": w.asked.source}
-    doc = build(w, judged, settings, len(outcome.unjudged))
+    doc = build(w, judged, settings, len(unjudged))
     doc |= {"times": log.state["times"], "out": str(out)}
     write_json(out / "scores.json", doc)
     return doc
@@ -237,8 +237,7 @@ class _Log:
         write_json(self.file, self.state)
 
 
-def _replies(w: Work, records: dict[str, dict]) -> dict[str, str | None]:
-    """Question id -> the text to be judged, None where there is no answer."""
+def _replies(w: Work, records: dict[str, dict]) -> Replies:
     return {
         id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], _judge_input(w.o), w.o.reader)
         for id_, r in records.items()
@@ -250,26 +249,30 @@ def _judge_input(o: EvalOptions) -> str:
     return "reply" if o.reader == "vlmevalkit" else o.judge_input
 
 
-def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
-    """Judge what has no verdict yet; `state["judge"]` is by whom."""
+def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> tuple[Found, list[str], dict[str, dict]]:
+    """Judge what has no verdict yet; `state["judge"]` is by whom. Returns judgements by question, ids of what is still
+    unjudged, and kind -> {n, example} of the calls that failed for good."""
     o, file, asked = w.o, w.out / "judgements.jsonl", w.asked.questions
     if o.stage == "score":
         if not file.is_file() or not isinstance(state.get("judge"), dict):
             raise DataError(f"{w.out} holds no judgements", hint="run --stage judge first")
-        return judgements.as_judged(w.benchmark, asked, judgements.read(file))
+        found = judgements.read(file)
+        return found, judgements.unjudged(w.benchmark, asked, found), {}
     replies = _replies(w, records)
     if o.judge == "rule":
         state["judge"] = {"kind": "rule", "judge_input": _judge_input(o), "reader": o.reader}
-        return judgements.by_rule(w.benchmark, asked, replies, file)
+        return judgements.by_rule(w.benchmark, asked, replies, file), [], {}
     chat = _chat(o)
     # Written before the first call, so that a stage score after a kill knows whose verdicts these are.
     state["judge"] = {"kind": "chat", "model": o.judge_model, "base_url": o.judge_base_url}
     state["judge"] |= {"judge_input": o.judge_input, "prompt_sha256": content_key(chat.prompt)}
     write_json(w.out / "eval.json", state)
-    outcome = judge.by_chat(w.benchmark, asked, replies, file, chat)
-    answered = Counter(j.judge for j in outcome.judgements.values() if j.code is not None)
-    state["judge"] |= {"answered_as": dict(answered), **outcome.cost()}
-    return outcome
+    found, failures = judge.by_chat(w.benchmark, asked, replies, file, chat)
+    state["judge"]["answered_as"] = dict(Counter(j.judge for j in found.values() if j.code is not None))
+    for name in ("calls", "cache_hits", "prompt_tokens", "completion_tokens"):  # those of earlier attempts included
+        state["judge"][name] = sum(getattr(j, name) for j in found.values())
+    state["judge"]["failed"] = {kind: f["n"] for kind, f in failures.items()}
+    return found, judgements.unjudged(w.benchmark, asked, found), failures
 
 
 def _chat(o: EvalOptions) -> judge.LabelJudge:

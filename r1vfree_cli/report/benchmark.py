@@ -2,6 +2,8 @@
 
 import re
 import shlex
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .changes import changes, find_figures, pair, read_replies
@@ -168,7 +170,8 @@ def _by_subcategory(evals: list[Eval]) -> Table:
 
 def _honest(evals: list[Eval]) -> Table:
     """What the score alone hides: answers that could not be read, bias, kinds of error, time and calls."""
-    found = [
+    thousandths = partial(percent, digits=3)
+    found: list[tuple[str, str, str, Callable]] = [
         ("unjudged questions", "", "unjudged", plain),
         ("questions without an answer", "counted as not right", "unanswered.n", plain),
         ("empty replies", "", "empty.n", plain),
@@ -176,13 +179,8 @@ def _honest(evals: list[Eval]) -> Table:
         ("replies cut at the length limit", "", "answer_format.cut_at_length", plain),
         ("replies with no readable answer", "", "answer_format.unreadable", plain),
         ("judge agrees with the rule", "", "judge_agreement", _agreement),
-        ("yes bias", "yes_pct_diff; 0 is unbiased", "diagnostics.yes_pct_diff", lambda v: signed(v, 3)),
-        (
-            "wrong answers where no was right",
-            "fp_ratio; 0.5 is unbiased",
-            "diagnostics.fp_ratio",
-            lambda v: percent(v, 3),
-        ),
+        ("yes bias", "yes_pct_diff; 0 is unbiased", "diagnostics.yes_pct_diff", partial(signed, digits=3)),
+        ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", "diagnostics.fp_ratio", thousandths),
         ("language hallucination", "", "diagnostics.language_hallucination", plain),
         ("visual illusion", "", "diagnostics.visual_illusion", plain),
         ("mixed", "", "diagnostics.mixed", plain),
@@ -206,7 +204,7 @@ def _honest(evals: list[Eval]) -> Table:
     return Table("Behind the scores", ["", *[e.label for e in evals]], rows, note)
 
 
-def _agreement(found: Any) -> str:
+def _agreement(found: dict | None) -> str:
     return f"{100 * found['agree'] / found['n']:.1f} %" if found and found["n"] else NONE
 
 
@@ -222,9 +220,8 @@ def _figures(evals: list[Eval]) -> list[Figure]:
     if parts := _parts(evals, "by_subcategory"):
         found = [e.scores.get("by_subcategory", {}) for e in evals]
         series = [Series(e.label, [], [_value(d.get(n), "aAcc") for n in parts]) for e, d in zip(evals, found)]
-        figures.append(
-            dots("report-subcategories", "aAcc by subcategory", [n.replace("_", " ") for n in parts], series)
-        )
+        shown = [n.replace("_", " ") for n in parts]
+        figures.append(dots("report-subcategories", "aAcc by subcategory", shown, series))
     return figures
 
 

@@ -164,11 +164,11 @@ def question(figure: int, number: int = 0, category: str = "VD", gt: int = 1) ->
 def test_rule_judge_answers_same_by_equal_readings(tmp_path):
     questions = [question(0), question(1), question(2)]
     replies = {"VD_ocr_0_0_0": "Yes", "VD_ocr_0_1_0": "yes, it is", "VD_ocr_0_2_0": "No"}
-    outcome = judgements.by_rule(BENCHMARK, questions, replies, tmp_path / "judgements.jsonl")
-    judged = outcome.judged(BENCHMARK, questions)
+    found = judgements.by_rule(BENCHMARK, questions, replies, tmp_path / "judgements.jsonl")
+    judged = judgements.judged(BENCHMARK, questions, found)
     assert [i.same for i in judged] == [1, 1, 0]
     assert [i.code for i in judged] == [1, 1, 0]
-    assert judgements.read(tmp_path / "judgements.jsonl") == outcome.judgements
+    assert judgements.read(tmp_path / "judgements.jsonl") == found
 
 
 @pytest.mark.parametrize(

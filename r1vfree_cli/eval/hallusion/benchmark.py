@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import reading
 from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts
-from ..judgements import Outcome
+from ..judgements import Found, Replies
 from ..questions import QuestionSet
 from ..records import read_records
 from . import formats, questions, score
@@ -39,14 +39,13 @@ class Hallusion(Benchmark):
         code = self.code(question, reply)
         return None if code == UNCLEAR else code == RIGHT
 
-    def relate(self, asked: list[Question], replies: dict[str, str | None], outcome: Outcome) -> None:
+    def relate(self, asked: list[Question], replies: Replies, found: Found) -> None:
         """`same` is equal readings."""
         readings = {q.id: reading.READERS[self.reader](replies[q.id] or "") for q in asked}
         first = {q.item.pair_key: readings[q.id] for q in asked if q.item.original}
         for q in asked:
             here, there = readings[q.id], first.get(q.item.pair_key)
-            j = outcome.judgements[q.id]
-            j.reading, j.same = here, int(here == there) if here and there else None
+            found[q.id].reading, found[q.id].same = here, int(here == there) if here and there else None
 
     def score(self, judged: Sequence[Item]) -> Counts:
         return score.counts(list(judged))

@@ -15,12 +15,16 @@ from ...judges.protocol import Failure
 from ...judges.replies import Reply
 from .. import judgements, reading
 from ..benchmark import Benchmark, content_key
-from ..judgements import Judgement, Outcome
+from ..judgements import Found, Judgement, Replies
 from . import score
 from .questions import Question
 
 VERDICTS = {"incorrect": score.WRONG, "correct": score.RIGHT, "unclear": score.UNCLEAR}
 SAMES = {"different": 0, "same": 1}
+# Title, labels, and where what a call says stands in a judgement.
+_CODE = ("judge", VERDICTS, {"label": "code", "raw": "raw", "model": "judge"})
+_SAME = ("judge: same answer?", SAMES, {"label": "same", "raw": "raw_same"})
+Calls = dict[str, tuple[str, str]]  # question id -> content key, prompt
 _FIELDS = ("question", "reference", "prediction")
 
 # Our own wording of the published protocol: teacher, question, reference details, prediction, one of three labels.
@@ -124,18 +128,19 @@ def check_references(questions: list[Question]) -> None:
 
 
 def by_chat(
-    benchmark: Benchmark, questions: list[Question], replies: dict[str, str | None], path: Path, judge: LabelJudge
-) -> Outcome:
-    """Judge by a chat model; asks only for what neither `path` nor the cache holds.
+    benchmark: Benchmark, questions: list[Question], replies: Replies, path: Path, judge: LabelJudge
+) -> tuple[Found, dict[str, dict]]:
+    """Judge by a chat model; asks only for what neither `path` nor the cache holds. Returns the judgements by question, and
+    kind -> {n, example} of the calls that failed for good.
 
     Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight: `path`,
-    `judgements.jsonl`, is appended to, then rewritten with a line a question. replies: question id -> the text to be
-    judged, None where there is no answer. Raises UsageError: the endpoint is down or refuses.
+    `judgements.jsonl`, is appended to, then rewritten with a line a question.
+    Raises UsageError: the endpoint is down or refuses.
     """
     repair_tail(path)
     before = judgements.read(path)
     asked = {q.id: judge.question(q, reply) for q in questions if (reply := replies[q.id]) is not None}
-    found: dict[str, Judgement] = {}
+    found: Found = {}
     for q in questions:
         if q.id in asked:
             old, key = before.get(q.id), asked[q.id][0]
@@ -145,22 +150,15 @@ def by_chat(
             found[q.id] = judgements.no_reply(benchmark, q)
 
     open_codes = {id_: asked[id_] for id_, j in found.items() if j.code is None}
-    names = {"label": "code", "raw": "raw", "model": "judge"}
-    failed = _ask_all("judge", judge, open_codes, VERDICTS, names, found, path)
+    failed = _ask_all(judge, _CODE, open_codes, found, path)
     open_same = _open_same(found, questions, replies, judge)
-    names = {"label": "same", "raw": "raw_same"}
-    failed += _ask_all("judge: same answer?", judge, open_same, SAMES, names, found, path)
-    outcome = judgements.as_judged(benchmark, questions, found)
-    judgements.write(path, outcome, benchmark, questions)
-    examples = judge.endpoint.failures
-    outcome.failures = {kind: {"n": n, "example": examples.get(kind, "")} for kind, n in failed.items()}
-    return outcome
+    failed += _ask_all(judge, _SAME, open_same, found, path)
+    judgements.write(path, found, benchmark, questions)
+    return found, {kind: {"n": n, "example": judge.endpoint.failures.get(kind, "")} for kind, n in failed.items()}
 
 
-def _open_same(
-    found: dict[str, Judgement], questions: list[Question], replies: dict[str, str | None], judge: LabelJudge
-) -> dict[str, tuple[str, str]]:
-    """Id -> (key, prompt) of the questions whose label needs `same` and that have none for these replies."""
+def _open_same(found: Found, questions: list[Question], replies: Replies, judge: LabelJudge) -> Calls:
+    """The calls about the questions whose label needs `same` and that have none for these replies."""
     first = {q.item.pair_key: q.id for q in questions if q.item.original}
     jobs = {}
     for q in questions:
@@ -177,16 +175,9 @@ def _open_same(
     return jobs
 
 
-def _ask_all(
-    title: str,
-    judge: LabelJudge,
-    jobs: dict[str, tuple[str, str]],
-    labels: dict[str, int],
-    names: dict[str, str],
-    found: dict[str, Judgement],
-    path: Path,
-) -> Counter:
-    """Ask the (key, prompt) of questions; what a call says goes into their judgements under `names`, and to `path`."""
+def _ask_all(judge: LabelJudge, kind: tuple, calls: Calls, found: Found, path: Path) -> Counter:
+    """Make the calls; what one says goes into the judgements of its questions, and to `path`."""
+    title, labels, names = kind
 
     def store(id_: str, entry: dict) -> None:
         for said, name in names.items():
@@ -194,8 +185,8 @@ def _ask_all(
         append_jsonl(path, vars(found[id_]))
 
     left: dict[str, list[str]] = {}  # key -> questions: what is shown twice is asked once
-    cached = judge.cache.get_labels([key for key, _ in jobs.values()], labels)
-    for id_, (key, _) in jobs.items():
+    cached = judge.cache.get_labels([key for key, _ in calls.values()], labels)
+    for id_, (key, _) in calls.items():
         if entry := cached.get(key):
             found[id_].cache_hits += 1
             store(id_, entry)
@@ -213,7 +204,7 @@ def _ask_all(
 
         async def work(key: str) -> dict:
             first = left[key][0]
-            return await judge.ask(key, jobs[first][1], labels, found[first])
+            return await judge.ask(key, calls[first][1], labels, found[first])
 
         return judge.endpoint.run(list(left), work, done)
 

@@ -213,16 +213,14 @@ def score(items: list[Item], protocol: str = "official") -> dict:
     every = part(items)
     three = [every["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")]
     mean = {} if protocol == "official" else {"mean": sum(three) / 3 if None not in three else None}
-    strata = {
-        stratum: [i for i in items if i.cluster[:2] == stratum] for stratum in sorted({i.cluster[:2] for i in items})
-    }
+    strata = sorted({i.cluster[:2] for i in items})
     return {
         "protocol": protocol,
         "n_questions": len(items),
         **every,
         **mean,
         "by_category": {c: part([i for i in items if i.category == c]) for c in ("VD", "VS")},
-        "by_subcategory": {"_".join(stratum): part(some) for stratum, some in strata.items()},
+        "by_subcategory": {"_".join(s): part([i for i in items if i.cluster[:2] == s]) for s in strata},
         "baselines": {"always_yes": baseline(1), "always_no": baseline(0)},
         "unjudged": sum(item.code is None for item in items),
         "unclear_right": sum(item.code == UNCLEAR and item.ok for item in items),
