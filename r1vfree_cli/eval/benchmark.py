@@ -154,7 +154,7 @@ class Benchmark:
         """Whether the records bring the right answers with them."""
         return True
 
-    def filled(self, record: dict, where: str, known: dict[str, Any]) -> dict:
+    def filled(self, record: dict, known: dict[str, Any]) -> dict:
         """The record with what its question, where it is known, has and the record lacks."""
         return record
 
@@ -165,7 +165,7 @@ class Benchmark:
         found: dict[str, dict] = {}
         wrong: dict[str, list[str]] = defaultdict(list)
         for where, raw in records:
-            record = self.filled(raw, where, by_id)
+            record = self.filled(raw, by_id)
             q = self.from_record(record, where)
             if not isinstance(record.get("model_prediction"), str):
                 wanted = "accepted: model_prediction (or prediction), a text: the reply"
@@ -186,7 +186,7 @@ class Benchmark:
         """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
         Raises DataError: not that, or a question twice."""
         by_id = {q.id: q for q in known}
-        records = [(where, self.filled(record, where, by_id)) for where, record in self.records(files)]
+        records = [(where, self.filled(record, by_id)) for where, record in self.records(files)]
         judged = [self.judged_record(record, where) for where, record in records]
         return unique(judged, named(files)), [record for _, record in records]
 

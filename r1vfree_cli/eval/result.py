@@ -18,13 +18,14 @@ WARN_EMPTY = 1.0  # percent of empty replies
 def load_other(path: Path, benchmark: Benchmark, protocol: str) -> tuple[list[Any], Any]:
     """(judged questions, who judged them) of an eval dir, or of a judged file (the benchmark's first protocol).
     Raises UsageError: another protocol, or nothing there. DataError: damaged, or partly unjudged."""
-    file, found, judge = path, (*benchmark.protocols, protocol)[0], {"kind": "file"}
+    judge: Any = {"kind": "file"}
+    file, found = path, (*benchmark.protocols, protocol)[0]
     if path.is_dir():
         file, scores = path / "judged.json", path / "scores.json"
         if not scores.is_file() or not file.is_file():
             raise UsageError(f"--compare-to {path}: no finished evaluation there (scores.json, judged.json)")
         document = read_object(scores)
-        found, judge = document.get("protocol"), (document.get("settings") or {}).get("judge")
+        found, judge = str(document.get("protocol")), (document.get("settings") or {}).get("judge")
     elif not path.is_file():
         raise UsageError(f"--compare-to {path}: no such eval dir or judged file")
     if found != protocol:

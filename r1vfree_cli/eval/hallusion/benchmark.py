@@ -78,7 +78,7 @@ class Hallusion(Benchmark):
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
         return any(record.get("gt_answer") not in (None, "") for _, record in records)
 
-    def filled(self, record: dict, where: str, known: dict[str, Question]) -> dict:
+    def filled(self, record: dict, known: dict[str, Question]) -> dict:
         question = known.get(score.record_id(record))
         said = {k: v for k, v in record.items() if v is not None and (v != "" or k == "model_prediction")}
         return (question.record() if question else {}) | said
