@@ -167,7 +167,7 @@ def generate(w: Work) -> dict[str, dict]:
         if todo and w.o.vllm:
             _vllm(w, todo, keep)
         elif todo and w.o.endpoint:
-            _remote(w, _endpoint(w.o, w.o.endpoint, w.o.model or "", w.o.api_key_env), todo, keep)
+            _remote(w, endpoint_of(w.o, w.o.endpoint, w.o.model, w.o.api_key_env), todo, keep)
         elif todo:
             _local(w, todo, keep)
     except KeyboardInterrupt:
@@ -208,12 +208,12 @@ def _vllm(w: Work, todo: list[Job], keep: Callable[..., None]) -> None:
     started = plans.vllm_policy_plan(w.checkpoint.path, o.revision, port, pixels=w.pixels, on_cpu=on_cpu, dtype=o.dtype)
     console.log(f"starting vLLM, its log in {log}")
     with processes.server(started, port, log, "vLLM server") as server:
-        _remote(w, _endpoint(o, f"{server.url}/v1", vllm.POLICY, "R1V_NO_KEY"), todo, keep, server)
+        _remote(w, endpoint_of(o, f"{server.url}/v1", vllm.POLICY, "R1V_NO_KEY"), todo, keep, server)
     w.runtime |= {"engine": "vllm", "dtype": started.argv[started.argv.index("--dtype") + 1]}
 
 
-def _endpoint(o: EvalOptions, url: str, model: str, key_env: str) -> Endpoint:
-    return Endpoint(url, model, o.timeout_s, o.max_retries, o.concurrency, key_env, max_image_bytes=o.max_image_bytes)
+def endpoint_of(o: EvalOptions, url: str | None, model: str | None, key_env: str, **more: Any) -> Endpoint:
+    return Endpoint(url, model or "", o.timeout_s, o.max_retries, o.concurrency, key_env, **more)
 
 
 def _remote(
@@ -232,7 +232,7 @@ def _remote(
 
         async def work(job: Job) -> Reply:
             nonlocal jpegs
-            url = data_url(job.image, limits, endpoint.max_image_bytes) if job.image else None
+            url = data_url(job.image, limits, o.max_image_bytes) if job.image else None
             jpegs += bool(url and url.startswith("data:image/jpeg"))
             while True:
                 try:

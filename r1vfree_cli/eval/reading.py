@@ -3,11 +3,10 @@
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ..core.prompts import parse
 from ..core.thinking import without_thinking
-from .hallusion.score import RIGHT, UNCLEAR, WRONG
 
 YES, NO = "yes", "no"
 _AS = dict.fromkeys(["yes", "yeah", "yep", "yup", "oui", "sí", "sim", "ja", "да", "はい", "네", "예"], YES)
@@ -327,18 +326,7 @@ def read_vlmevalkit(text: str) -> str | None:
 
 _SILENT = re.compile(r"</?[a-zA-Z][^<>]{0,40}>|<\|[^<>|]{1,40}\|>|\s")
 
-# --- codes -----------------------------------------------------------------------------------------------------
-
-Reader = Callable[[str], str | None]
-READERS: dict[str, Reader] = {"r1v": read_yes_no, "vlmevalkit": read_vlmevalkit}
-
-
-def rule_code(text: str, gt: int, read: Reader = read_yes_no) -> int:
-    """The rule judge's verdict: right, wrong, or unclear when no yes or no can be read."""
-    reading = read(text)
-    if reading is None:
-        return UNCLEAR
-    return RIGHT if (reading == YES) == (gt == 1) else WRONG
+READERS = {"r1v": read_yes_no, "vlmevalkit": read_vlmevalkit}
 
 
 def judged_text(reply: str, judge_input: str, reader: str = "r1v") -> str | None:

@@ -18,7 +18,6 @@ from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean
 from ..core.files import lock, read_object, write_json, write_text
 from ..core.prompts import template_hash
-from ..judges.client import Endpoint
 from ..run import contract
 from . import judgements, predict, reading
 from .benchmark import Benchmark, content_key, find
@@ -276,8 +275,7 @@ def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> tuple[Fo
 
 
 def _chat(o: EvalOptions) -> judge.LabelJudge:
-    model, key = o.judge_model or "", o.judge_api_key_env
-    endpoint = Endpoint(o.judge_base_url, model, o.timeout_s, o.max_retries, o.concurrency, key, what="judge")
+    endpoint = predict.endpoint_of(o, o.judge_base_url, o.judge_model, o.judge_api_key_env, what="judge")
     return judge.LabelJudge(endpoint, judge.load_prompt(o.judge_prompt))
 
 

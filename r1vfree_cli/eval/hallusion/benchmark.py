@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import reading
-from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts
+from ..benchmark import WRONG, Benchmark, Counts
 from ..judgements import Found, Replies
 from ..questions import QuestionSet
 from ..records import read_records
@@ -32,12 +32,9 @@ class Hallusion(Benchmark):
     def wanted(self, question: Question, protocol: str) -> bool:
         return protocol == "official" or question.needs_image
 
-    def code(self, question: Question, reply: str) -> int:
-        return reading.rule_code(reply, question.item.gt, reading.READERS[self.reader])
-
     def judge(self, question: Question, reply: str) -> bool | None:
-        code = self.code(question, reply)
-        return None if code == UNCLEAR else code == RIGHT
+        said = reading.READERS[self.reader](reply)
+        return None if said is None else said == ("yes" if question.item.gt else "no")
 
     def relate(self, asked: list[Question], replies: Replies, found: Found) -> None:
         """`same` is equal readings."""
