@@ -59,8 +59,8 @@ class Benchmark:
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
         """The question set of a file of records, or of all .json and .jsonl files of a folder.
 
-        images: the folder that `filename` is relative to; without it the folder of the question file. asked: the figures
-        of these questions must be there. Raises UsageError: nothing there. DataError: damaged, or figures are missing.
+        images: the folder that `filename` is relative to; without it the folder of the question file.
+        asked: their figures must be there. Raises UsageError: nothing there. DataError: damaged, or figures are missing.
         """
         name = self.title or self.name
         if source is None:

@@ -67,7 +67,7 @@ class QuestionSet:
     _figures: dict[Hashable, bytes] = field(default_factory=dict, repr=False)  # checked once, whoever asks
 
     def image(self, question: Any) -> bytes | None:
-        """The figure as PNG or JPEG, RGB; None for a text-only question. Raises DataError: missing, or no usable image."""
+        """The figure as PNG or JPEG, RGB; None for a text-only question. Raises DataError: no usable image."""
         from ..data.drops import RowProblem
         from ..data.images import normalise_image  # PIL: scoring needs none
 
@@ -111,7 +111,7 @@ def unique(questions: list[Any], where: str) -> list[Any]:
 
 
 def figure_file(root: Path, name: str | None) -> Path | None:
-    """A figure, by its path below `root` or by its bare name there; a question file does not choose what else is read."""
+    """A figure, by its path below `root` or its bare name there: a question file does not choose what else is read."""
     for part in (name or "", Path(name or "").name):
         file = (root / part.lstrip("/")).resolve()
         if part and file.is_relative_to(root) and file.is_file():

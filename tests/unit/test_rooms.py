@@ -20,7 +20,7 @@ ROOMS = {
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
-    "eval": 2914,
+    "eval": 2908,
     "report": 1246,
     "doctor": 393,
     "tiny": 410,

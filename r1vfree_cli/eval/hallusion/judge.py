@@ -120,35 +120,28 @@ def check_references(questions: list[Question]) -> None:
     """Raises UsageError when questions lack the reference details that a chat judge compares with."""
     without = [q.id for q in questions if not q.reference]
     if without:
-        what = (
-            f"{counted(len(without), 'question has', 'questions have')} no gt_answer_details, which a chat judge needs"
-        )
+        what = counted(len(without), "question has", "questions have")
         hint = "use the official JSON with --questions, or --judge rule"
-        raise UsageError(what, details=without[:5], hint=hint)
+        raise UsageError(f"{what} no gt_answer_details, which a chat judge needs", details=without[:5], hint=hint)
 
 
 def by_chat(
     benchmark: Benchmark, questions: list[Question], replies: Replies, path: Path, judge: LabelJudge
 ) -> tuple[Found, dict[str, dict]]:
-    """Judge by a chat model; asks only for what neither `path` nor the cache holds. Returns the judgements by question, and
-    kind -> {n, example} of the calls that failed for good.
+    """Judge by a chat model what neither `path` nor the cache holds; returns the judgements, and kind -> {n, example} of
+    the calls that failed for good. Raises UsageError: the endpoint is down or refuses.
 
     Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight: `path`,
     `judgements.jsonl`, is appended to, then rewritten with a line a question.
-    Raises UsageError: the endpoint is down or refuses.
     """
     repair_tail(path)
     before = judgements.read(path)
     asked = {q.id: judge.question(q, reply) for q in questions if (reply := replies[q.id]) is not None}
-    found: Found = {}
-    for q in questions:
-        if q.id in asked:
-            old, key = before.get(q.id), asked[q.id][0]
-            found[q.id] = old if old and old.key == key else Judgement(id=q.id, key=key)
-            found[q.id].reading = reading.read_yes_no(replies[q.id] or "")
-        else:
-            found[q.id] = judgements.no_reply(benchmark, q)
-
+    found = {q.id: judgements.no_reply(benchmark, q) for q in questions}
+    for id_, (key, _) in asked.items():
+        old = before.get(id_)
+        found[id_] = old if old and old.key == key else Judgement(id=id_, key=key)
+        found[id_].reading = reading.read_yes_no(replies[id_] or "")
     open_codes = {id_: asked[id_] for id_, j in found.items() if j.code is None}
     failed = _ask_all(judge, _CODE, open_codes, found, path)
     open_same = _open_same(found, questions, replies, judge)
@@ -168,10 +161,10 @@ def _open_same(found: Found, questions: list[Question], replies: Replies, judge:
         if not needed or here is None or there is None:
             j.same = j.same_key = None
             continue
-        key, prompt = judge.same(here, there)
-        if j.same_key != key or j.same is None:
-            j.same, j.same_key = None, key
-            jobs[j.id] = (key, prompt)
+        call = judge.same(here, there)
+        if j.same_key != call[0] or j.same is None:
+            j.same, j.same_key = None, call[0]
+            jobs[j.id] = call
     return jobs
 
 

@@ -91,9 +91,9 @@ def load(
     Raises UsageError: nothing there. DataError: damaged or inconsistent content; missing figures, named.
     """
     path = Path(source or HUB)
-    named_so = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and path.suffix not in _FILES
-    if source is None or (named_so and not path.exists()):
-        path = _download(str(path))
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source or HUB) and path.suffix not in _FILES
+    if source is None or (is_name and not path.exists()):
+        path = _download(source or HUB)
     if not path.exists():
         hint = "--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name"
         raise UsageError(f"no questions at {source}", hint=hint)
