@@ -16,7 +16,7 @@ from typing import Any
 from ..core.errors import DataError, UsageError, did_you_mean
 from ..core.prompts import DEFAULT, Prompt, build_messages
 from ..core.user_code import load_named
-from .questions import Question, QuestionSet, read_questions, unique
+from .questions import Question, QuestionSet, figure_file, unique
 from .records import found_in, named, read_records
 
 WRONG, RIGHT, UNCLEAR = 0, 1, 2
@@ -46,30 +46,47 @@ class Judged:
 
 
 class Benchmark:
-    """Base of a benchmark: `question` or `questions`, and `judge`, have to be given; the rest has defaults.
+    """Base of a benchmark: `question` or `questions`, and `judge`, have to be given; the rest has defaults."""
 
-    protocols: ways to score that are never compared with each other; the first is the default.
-    """
-
-    name = ""
-    title = ""
+    name = title = ""
     metrics: tuple[str, ...] = ("accuracy",)
-    protocols: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ()  # ways to score that are never compared with each other; the first is the default
     chat = False  # whether `--judge chat` can be asked for
     unanswered_code = UNCLEAR  # of a question without an answer that is counted as not right
     readers: tuple[str, ...] = ()  # rules that `--reader` may ask for, of reading.READERS; the first is the default
     reader = "r1v"  # the one that was asked for
 
     def questions(self, source: str | None, images: Path | None, asked: Callable[[Any], bool]) -> QuestionSet:
-        """Read the questions; the figures of those that are `asked` must be there."""
-        return read_questions(self.title or self.name, source, images, self.question, asked)
+        """The question set of a file of records, or of all .json and .jsonl files of a folder.
+
+        images: the folder that `filename` is relative to; without it the folder of the question file.
+        asked: their figures must be there. Raises UsageError: nothing there. DataError: damaged, or figures are missing.
+        """
+        name = self.title or self.name
+        if source is None:
+            raise UsageError(f"{name} needs its questions", hint="--questions FILE.jsonl --images FOLDER")
+        path = Path(source)
+        files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            hint = "--questions takes a JSON Lines file or a folder of them"
+            raise UsageError(f"no questions at {source}", hint=hint)
+        made = QuestionSet([], {}, source)
+        root = (images or files[0].parent).resolve()
+        for file in files:
+            for where, record in read_records(file):
+                try:
+                    q = self.question(record, where, file)
+                except (KeyError, TypeError, ValueError) as e:
+                    raise DataError(f"{where}: no question of {name}: {e}", details=[found_in(record)]) from None
+                made.questions.append(q)
+                if figure := figure_file(root, q.filename):
+                    made.readers[q.id] = figure.read_bytes
+        first = unique(made.questions, source)[0].filename
+        made.need_figures(asked, f"give the folder that {first} lies in with --images")
+        return made
 
     def question(self, record: dict, where: str, file: Path) -> Any:
-        """The question of a record in a question file.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is none.
-        """
+        """The question of a record in a question file. Raises KeyError, TypeError, ValueError: it is none."""
         raise NotImplementedError
 
     def wanted(self, question: Any, protocol: str) -> bool:
@@ -108,8 +125,8 @@ class Benchmark:
         """The question with its verdict, as `score` takes it."""
         return Judged(question, code, self.cluster(question))
 
-    def relate(self, questions: list[Any], replies: dict[str, str | None], outcome: Any) -> None:
-        """After the rule: what a verdict takes from other questions."""
+    def relate(self, questions: list[Any], replies: dict[str, str | None], found: dict[str, Any]) -> None:
+        """After the rule: what the judgements `found` take from other questions."""
 
     def unjudged(self, judged: list[Any]) -> list[str]:
         """Ids of questions that lack a verdict, or a part of it."""
@@ -120,11 +137,7 @@ class Benchmark:
         return {"code": judged.code}
 
     def from_record(self, record: dict, where: str) -> Any:
-        """The question of a stored record.
-
-        Raises:
-            DataError: a field is missing.
-        """
+        """The question of a stored record. Raises DataError: a field is missing."""
         try:
             asked, text, answer = (str(record[k]) for k in ("question_id", "question", "answer"))
             return Question(asked, text, answer, record.get("filename"), record.get("part"))
@@ -134,31 +147,25 @@ class Benchmark:
 
     def records(self, files: list[Path]) -> list[tuple[str, dict]]:
         """(where, record) of files of predictions or verdicts, in the form that `from_record` takes.
-
-        Raises:
-            DataError: damaged, or in no form that is known.
-        """
+        Raises DataError: damaged, or in no form that is known."""
         return list(read_records(*files))
 
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
         """Whether the records bring the right answers with them."""
         return True
 
-    def filled(self, record: dict, where: str, known: dict[str, Any]) -> dict:
+    def filled(self, record: dict, known: dict[str, Any]) -> dict:
         """The record with what its question, where it is known, has and the record lacks."""
         return record
 
     def load_predictions(self, records: list[tuple[str, dict]], known: list[Any], source: str) -> dict[str, dict]:
         """Question id -> record with `model_prediction`.
-
-        Raises:
-            DataError: a question twice, unknown, or with another text or answer; or no `model_prediction`.
-        """
+        Raises DataError: a question twice, unknown, or with another text or answer; or no `model_prediction`."""
         by_id = {q.id: q for q in known}
         found: dict[str, dict] = {}
         wrong: dict[str, list[str]] = defaultdict(list)
         for where, raw in records:
-            record = self.filled(raw, where, by_id)
+            record = self.filled(raw, by_id)
             q = self.from_record(record, where)
             if not isinstance(record.get("model_prediction"), str):
                 wanted = "accepted: model_prediction (or prediction), a text: the reply"
@@ -177,21 +184,14 @@ class Benchmark:
 
     def load_judged(self, files: list[Path], known: Iterable[Any] = ()) -> tuple[list[Any], list[dict]]:
         """judged.json -> judged questions and their records, in file order; what they lack is the known questions'.
-
-        Raises:
-            DataError: not that, or a question twice.
-        """
+        Raises DataError: not that, or a question twice."""
         by_id = {q.id: q for q in known}
-        records = [(where, self.filled(record, where, by_id)) for where, record in self.records(files)]
+        records = [(where, self.filled(record, by_id)) for where, record in self.records(files)]
         judged = [self.judged_record(record, where) for where, record in records]
         return unique(judged, named(files)), [record for _, record in records]
 
     def judged_record(self, record: dict, where: str) -> Any:
-        """The judged question of a stored record.
-
-        Raises:
-            DataError: no question, or no verdict that there is.
-        """
+        """The judged question of a stored record. Raises DataError: no question, or no verdict that there is."""
         code = record.get("code")
         if code not in (None, WRONG, RIGHT, UNCLEAR) or isinstance(code, bool):
             raise DataError(f"{where}: code is {code!r}, allowed: 0, 1, 2, null")
@@ -205,11 +205,13 @@ class Benchmark:
     def document(self, judged: list[Any], protocol: str) -> dict:
         """All scores: `protocol, n_questions, metrics` (percent), `counts`, `by_part`, `baselines`, `unjudged`."""
 
-        names = dict.fromkeys(j.question.part for j in judged if j.question.part)
-        parts = {name: [j for j in judged if j.question.part == name] for name in names}
-        constants = self.constants([j.question for j in judged])
+        parts: dict[str, list[Any]] = {}
+        for j in judged:
+            if j.question.part:
+                parts.setdefault(j.question.part, []).append(j)
         always = {
-            name: [replace(j, code=self.code(j.question, reply)) for j in judged] for name, reply in constants.items()
+            name: [replace(j, code=self.code(j.question, reply)) for j in judged]
+            for name, reply in self.constants([j.question for j in judged]).items()
         }
         return {
             "protocol": protocol,
@@ -235,30 +237,23 @@ def scored(counts: Counts) -> dict:
 
 
 def shipped() -> list[str]:
-    """Names of the rooms."""
     return sorted(p.parent.name for p in Path(__file__).parent.glob("*/benchmark.py"))
 
 
 def find(name: str) -> Benchmark:
     """A room's benchmark, or a user's: `my_bench.py:BENCHMARK`, `package.module:BENCHMARK`.
-
-    Raises:
-        UsageError: there is none, or it fails on import.
-    """
+    Raises UsageError: there is none, or it fails on import."""
     if ":" not in name:
         if name not in shipped():
-            raise UsageError(
-                f"no benchmark {name!r}; there are {', '.join(shipped())}",
-                hint=did_you_mean(name, shipped(), "one of your own: my_bench.py:BENCHMARK"),
-            )
+            hint = did_you_mean(name, shipped(), "one of your own: my_bench.py:BENCHMARK")
+            raise UsageError(f"no benchmark {name!r}; there are {', '.join(shipped())}", hint=hint)
         return importlib.import_module(f"{__package__}.{name}.benchmark").BENCHMARK
     benchmark = load_named(name, "the benchmark")
     if isinstance(benchmark, type):
         benchmark = benchmark()
     if not isinstance(benchmark, Benchmark):
-        raise UsageError(
-            f"{name} is a {type(benchmark).__name__}", hint="derive it from r1vfree_cli.eval.benchmark.Benchmark"
-        )
+        hint = "derive it from r1vfree_cli.eval.benchmark.Benchmark"
+        raise UsageError(f"{name} is a {type(benchmark).__name__}", hint=hint)
     benchmark.name = benchmark.name or Path(name.rpartition(":")[0]).stem
     return benchmark
 

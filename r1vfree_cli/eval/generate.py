@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from ..models.adapter import base_of_adapter, load_adapter
 from ..models.load import has_processor, load_policy, load_processor, render
 from ..models.sampling import pin_generation, watch_logits
 from ..run.checkpoint import adapter_base, is_adapter
+from ..shared_prefix.prompts import encode_images, model_images
 from .questions import Job
 
 _KEPT = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
@@ -40,14 +41,6 @@ class _Prompt:
         return self.inputs["input_ids"].shape[1]
 
 
-class _Figure(NamedTuple):
-    """Features of one figure on the CPU: (tokens, width) each; `form` is the class that the model wants them in."""
-
-    form: type
-    pooled: list[torch.Tensor]
-    deepstack: list[list[torch.Tensor]]
-
-
 class Generator:
     """A loaded model. `name` is a hub name, a folder, a LoRA folder (with its base), or an embedded name."""
 
@@ -56,21 +49,17 @@ class Generator:
         name: str,
         *,
         base: str | None = None,
-        revision: str | None = None,
-        family: str | None = None,
-        min_pixels: int = config.MIN_PIXELS,
-        max_pixels: int = config.MAX_PIXELS,
         max_new_tokens: int = 512,
         temperature: float = 0.0,
         device: str = "auto",
         dtype: str = "auto",
         seed: int = 0,
+        **model: Any,
     ):
-        """Load model and processor.
+        """Load model and processor; `model`: its revision, family and pixel limits, as in a recipe.
 
-        Raises:
-            DataError: no vision-language model there, or an adapter that does not fit its base.
-            UsageError: the device cannot be used.
+        Raises DataError: no vision-language model there, or an adapter that does not fit its base. UsageError: the
+        device cannot be used.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,14 +72,7 @@ class Generator:
         adapter = name if is_adapter(name) or (base and not local) else None
         if is_adapter(name):
             base = adapter_base(name, base)
-        wanted = config.Model(
-            name=base if adapter and base else name,
-            revision=revision,
-            family=family,
-            dtype=self.dtype,  # type: ignore[arg-type]
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-        )
+        wanted = config.Model(name=base if adapter and base else name, dtype=self.dtype, **model)  # type: ignore[arg-type]
         with base_of_adapter() if adapter else nullcontext():
             self.processor = load_processor(wanted, seed, folder=name if adapter and has_processor(name) else None)
             self.model = load_policy(wanted, seed)
@@ -99,21 +81,17 @@ class Generator:
             self.model = load_adapter(self.model, adapter, base).get_base_model()
         self.model.eval().to(self.device)
         self.reuse = families.of(self.model.config).takes_features(self.model)
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": 1.0, "do_sample": False}
         if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-        tokenizer = self.processor.tokenizer
-        pin_generation(self.model, tokenizer, max_new_tokens=max_new_tokens, repetition_penalty=1.0, **sampling)
+            sampling |= {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        pin_generation(self.model, self.processor.tokenizer, **sampling)
         self.settings = self.model.generation_config
 
     @torch.inference_mode()
     def run(self, jobs: list[Job], batch_size: int, done: Callable[[Job, Reply], None]) -> None:
         """Answer all jobs; `done` is called for each as its batch finishes.
-
-        Raises:
-            DataError: a figure that the processor cannot take, or a prompt longer than the model's context.
-        """
-        features: dict[str, _Figure] = {}
+        Raises DataError: a figure that the processor cannot take, or a prompt longer than the model's context."""
+        features: dict[str, torch.Tensor] = {}
         prompts: list[_Prompt] = []
         with console.progress("prepare questions", len(jobs)) as bar:
             for job in jobs:
@@ -144,26 +122,21 @@ class Generator:
                         features.pop(prompt.figure, None)
                 bar.advance(len(batch))
 
-    def _prompt(self, job: Job, features: dict[str, _Figure]) -> _Prompt:
-        """Tokens of a question. Its figure's features are computed the first time the figure is seen."""
+    def _prompt(self, job: Job, features: dict[str, torch.Tensor]) -> _Prompt:
+        """Tokens of a question. Its figure's features, (tokens, width), are computed the first time it is seen."""
         inputs = self._inputs([job])
         figure = hashlib.sha256(job.image).hexdigest() if job.image else ""
         grid = inputs.get("image_grid_thw")
         if grid is not None and self.reuse and figure not in features:
             pixels = inputs["pixel_values"].to(self.device, self.model.dtype)
-            found = self.model.base_model.get_image_features(pixels, grid.to(self.device), return_dict=True)
             # Kept outside the accelerator: hundreds of figures wait for their batch.
-            layers = getattr(found, "deepstack_features", None) or []
-            pooled, deepstack = [t.cpu() for t in found.pooler_output], [[t.cpu() for t in layer] for layer in layers]
-            features[figure] = _Figure(type(found), pooled, deepstack)
+            features[figure] = encode_images(self.model.base_model, pixels, grid.to(self.device)).cpu()
         prompt = _Prompt(job, figure, {key: inputs[key] for key in _KEPT if key in inputs})
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and prompt.length + self.settings.max_new_tokens > context:
-            raise DataError(
-                f"{job.id}: {prompt.length} prompt tokens and {self.settings.max_new_tokens} new ones exceed the "
-                f"model's context of {context}",
-                hint="nothing is ever cut; lower --max-pixels or --max-new-tokens",
-            )
+            what = f"{job.id}: {prompt.length} prompt tokens and {self.settings.max_new_tokens} new ones exceed the "
+            hint = "nothing is ever cut; lower --max-pixels or --max-new-tokens"
+            raise DataError(f"{what}model's context of {context}", hint=hint)
         return prompt
 
     def _inputs(self, jobs: list[Job]) -> dict[str, Any]:
@@ -174,7 +147,7 @@ class Generator:
         except ValueError as e:
             raise DataError(f"the processor refuses {', '.join(j.id for j in jobs[:3])}: {e}") from None
 
-    def _generate(self, batch: list[_Prompt], features: dict[str, _Figure]) -> list[Reply]:
+    def _generate(self, batch: list[_Prompt], features: dict[str, torch.Tensor]) -> list[Reply]:
         if self.settings.do_sample:
             # Seeded by content: the same batch samples the same replies, whatever ran before it.
             key = hashlib.sha256("\n".join([str(self.seed), *(p.job.id for p in batch)]).encode()).digest()
@@ -184,13 +157,13 @@ class Generator:
         else:
             inputs = self._padded(batch)
             if batch[0].figure:
-                inputs["mm_encoder_outputs"] = {"image": self._features([features[p.figure] for p in batch])}
+                encoded = torch.cat([features[p.figure] for p in batch]).to(self.device)
+                inputs |= model_images(self.model.base_model, encoded, None, encoded=True)
         with watch_logits(self.model) as logits:
             out = self.model.generate(**inputs, generation_config=self.settings)
         if not logits.usable:
-            raise DataError(
-                "the model computes NaN: its logits are not finite, or all alike", hint="its weights are damaged"
-            )
+            what = "the model computes NaN: its logits are not finite, or all alike"
+            raise DataError(what, hint="its weights are damaged")
         width = inputs["input_ids"].shape[1]
         return [self._answer(p, row[width:].tolist()) for p, row in zip(batch, out)]
 
@@ -205,17 +178,6 @@ class Generator:
             else:
                 inputs[key] = pad_sequence([r[0] for r in rows], True, padding_value=pad, padding_side="left")
         return {k: v.to(self.device) for k, v in inputs.items()}
-
-    def _features(self, figures: list[_Figure]) -> Any:
-        """One encoder output for the batch, figures in the order of its rows."""
-        encoded = figures[0].form()
-        encoded.pooler_output = tuple(t.to(self.device) for figure in figures for t in figure.pooled)
-        if figures[0].deepstack:
-            encoded.deepstack_features = [
-                tuple(t.to(self.device) for figure in figures for t in figure.deepstack[layer])
-                for layer in range(len(figures[0].deepstack))
-            ]
-        return encoded
 
     def _answer(self, prompt: _Prompt, tokens: list[int]) -> Reply:
         ends = self.settings.eos_token_id

@@ -14,14 +14,9 @@ from ..core.errors import GateError, UsageError, counted, did_you_mean, nearest
 
 
 class EvalOptions(BaseModel, extra="forbid"):
-    """One evaluation. Exactly one of `checkpoint`, `endpoint`, `predictions`, `judged` says what is evaluated; the
-    stages judge and score alone go on with what is in `out`.
-
-    None for pixels, `protocol`, ... means the run contract's value, else the default that the result prints.
-
-    Raises:
-        UsageError: unknown keys, wrong types, impossible values, all at once; or what contradicts itself.
-    """
+    """One evaluation. One of `checkpoint`, `endpoint`, `predictions`, `judged` says what is evaluated; the stages judge and
+    score alone go on with what is in `out`. None for pixels, `protocol`, ... means the run contract's value, else the
+    default that the result prints. Raises UsageError: unknown keys, wrong types, impossible values, all at once."""
 
     benchmark: str = "hallusion"  # a room, or my_bench.py:BENCHMARK
     checkpoint: str | None = None
@@ -90,16 +85,14 @@ class EvalOptions(BaseModel, extra="forbid"):
 
 
 def flag(key: str) -> str:
-    """The option of the command line for a key."""
     return {"timeout_s": "--timeout", "checkpoint": "CKPT"}.get(key, "--" + key.replace("_", "-"))
 
 
 def _explain(error: Any) -> str:
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        near = nearest(key, EvalOptions.model_fields)
-        told = f"nearest is {near}" if near else f"allowed: {', '.join(EvalOptions.model_fields)}"
-        return f"{key}: unknown key; {told}"
+        near, allowed = nearest(key, EvalOptions.model_fields), ", ".join(EvalOptions.model_fields)
+        return f"{key}: unknown key; " + (f"nearest is {near}" if near else f"allowed: {allowed}")
     found, message = error.get("input"), error["msg"]
     if error["type"] == "literal_error" and (near := nearest(str(found), re.findall(r"'([^']*)'", message))):
         message += f"; did you mean {near}?"
@@ -108,10 +101,7 @@ def _explain(error: Any) -> str:
 
 def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) -> EvalOptions:
     """The options of a recipe (a name in recipes/eval/, or a path), then `--set`, then what the command line gives.
-
-    Raises:
-        UsageError: no such recipe, or as `EvalOptions`.
-    """
+    Raises UsageError: no such recipe, or as `EvalOptions`."""
     document: dict[str, Any] = {}
     if recipe:
         document = recipes.load_document(recipes.find("eval", recipe), list(overrides))
@@ -125,36 +115,25 @@ def load(recipe: str | None, overrides: Sequence[str], given: dict[str, Any]) ->
 
 
 def parse_gates(fail_under: Sequence[str], metrics: Sequence[str]) -> dict[str, float]:
-    """`aAcc=50` and the like -> metric -> least percent.
-
-    Raises:
-        UsageError: an unknown metric, or no number from 0 to 100.
-    """
+    """`aAcc=50` and the like -> metric -> least percent. Raises UsageError: unknown metric, or no number from 0 to 100."""
     gates = {}
     for text in fail_under:
-        metric, _, value = text.partition("=")
-        metric = metric.strip()
+        metric, value = text.partition("=")[0].strip(), text.partition("=")[2]
         if metric not in metrics:
-            raise UsageError(
-                f"--fail-under {text}: unknown metric {metric!r}; known are {', '.join(metrics)}",
-                hint=did_you_mean(metric, metrics, f"write it like {metrics[0]}=50"),
-            )
+            hint = did_you_mean(metric, metrics, f"write it like {metrics[0]}=50")
+            known = f"known are {', '.join(metrics)}"
+            raise UsageError(f"--fail-under {text}: unknown metric {metric!r}; {known}", hint=hint)
         try:
-            least = float(value)
+            gates[metric] = float(value)
         except ValueError:
-            least = math.nan
-        if not 0 <= least <= 100:
+            gates[metric] = math.nan
+        if not 0 <= gates[metric] <= 100:
             raise UsageError(f"--fail-under {text}: {value!r} is no percentage", hint=f"write it like {metric}=50")
-        gates[metric] = least
     return gates
 
 
 def check_gates(doc: dict, fail_under: Sequence[str]) -> None:
-    """Compare a result with the gates; call it after the result is printed.
-
-    Raises:
-        GateError: naming each gate that is not met.
-    """
+    """Compare a result with the gates, once it is printed. Raises GateError: naming each gate that is not met."""
     missed = []
     for metric, least in parse_gates(fail_under, list(doc["metrics"])).items():
         found = doc["metrics"][metric]
@@ -167,21 +146,19 @@ def check_gates(doc: dict, fail_under: Sequence[str]) -> None:
 
 def check(o: EvalOptions) -> None:
     """Raises UsageError for what contradicts itself; a recipe may leave what a command completes."""
+    _check_sources(o)
     if o.fail_under and (o.estimate or o.stage in ("generate", "judge")):
         raise UsageError("--fail-under needs scores, which --estimate and the stages generate and judge do not give")
-    _check_sources(o)
-    if o.asks_judge:
-        if o.protocol == "vlmevalkit":
-            what = "the protocol vlmevalkit extracts yes or no and asks no judge"
-            raise UsageError(what, hint="leave out --judge chat")
-        if not o.judge_model:
-            raise UsageError("--judge chat needs --judge-model", hint="and --judge-base-url for your own endpoint")
-    if o.reader != "r1v" and o.judge != "rule":
+    if o.asks_judge and o.protocol == "vlmevalkit":
+        what = "the protocol vlmevalkit extracts yes or no and asks no judge"
+        raise UsageError(what, hint="leave out --judge chat")
+    if o.asks_judge and not o.judge_model:
+        raise UsageError("--judge chat needs --judge-model", hint="and --judge-base-url for your own endpoint")
+    if o.judge == "chat" and o.reader != "r1v":
         raise UsageError(f"--reader {o.reader} is for --judge rule: a chat judge reads the reply itself")
-    if o.judge != "chat":
-        for name, given in (("--judge-model", o.judge_model), ("--judge-prompt", o.judge_prompt)):
-            if given:
-                raise UsageError(f"{name} is for --judge chat", hint="add --judge chat")
+    for key in ("judge_model", "judge_prompt"):
+        if o.judge != "chat" and getattr(o, key):
+            raise UsageError(f"{flag(key)} is for --judge chat", hint="add --judge chat")
 
 
 def _check_sources(o: EvalOptions) -> None:

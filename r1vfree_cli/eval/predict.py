@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -15,7 +15,7 @@ from ..config.recipes import differences
 from ..config.schema import FEWEST_PIXELS, MAX_PIXELS, MIN_PIXELS
 from ..core import console, prompts
 from ..core.errors import DataError, Interrupted, UsageError, counted
-from ..core.files import append_jsonl, read_object, repair_tail, write_text
+from ..core.files import append_jsonl, read_object, repair_tail
 from ..core.process import gpu_count
 from ..judges.client import Endpoint
 from ..judges.protocol import JPEG_QUALITY, Failure
@@ -25,68 +25,52 @@ from ..launch import processes, vllm
 from ..models import family
 from ..run.checkpoint import Checkpoint, merge_command, resolve
 from .benchmark import Benchmark, content_key
-from .judgements import by_id
+from .judgements import by_id, write_lines
 from .options import EvalOptions
 from .questions import Job, QuestionSet
 from .remote import data_url, fitted, is_settled, size_of, with_image
 
 
 @dataclass
-class Plan:
-    """What will generate, and how. `identity` is everything that decides a reply, apart from the question.
+class Work:
+    """One evaluation under way.
 
-    prompt: the instruction and system message that the model was trained with.
-    runtime: where a local model ran (device, dtype), known once it is loaded; how images went to an endpoint.
+    identity: everything that decides a reply, apart from the question. prompt: what the model was trained with.
+    records: question id -> reply; None when they have to be generated.
+    runtime: where a local model ran (device, dtype); how images went to an endpoint.
     failures: kind -> {n, example, questions} of the calls that failed for good; failed_before: those of the last run.
+    other: the result to compare with: its judged questions, and the settings of who judged it.
     """
 
-    identity: dict
+    o: EvalOptions
+    benchmark: Benchmark
+    protocol: str
+    out: Path
+    identity: dict = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
-    warnings: list[str] = field(default_factory=list)
     prompt: prompts.Prompt = prompts.DEFAULT
+    warnings: list[str] = field(default_factory=list)
+    asked: QuestionSet = field(default_factory=lambda: QuestionSet([]))
+    records: dict[str, dict] | None = None
     runtime: dict = field(default_factory=dict)
     failures: dict[str, dict] = field(default_factory=dict)
     failed_before: set[str] = field(default_factory=set)
+    other: tuple[list[Any], Any] | None = None
+
+    @property
+    def file(self) -> Path:
+        return self.out / "predictions.jsonl"
 
     @property
     def pixels(self) -> tuple[int, int]:
         return self.identity["min_pixels"], self.identity["max_pixels"]
 
 
-class Other(NamedTuple):
-    """A result to compare with; `judge` is the settings of who judged it."""
-
-    path: Path
-    judged: list[Any]
-    judge: Any
-
-
-@dataclass
-class Work:
-    """One evaluation under way. `records` (question id -> reply) is None when they have to be generated."""
-
-    o: EvalOptions
-    benchmark: Benchmark
-    protocol: str
-    out: Path
-    plan: Plan = field(default_factory=lambda: Plan({}))
-    asked: QuestionSet = field(default_factory=lambda: QuestionSet([]))
-    records: dict[str, dict] | None = None
-    other: Other | None = None
-
-    @property
-    def file(self) -> Path:
-        return self.out / "predictions.jsonl"
-
-
-def plan(o: EvalOptions) -> Plan:
-    """Resolve the model and the settings: the run contract's pixel limits unless others are asked for.
-
-    Raises:
-        DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels.
-    """
-    warnings: list[str] = []
-    found = resolve(o.checkpoint, o.seed) if o.checkpoint else None
+def plan(w: Work) -> None:
+    """Resolve the model and the settings: the run contract's pixel limits unless others are asked for. Raises
+    DataError: the checkpoint is no model. UsageError: min_pixels above max_pixels, or what the model cannot have."""
+    o = w.o
+    w.checkpoint = found = resolve(o.checkpoint, o.seed) if o.checkpoint else None
     if o.base and (found is None or found.kind not in ("adapter", "hub")):
         raise UsageError("--base is the base model of a LoRA folder, and no LoRA folder is given")
     contract = found.contract if found else {}
@@ -95,35 +79,36 @@ def plan(o: EvalOptions) -> Plan:
         asked, trained = getattr(o, key), contract.get(key)
         pixels[key] = asked or trained or default
         if asked and trained and asked != trained:
-            warnings.append(f"{key} is {asked} as asked; the model was trained with {trained}")
+            w.warnings.append(f"{key} is {asked} as asked; the model was trained with {trained}")
     if pixels["min_pixels"] > pixels["max_pixels"]:
         raise UsageError(f"min_pixels ({pixels['min_pixels']}) is above max_pixels ({pixels['max_pixels']})")
-    prompt = prompts.Prompt(**contract.get("prompt") or {})
-    trained_hash = contract.get("template_hash")
-    if trained_hash and trained_hash != prompts.template_hash(prompt):
-        warnings.append("the model was trained with another prompt template than this version of r1v asks with")
-    identity = {
+    w.prompt = prompts.Prompt(**contract.get("prompt") or {})
+    template = prompts.template_hash(w.prompt)
+    if (contract.get("template_hash") or template) != template:
+        w.warnings.append("the model was trained with another prompt template than this version of r1v asks with")
+    w.identity = {
         "model": o.checkpoint or o.model,
         "endpoint": o.endpoint,
         "base": o.base,
         "revision": o.revision,
         "fingerprint": found.fingerprint if found else None,
-        "template_hash": prompts.template_hash(prompt),
+        "template_hash": template,
         **pixels,
         "max_new_tokens": o.max_new_tokens,
         "temperature": o.temperature,
         "seed": o.seed if o.temperature else None,
-    } | ({"engine": "vllm"} if o.vllm else {})
-    if o.vllm:
+        **({"engine": "vllm"} if o.vllm else {}),
+        "protocol": w.protocol,
+    }
+    if o.vllm and found:
         vllm.executable()  # before anything is written
-    if o.vllm and found and found.kind == "adapter":
-        what = f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter"
-        raise UsageError(what, hint=f"first: {merge_command(found.path)}")
-    config = Path(found.path, "config.json") if o.vllm and found else Path()
-    if config.is_file() and not family.of_type(str(read_object(config).get("model_type"))).edges:
-        what = f"vLLM is told the pixel limits of Qwen-VL models alone, and {o.checkpoint} is none"
-        raise UsageError(what, hint="leave out --vllm, or serve it yourself and give --endpoint")
-    return Plan(identity, found, warnings, prompt)
+        if found.kind == "adapter":
+            what = f"--vllm serves complete models only, and {o.checkpoint} is a LoRA adapter"
+            raise UsageError(what, hint=f"first: {merge_command(found.path)}")
+        config = Path(found.path, "config.json")
+        if config.is_file() and not family.of_type(str(read_object(config).get("model_type"))).edges:
+            what = f"vLLM is told the pixel limits of Qwen-VL models alone, and {o.checkpoint} is none"
+            raise UsageError(what, hint="leave out --vllm, or serve it yourself and give --endpoint")
 
 
 class Prediction(BaseModel, strict=True, extra="allow"):
@@ -141,14 +126,10 @@ def read_predictions(path: Path) -> dict[str, dict]:
     return {id_: p.model_dump(exclude_unset=True) for id_, p in by_id(path, Prediction, "prediction").items()}
 
 
-def write_predictions(path: Path, records: dict[str, dict]) -> None:
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records.values()))
-
-
 def jobs(w: Work) -> Iterator[Job]:
     for q in w.asked.questions:
-        messages, image = w.benchmark.messages(q, w.plan.prompt), w.asked.image(q)
-        key = content_key(w.plan.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
+        messages, image = w.benchmark.messages(q, w.prompt), w.asked.image(q)
+        key = content_key(w.identity, messages, hashlib.sha256(image).hexdigest() if image else None)
         yield Job(q.id, messages, image, key, q.record())
 
 
@@ -158,23 +139,19 @@ def generate(w: Work) -> dict[str, dict]:
     Returns question id -> record: the question's, plus id, key, finish, token counts, `cause` of an empty reply, and
     `unanswered` (why) where there is none; such a question is asked again the next time.
 
-    Raises:
-        UsageError: the file holds answers made with other settings; or the endpoint is down.
-        DataError: some calls failed for good; the rest is kept, and a rerun asks only for these.
+    Raises UsageError: the file holds answers made with other settings; or the endpoint is down. DataError: some calls
+    failed for good; the rest is kept, and a rerun asks only for these.
     """
     path = w.file
     repair_tail(path)
     before = read_predictions(path)
     asked = {job.id: job for job in jobs(w)}
-    answered = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
-    stale = [id_ for id_, record in answered.items() if record.get("key") != asked[id_].key]
+    found = {id_: record for id_, record in before.items() if id_ in asked and not record.get("unanswered")}
+    stale = [id_ for id_, record in found.items() if record.get("key") != asked[id_].key]
     if stale:
-        raise UsageError(
-            f"{path} holds answers of another model, other figures or other settings",
-            details=stale[:3],
-            hint="choose another --out, or delete the file",
-        )
-    found = dict(answered)
+        what = f"{path} holds answers of another model, other figures or other settings"
+        raise UsageError(what, details=stale[:3], hint="choose another --out, or delete the file")
+    asked_again = len(before) > len(found)
     todo = [job for id_, job in asked.items() if id_ not in found]
     if found and todo:
         console.log(f"{counted(len(found), 'answer is', 'answers are')} there already, {len(todo)} to go")
@@ -188,65 +165,66 @@ def generate(w: Work) -> dict[str, dict]:
 
     try:
         if todo and w.o.vllm:
-            _vllm(w.o, w.plan, todo, keep, w.out)
+            _vllm(w, todo, keep)
         elif todo and w.o.endpoint:
-            _remote(w.o, w.plan, todo, keep)
+            _remote(w, endpoint_of(w.o, w.o.endpoint, w.o.model, w.o.api_key_env), todo, keep)
         elif todo:
-            _local(w.o, w.plan, todo, keep)
+            _local(w, todo, keep)
     except KeyboardInterrupt:
         told = f"interrupted: {len(found)} of {len(asked)} questions have their answer in {path}"
         raise Interrupted(told, hint="the same command asks the rest") from None
     if asked and all(found[id_].get("unanswered") for id_ in asked):
         raise DataError(f"none of {len(asked)} questions got an answer from {w.o.endpoint or 'vLLM'}")
     answers = {id_: found[id_] for id_ in asked}
-    if len(before) > len(answered):  # some were asked again: one line a question is left
-        write_predictions(path, before | answers)
+    if asked_again:  # one line a question is left
+        write_lines(path, (before | answers).values())
     return answers
 
 
-def _local(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., None]) -> None:
-    assert planned.checkpoint is not None
+def _local(w: Work, todo: list[Job], keep: Callable[..., None]) -> None:
+    assert w.checkpoint is not None
     # Libraries print on import and while loading; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):
         from .generate import Generator
 
         asked = ("base", "revision", "max_new_tokens", "temperature", "device", "dtype", "seed")
         generator = Generator(
-            planned.checkpoint.path,
-            family=o.family or planned.checkpoint.contract.get("family"),
-            min_pixels=planned.pixels[0],
-            max_pixels=planned.pixels[1],
-            **{name: getattr(o, name) for name in asked},
+            w.checkpoint.path,
+            family=w.o.family or w.checkpoint.contract.get("family"),
+            min_pixels=w.pixels[0],
+            max_pixels=w.pixels[1],
+            **{name: getattr(w.o, name) for name in asked},
         )
-        where = {"device": str(generator.device), "dtype": generator.dtype}
-        planned.runtime = where | {"figures_encoded_once": generator.reuse}
-        generator.run(todo, o.batch_size, keep)
+        w.runtime = {"device": str(generator.device), "dtype": generator.dtype, "figures_encoded_once": generator.reuse}
+        generator.run(todo, w.o.batch_size, keep)
 
 
-def _vllm(o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., None], out: Path) -> None:
+def _vllm(w: Work, todo: list[Job], keep: Callable[..., None]) -> None:
     """Answer through a vLLM server of the checkpoint at the run contract's pixel limits, which it applies itself."""
-    assert planned.checkpoint is not None
-    out.mkdir(parents=True, exist_ok=True)
-    port = plans.free_port()
-    model, on_cpu = planned.checkpoint.path, o.device == "cpu" or gpu_count() == 0
-    started = plans.vllm_policy_plan(model, o.revision, port, pixels=planned.pixels, on_cpu=on_cpu, dtype=o.dtype)
-    console.log(f"starting vLLM, its log in {out / 'vllm-server.log'}")
-    with processes.server(started, port, out / "vllm-server.log", "vLLM server") as server:
-        here = o.model_copy(update={"endpoint": f"{server.url}/v1", "model": vllm.POLICY, "api_key_env": "R1V_NO_KEY"})
-        _remote(here, planned, todo, keep, server)
-    planned.runtime |= {"engine": "vllm", "dtype": started.argv[started.argv.index("--dtype") + 1]}
+    assert w.checkpoint is not None
+    w.out.mkdir(parents=True, exist_ok=True)
+    o, port, log = w.o, plans.free_port(), w.out / "vllm-server.log"
+    on_cpu = o.device == "cpu" or gpu_count() == 0
+    started = plans.vllm_policy_plan(w.checkpoint.path, o.revision, port, pixels=w.pixels, on_cpu=on_cpu, dtype=o.dtype)
+    console.log(f"starting vLLM, its log in {log}")
+    with processes.server(started, port, log, "vLLM server") as server:
+        _remote(w, endpoint_of(o, f"{server.url}/v1", vllm.POLICY, "R1V_NO_KEY"), todo, keep, server)
+    w.runtime |= {"engine": "vllm", "dtype": started.argv[started.argv.index("--dtype") + 1]}
+
+
+def endpoint_of(o: EvalOptions, url: str | None, model: str | None, key_env: str, **more: Any) -> Endpoint:
+    return Endpoint(url, model or "", o.timeout_s, o.max_retries, o.concurrency, key_env, **more)
 
 
 def _remote(
-    o: EvalOptions, planned: Plan, todo: list[Job], keep: Callable[..., None], server: processes.Server | None = None
+    w: Work, endpoint: Endpoint, todo: list[Job], keep: Callable[..., None], server: processes.Server | None = None
 ) -> None:
     """Ask an endpoint. A failure that may pass blocks the score, `--count-unanswered-wrong` or not, until it happens in
     a second run too. `server`: r1v's own, which knows the pixel limits, and is waited for when it is started again."""
-    endpoint = Endpoint(o.endpoint, o.model or "", o.timeout_s, o.max_retries, o.concurrency, o.api_key_env)
-    endpoint.max_image_bytes = o.max_image_bytes
-    limits = planned.pixels if server is None else None
+    o = w.o
+    limits = w.pixels if server is None else None
     if limits:
-        _refuse_unsettled(todo, limits)
+        _refuse_unsettled(todo, *limits)
     left = {job.id: job for job in todo}
     why: dict[str, Failure] = {}
     jpegs = 0
@@ -254,7 +232,7 @@ def _remote(
 
         async def work(job: Job) -> Reply:
             nonlocal jpegs
-            url = data_url(job.image, limits, endpoint.max_image_bytes) if job.image else None
+            url = data_url(job.image, limits, o.max_image_bytes) if job.image else None
             jpegs += bool(url and url.startswith("data:image/jpeg"))
             while True:
                 try:
@@ -274,33 +252,32 @@ def _remote(
 
         failed = endpoint.run(todo, work, done)
     if jpegs:
-        planned.runtime |= {"jpeg_images": jpegs, "jpeg_quality": JPEG_QUALITY, "max_image_bytes": o.max_image_bytes}
+        w.runtime |= {"jpeg_images": jpegs, "jpeg_quality": JPEG_QUALITY, "max_image_bytes": o.max_image_bytes}
     for kind, n in failed.items():
         of_kind = [q for q in left if why[q].kind == kind]
-        planned.failures[kind] = {"n": n, "example": endpoint.failures.get(kind, ""), "questions": of_kind}
+        w.failures[kind] = {"n": n, "example": endpoint.failures.get(kind, ""), "questions": of_kind}
     counts = o.count_unanswered_wrong
-    blocking = [id_ for id_ in left if not counts or (why[id_].temporary and id_ not in planned.failed_before)]
+    blocking = [id_ for id_ in left if not counts or (why[id_].temporary and id_ not in w.failed_before)]
     if blocking:
         hint = "these may work the next time; what fails again then is counted as not right"
         if not counts:
             hint = "the others are kept; the same command asks only for these again, and --count-unanswered-wrong "
             hint += "counts what the endpoint refuses for good as not right"
         what = f"{len(blocking)} of {len(todo)} questions got no answer from {endpoint.where}"
-        raise DataError(what, details=failure_lines(planned.failures), hint=hint)
-    for line in failure_lines(planned.failures):
+        raise DataError(what, details=failure_lines(w.failures), hint=hint)
+    for line in failure_lines(w.failures):
         console.warn(f"counted as not right: {line}")
     for id_, job in left.items():
         keep(job, None, unanswered=why[id_].kind, reason=endpoint.told(why[id_].message))
 
 
-def _refuse_unsettled(todo: list[Job], limits: tuple[int, int]) -> None:
+def _refuse_unsettled(todo: list[Job], least: int, most: int) -> None:
     for job in todo:
-        if job.image and not is_settled(*size_of(job.image), *limits):
-            raise UsageError(
-                f"question {job.id}: no size of whole tokens between {limits[0]} and {limits[1]} pixels has the "
-                f"shape of its {' x '.join(map(str, size_of(job.image)))} image, so that an endpoint may resize it again",
-                hint="wider --min-pixels and --max-pixels; --vllm serves a checkpoint at these limits",
-            )
+        if job.image and not is_settled(*size_of(job.image), least, most):
+            what = f"question {job.id}: no size of whole tokens between {least} and {most} pixels has the shape of its "
+            what += f"{' x '.join(map(str, size_of(job.image)))} image, so that an endpoint may resize it again"
+            hint = "wider --min-pixels and --max-pixels; --vllm serves a checkpoint at these limits"
+            raise UsageError(what, hint=hint)
 
 
 def failure_lines(failures: dict[str, dict]) -> list[str]:
@@ -310,50 +287,25 @@ def failure_lines(failures: dict[str, dict]) -> list[str]:
 
 def estimate(w: Work) -> dict:
     """Questions that `generate` would answer now, and about how many tokens (4 characters of text each)."""
-    done = read_predictions(w.file)
-    text = images = calls = 0
-    for job in jobs(w):
-        if job.id in done and not done[job.id].get("unanswered"):
-            continue
-        calls += 1
-        text += sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4
-        if job.image:
-            width, height = fitted(*size_of(job.image), *w.plan.pixels)
-            images += width * height // FEWEST_PIXELS
+    done = {id_ for id_, record in read_predictions(w.file).items() if not record.get("unanswered")}
+    todo = [job for job in jobs(w) if job.id not in done]
+    texts = [sum(len(part.get("text", "")) for m in job.messages for part in m["content"]) // 4 for job in todo]
+    images = sum(math.prod(fitted(*size_of(j.image), *w.pixels)) // FEWEST_PIXELS for j in todo if j.image)
     return {
-        "calls": calls,
-        "prompt_tokens": text + images,
+        "calls": len(todo),
+        "prompt_tokens": sum(texts) + images,
         "image_tokens": images,
-        "completion_tokens_at_most": calls * w.plan.identity["max_new_tokens"],
+        "completion_tokens_at_most": len(todo) * w.identity["max_new_tokens"],
     }
 
 
-def identity_of_files(files: list[Path]) -> dict:
-    """The identity of predictions made elsewhere: their content."""
-    digest = hashlib.sha256()
-    try:
-        for path in files:
-            digest.update(path.read_bytes())
-    except OSError as e:
-        raise DataError(f"cannot read {e.filename}: {e}") from None
-    return {"model": files[0].stem, "predictions": digest.hexdigest()}
-
-
-def claim(out: Path, identity: dict) -> None:
-    """Make sure that `out` holds nothing of another model or other settings.
-
-    Raises:
-        UsageError: it does; the differing settings are named.
-    """
-    file = out / "eval.json"
+def claim(w: Work) -> None:
+    """Raises UsageError when the eval dir holds another model or other settings, naming those that differ."""
+    file = w.out / "eval.json"
     # An attempt that failed before its first answer leaves nothing worth guarding.
-    if not file.is_file() or not any((out / name).is_file() for name in ("predictions.jsonl", "judged.json")):
-        return
-    before = read_object(file).get("identity")
-    if before in (None, identity):
-        return
-    raise UsageError(
-        f"{out} holds an evaluation of another model or with other settings",
-        details=differences(before, identity),
-        hint=f"choose another --out, or delete that folder; --predictions {out / 'predictions.jsonl'} reuses its answers",
-    )
+    if file.is_file() and any((w.out / name).is_file() for name in ("predictions.jsonl", "judged.json")):
+        before = read_object(file).get("identity")
+        if before not in (None, w.identity):
+            what = f"{w.out} holds an evaluation of another model or with other settings"
+            hint = f"choose another --out, or delete that folder; --predictions {w.file} reuses its answers"
+            raise UsageError(what, details=differences(before, w.identity), hint=hint)

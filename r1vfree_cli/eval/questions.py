@@ -1,4 +1,4 @@
-"""The questions of a benchmark, where their figures are read from, and files that hold them."""
+"""The questions of a benchmark, and where their figures are read from."""
 
 import hashlib
 from collections import Counter
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ..core.errors import DataError, UsageError
-from .records import found_in, read_records
+from ..core.errors import DataError
 
 Reader = Callable[[], bytes]
 _SHOWN = 5  # examples in an error
@@ -16,10 +15,8 @@ _SHOWN = 5  # examples in an error
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `answer` is the right answer as text; `part` is a part of the benchmark that is scored alone too.
-
-    A benchmark may use a class of its own with `id, text, filename, figure, content, asked` and `record()`.
-    """
+    """One question. `answer` is the right answer as text; `part` is a part of the benchmark that is scored alone too. A
+    benchmark may use a class of its own with `id, text, filename, figure, content, asked` and `record()`."""
 
     id: str
     text: str
@@ -70,11 +67,7 @@ class QuestionSet:
     _figures: dict[Hashable, bytes] = field(default_factory=dict, repr=False)  # checked once, whoever asks
 
     def image(self, question: Any) -> bytes | None:
-        """The figure as PNG or JPEG, RGB; None for a text-only question.
-
-        Raises:
-            DataError: the figure is missing or no usable image.
-        """
+        """The figure as PNG or JPEG, RGB; None for a text-only question. Raises DataError: no usable image."""
         from ..data.drops import RowProblem
         from ..data.images import normalise_image  # PIL: scoring needs none
 
@@ -103,11 +96,8 @@ class QuestionSet:
         wanted = [q for q in self.questions if q.figure is not None and chosen(q)]
         missing = [f"{q.id}: {q.filename}" for q in wanted if q.id not in self.readers]
         if missing:
-            raise DataError(
-                f"the figures of {len(missing)} of {len(wanted)} image questions are missing",
-                details=[*missing[:_SHOWN], *(["..."] if len(missing) > _SHOWN else [])],
-                hint=hint,
-            )
+            what = f"the figures of {len(missing)} of {len(wanted)} image questions are missing"
+            raise DataError(what, details=missing[:_SHOWN] + ["..."] * (len(missing) > _SHOWN), hint=hint)
 
 
 def unique(questions: list[Any], where: str) -> list[Any]:
@@ -120,44 +110,8 @@ def unique(questions: list[Any], where: str) -> list[Any]:
     return questions
 
 
-def read_questions(
-    name: str,
-    source: str | None,
-    images: Path | None,
-    make: Callable[[dict, str, Path], Question],
-    asked: Callable[[Question], bool] = lambda q: True,
-) -> QuestionSet:
-    """The question set of a file of records, or of all .json and .jsonl files of a folder.
-
-    Args:
-        images: the folder that `filename` is relative to; without it the folder of the question file.
-        make: (record, where, its file) -> question; KeyError and TypeError mean that fields are missing.
-
-    Raises:
-        UsageError: nothing there. DataError: damaged content, or figures are missing.
-    """
-    if source is None:
-        raise UsageError(f"{name} needs its questions", hint="--questions FILE.jsonl --images FOLDER")
-    path = Path(source)
-    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UsageError(f"no questions at {source}", hint="--questions takes a JSON Lines file or a folder of them")
-    questions: list[Question] = []
-    for file in files:
-        for where, record in read_records(file):
-            try:
-                questions.append(make(record, where, file))
-            except (KeyError, TypeError, ValueError) as e:
-                raise DataError(f"{where}: no question of {name}: {e}", details=[found_in(record)]) from None
-    root = (images or files[0].parent).resolve()
-    readers = {q.id: f.read_bytes for q in unique(questions, source) if (f := _inside(root, q.filename))}
-    made = QuestionSet(questions, readers, source)
-    made.need_figures(asked, f"give the folder that {questions[0].filename} lies in with --images")
-    return made
-
-
-def _inside(root: Path, name: str | None) -> Path | None:
-    """The figure, by its path below `root` or by its bare name there; a question file does not choose what else is read."""
+def figure_file(root: Path, name: str | None) -> Path | None:
+    """A figure, by its path below `root` or its bare name there: a question file does not choose what else is read."""
     for part in (name or "", Path(name or "").name):
         file = (root / part.lstrip("/")).resolve()
         if part and file.is_relative_to(root) and file.is_file():

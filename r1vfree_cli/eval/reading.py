@@ -1,22 +1,16 @@
 """The rule judge: does a reply say yes, no, or neither? Three-valued, offline, and the same for every protocol."""
 
-from __future__ import annotations
-
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ..core.prompts import parse
 from ..core.thinking import without_thinking
-from .hallusion.score import RIGHT, UNCLEAR, WRONG
 
 YES, NO = "yes", "no"
-_YES, _NO = (
-    ["yes", "yeah", "yep", "yup", "oui", "sí", "sim", "ja", "да", "はい", "네", "예"],
-    ["no", "nope", "nah", "non", "não", "nein", "нет", "いいえ", "아니요", "아니오"],
-)
-_AS = dict.fromkeys(_YES, YES) | dict.fromkeys(_NO, NO)
+_AS = dict.fromkeys(["yes", "yeah", "yep", "yup", "oui", "sí", "sim", "ja", "да", "はい", "네", "예"], YES)
+_AS |= dict.fromkeys(["no", "nope", "nah", "non", "não", "nein", "нет", "いいえ", "아니요", "아니오"], NO)
 _ANY = "|".join(_AS)
 
 # A part under a heading of its own ("<caption>", "<critique>") is no answer either where another part is left.
@@ -58,9 +52,8 @@ _CHOICE = re.compile(
 )
 _CHINESE_CHOICE = re.compile(r"(?:是|有|对|正确)\s*(?:/|\||或者?|还是)\s*(?:否|不是|没有|不对|错误?|不正确)")
 _SURELY = re.compile(r"\b(?:of course|(?:without|no)(?: an?y?)? (?:doubt|question)(?: about (?:it|that))?)\b")
-_PAIRED = re.compile(
-    r"\b(?:yes[\s|=!<>&+]*(?:and\s)?\s*no|no[\s|=!<>&+]*(?:and\s)?\s*yes)\b(?!\s+(?!yes\b|no\b)[a-z])"
-)  # "both yes and no"
+# "Both yes and no"
+_PAIRED = re.compile(r"\b(?:yes[\s|=!<>&+]*(?:and\s)?\s*no|no[\s|=!<>&+]*(?:and\s)?\s*yes)\b(?!\s+(?!yes\b|no\b)[a-z])")
 _NUMBER = re.compile(rf"\b(?:{_ANY})\.?\s*\d+")  # "No. 3"
 _OPTION = re.compile(r"(?<![\w'])([a-d1-4])\s*[.):]\s*\(?(yes|no)\b")
 _LETTER = re.compile(r"\b((?:answer|choice|option|choose|select|pick)\b[^.\n]{0,20}?)(?<![\w'])([a-d1-4])(?!\w)")
@@ -163,9 +156,8 @@ _WITHDRAWN = re.compile(
 _ALONE = re.compile(
     r"\W*(?:(?:ok|okay|well|sure|right|hmm|um|oh|ah|i think|i believe|i would say|i'd say|definitely|my answer)\W+)*"
 )
-_FINAL, _SAID, _HEAD, _LOOSE = range(
-    4
-)  # a lower rank outranks: final answer, stated answer, a clause of its own, elsewhere
+# A lower rank outranks: final answer, stated answer, a clause of its own, elsewhere.
+_FINAL, _SAID, _HEAD, _LOOSE = range(4)
 
 _SHORT = re.compile(  # as the complete reply
     r"\W*(?:(?P<no>(?:definitely|absolutely|certainly|surely|clearly|indeed)\s+not|not\s+(?:at\s+all|really)|i\s+do\s+not\s+"
@@ -236,23 +228,22 @@ def read_yes_no(text: str) -> str | None:
     plain = _plain(text)
     if _contradicted(plain):
         return None
-    found: dict[int, set[str]] = {}
+    found: list[set[str]] = [set(), set(), set(), set()]  # by rank
     for rank, verdict, _ in _verdicts(plain):
-        found.setdefault(rank, set()).add(verdict)
+        found[rank].add(verdict)
     if _PAIRED.search(plain):
-        found.setdefault(_HEAD, set()).update((YES, NO))
-    if not _UNSURE.search(plain):
-        found.setdefault(_LOOSE, set()).update(_truths(plain))
-        if short := _SHORT.fullmatch(plain):
-            found[_LOOSE].add(NO if short["no"] else YES)
-        if (lacks := _LACKS.search(plain)) and not _MEANS.search(lacks["what"] or ""):
-            found[_LOOSE].add(NO)
-    else:
-        found.pop(_LOOSE, None)
+        found[_HEAD] |= {YES, NO}
+    found[_LOOSE] |= _truths(plain)
+    if short := _SHORT.fullmatch(plain):
+        found[_LOOSE].add(NO if short["no"] else YES)
+    if (lacks := _LACKS.search(plain)) and not _MEANS.search(lacks["what"] or ""):
+        found[_LOOSE].add(NO)
+    if _UNSURE.search(plain):
+        del found[_LOOSE:]
     if _UNSEEN.search(plain) or _withdrawn(plain):
-        found = {rank: said for rank, said in found.items() if rank < _HEAD}
-    deciding = next((found[rank] for rank in sorted(found) if found[rank]), set())
-    return deciding.copy().pop() if len(deciding) == 1 else None
+        del found[_HEAD:]
+    deciding = next(filter(None, found), set())
+    return deciding.pop() if len(deciding) == 1 else None
 
 
 def _verdicts(plain: str) -> Iterable[tuple[int, str, int]]:
@@ -265,8 +256,7 @@ def _verdicts(plain: str) -> Iterable[tuple[int, str, int]]:
             continue
         start = max(0, m.start() - _WINDOW)
         before = plain[start : m.start()]
-        end = _SENTENCE.search(plain, m.end(), m.end() + _WINDOW)
-        if end and end.group() == "?":
+        if _asked(plain, m):
             continue
         clause = _CLAUSE.split(before)[-1]
         if "," in before and _CONDITION.match(_SENTENCE.split(before)[-1]):
@@ -274,14 +264,18 @@ def _verdicts(plain: str) -> Iterable[tuple[int, str, int]]:
         subject = _SUBJECT.match(plain, m.end())
         if _NEGATED.search(clause) or _OTHERS.search(clause) or (subject and _REJECTED.search(subject.group())):
             continue
+        opens = start == 0 and following not in _IN_PART and _ALONE.fullmatch(before)
         if stated := _STATED.search(before):
             yield (_FINAL if stated["final"] else _SAID), _AS[m[1]], start + stated.start()
-        elif (start == 0 and following not in _IN_PART and _ALONE.fullmatch(before)) or (
-            _ALONE.fullmatch(clause) and not following
-        ):
+        elif opens or (_ALONE.fullmatch(clause) and not following):
             yield _HEAD, _AS[m[1]], m.start()
         else:
             yield _LOOSE, _AS[m[1]], m.start()
+
+
+def _asked(plain: str, m: re.Match) -> bool:
+    end = _SENTENCE.search(plain, m.end(), m.end() + _WINDOW)
+    return end is not None and end.group() == "?"
 
 
 def _withdrawn(plain: str) -> bool:
@@ -305,16 +299,13 @@ def _truths(plain: str) -> set[str]:
     """What "correct", "not true" and the like say; negated from afar, asked or supposed they say nothing."""
     found = set()
     for m in _TRUTH.finditer(plain):
-        end = _SENTENCE.search(plain, m.end(), m.end() + _WINDOW)
         clause = _CLAUSE.split(plain[max(0, m.start() - _WINDOW) : m.start()])[-1]
-        if not (end and end.group() == "?") and not _NEGATED.search(clause) and not _WORD.search(clause):
+        if not _asked(plain, m) and not _NEGATED.search(clause) and not _WORD.search(clause):
             found.add(NO if (m["word"] in _NEGATIVE) != bool(m["no"].strip()) else YES)
     return found
 
 
 # --- another toolkit's rule ------------------------------------------------------------------------------------
-
-_VLMEVALKIT_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def read_vlmevalkit(text: str) -> str | None:
@@ -326,7 +317,7 @@ def read_vlmevalkit(text: str) -> str | None:
     """
     reply = plain = text.lower()
     thousands = re.search(r"\d,\d", reply) is not None
-    for mark in _VLMEVALKIT_MARKS:
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
         joins = thousands or f"{mark} " in reply or f" {mark}" in reply
         plain = plain.replace(mark, "" if joins else " ")
     said = {YES, NO} & set(re.sub(r"\.(?!\d)", "", plain, count=32).split())
@@ -335,18 +326,7 @@ def read_vlmevalkit(text: str) -> str | None:
 
 _SILENT = re.compile(r"</?[a-zA-Z][^<>]{0,40}>|<\|[^<>|]{1,40}\|>|\s")
 
-# --- codes -----------------------------------------------------------------------------------------------------
-
-Reader = Callable[[str], str | None]
-READERS: dict[str, Reader] = {"r1v": read_yes_no, "vlmevalkit": read_vlmevalkit}
-
-
-def rule_code(text: str, gt: int, read: Reader = read_yes_no) -> int:
-    """The rule judge's verdict: right, wrong, or unclear when no yes or no can be read."""
-    reading = read(text)
-    if reading is None:
-        return UNCLEAR
-    return RIGHT if (reading == YES) == (gt == 1) else WRONG
+READERS = {"r1v": read_yes_no, "vlmevalkit": read_vlmevalkit}
 
 
 def judged_text(reply: str, judge_input: str, reader: str = "r1v") -> str | None:

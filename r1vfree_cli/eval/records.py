@@ -26,15 +26,12 @@ def found_in(record: dict) -> str:
 
 def read_records(*files: Path) -> Iterator[tuple[str, dict]]:
     """(where, record) of all records of all files, in order. What a file is, its content says, not its name.
-
-    Raises:
-        DataError: no such file, damaged, or no list of objects.
-    """
-    for path in files:
-        try:
+    Raises DataError: no such file, damaged, or no list of objects."""
+    try:
+        for path in files:
             yield from _records_of(path)
-        except DataError as e:
-            raise DataError(e.message, details=e.details, hint=e.hint or READ) from None
+    except DataError as e:
+        raise DataError(e.message, details=e.details, hint=e.hint or READ) from None
 
 
 def _records_of(path: Path) -> Iterator[tuple[str, dict]]:
@@ -107,22 +104,20 @@ def _sheet(path: Path) -> Iterator[tuple[int, dict]]:
     from ..data.archives import zip_members
 
     members = zip_members(path)
-    sheets = sorted(name for name in members if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name))
+    sheets = [name for name in members if re.fullmatch(r"xl/worksheets/[^/]+\.xml", name)]
     if not sheets:
         raise DataError(f"{path}: a zip archive that is no .xlsx workbook")
     try:
         strings = members.get("xl/sharedStrings.xml")
         shared = [_text(item) for item in ElementTree.fromstring(strings()).iterfind("{*}si")] if strings else []
-        first = "xl/worksheets/sheet1.xml"
-        sheet = ElementTree.fromstring(members[first if first in members else sheets[0]]())
+        sheet = ElementTree.fromstring(members[min(sheets)]())
         names: dict[int, Any] = {}
         for number, row in enumerate(sheet.iterfind("{*}sheetData/{*}row"), 1):
             here = enumerate(row.iterfind("{*}c"))
             cells = {_column(cell.get("r") or "", position): _value(cell, shared) for position, cell in here}
             if names:
                 yield int(row.get("r") or number), {name: cells.get(column) for column, name in names.items()}
-            else:
-                names = {column: _name(name) for column, name in cells.items() if name is not None}
+            names = names or {column: _name(name) for column, name in cells.items() if name is not None}
     except (ElementTree.ParseError, ValueError, IndexError) as e:
         raise DataError(f"cannot read {path}: {e}") from None
 
@@ -137,8 +132,7 @@ def _column(place: str, position: int) -> int:
 
 def _text(item: ElementTree.Element) -> str:
     """A string and its runs, without the phonetic readings beside it."""
-    parts = [item.findtext("{*}t") or "", *(run.findtext("{*}t") or "" for run in item.iterfind("{*}r"))]
-    return _unescaped("".join(parts))
+    return _unescaped("".join(part.text or "" for place in ("{*}t", "{*}r/{*}t") for part in item.iterfind(place)))
 
 
 def _unescaped(text: str) -> str:

@@ -4,7 +4,7 @@ import io
 import math
 
 from ..config.schema import TOKEN_SIDE
-from ..judges.protocol import image_url
+from ..judges.protocol import image_url, with_images
 
 
 def fitted(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -50,10 +50,8 @@ def data_url(image: bytes, limits: tuple[int, int] | None, max_bytes: int | None
 
 def with_image(messages: list[dict], url: str | None) -> list[dict]:
     """The conversation, its image placeholder replaced by the image; a turn without one is a plain string."""
-
-    def content(parts: list[dict]) -> str | list[dict]:
-        if all(part["type"] == "text" for part in parts):
-            return "".join(part["text"] for part in parts)
-        return [{"type": "image_url", "image_url": {"url": url}} if p["type"] == "image" else p for p in parts]
-
-    return [m | {"content": content(m["content"])} for m in messages]
+    turns = with_images(messages, [url] if url else [])
+    for turn in turns:
+        if all(part["type"] == "text" for part in turn["content"]):
+            turn["content"] = "".join(part["text"] for part in turn["content"])
+    return turns

@@ -6,114 +6,101 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError, UsageError, counted
-from ..core.files import read_json
+from ..core.files import read_object
 from ..core.prompts import parse
 from . import reading, stats
 from .benchmark import UNCLEAR, Benchmark, content_key
-from .predict import Other, Work
+from .predict import Work
 
 WARN_EMPTY = 1.0  # percent of empty replies
 
 
-def load_other(path: Path, benchmark: Benchmark, protocol: str) -> Other:
-    """An eval dir, or a judged file (the benchmark's first protocol).
-
-    Raises:
-        UsageError: another protocol, or nothing there.
-        DataError: damaged, or partly unjudged.
-    """
-    document: Any
-    file, document = path, {"protocol": (*benchmark.protocols, protocol)[0], "settings": {"judge": {"kind": "file"}}}
+def load_other(path: Path, benchmark: Benchmark, protocol: str) -> tuple[list[Any], Any]:
+    """(judged questions, who judged them) of an eval dir, or of a judged file (the benchmark's first protocol).
+    Raises UsageError: another protocol, or nothing there. DataError: damaged, or partly unjudged."""
+    judge: Any = {"kind": "file"}
+    file, found = path, (*benchmark.protocols, protocol)[0]
     if path.is_dir():
-        if not (path / "scores.json").is_file() or not (path / "judged.json").is_file():
+        file, scores = path / "judged.json", path / "scores.json"
+        if not scores.is_file() or not file.is_file():
             raise UsageError(f"--compare-to {path}: no finished evaluation there (scores.json, judged.json)")
-        file, document = path / "judged.json", read_json(path / "scores.json")
+        document = read_object(scores)
+        found, judge = str(document.get("protocol")), (document.get("settings") or {}).get("judge")
     elif not path.is_file():
         raise UsageError(f"--compare-to {path}: no such eval dir or judged file")
-    found = document.get("protocol") if isinstance(document, dict) else None
     if found != protocol:
-        raise UsageError(
-            f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared",
-            hint="score both by the same --protocol",
-        )
+        what = f"--compare-to {path} has protocol {found}, this evaluation {protocol}: they cannot be compared"
+        raise UsageError(what, hint="score both by the same --protocol")
     judged, _ = benchmark.load_judged([file])
     if unjudged := sum(j.code is None for j in judged):
         raise DataError(f"--compare-to {path}: {unjudged} of its questions are unjudged")
-    return Other(path, judged, (document.get("settings") or {}).get("judge"))
+    return judged, judge
 
 
 def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
     """Raises DataError when the judged questions of `source` are others than ours, or have another answer key."""
     here, there = ({j.key for j in some} for some in (ours, theirs))
     if here != there:
-        raise DataError(
-            f"{source} is about another question set: {len(there - here)} questions only there, "
-            f"{len(here - there)} only here",
-            details=[key[0] for key in sorted(here ^ there)[:5]],
-            hint="both must be of the same questions, with the same answer key and the same --limit",
-        )
+        counts = f"{len(there - here)} questions only there, {len(here - there)} only here"
+        ids = [key[0] for key in sorted(here ^ there)[:5]]
+        hint = "both must be of the same questions, with the same answer key and the same --limit"
+        raise DataError(f"{source} is about another question set: {counts}", details=ids, hint=hint)
 
 
 def build(w: Work, judged: list[Any], settings: dict, unjudged: int) -> dict:
     """The `--json` document. `unjudged`: questions without a verdict, or without a part of it.
-
-    Raises:
-        DataError: more replies are empty than `--max-empty` allows.
-    """
-    o, benchmark, questions, records = w.o, w.benchmark, w.asked.questions, w.records or {}
+    Raises DataError: more replies are empty than `--max-empty` allows."""
+    o, benchmark, judge = w.o, w.benchmark, settings["judge"]
     doc: dict[str, Any] = {"benchmark": o.benchmark, "title": benchmark.title or benchmark.name}
     doc |= benchmark.document(judged, w.protocol)
     doc["unjudged"] = unjudged
     doc["questions_sha256"] = content_key(sorted(j.key for j in judged))
     doc["intervals"] = stats.intervals(judged, benchmark.score, seed=o.seed)
-    replies = {q.id: records.get(q.id, {}).get("model_prediction") for q in questions}
-    texts = {id_: text for id_, text in replies.items() if isinstance(text, str)}
-    unanswered = Counter(r["unanswered"] for id_ in texts if (r := records[id_]).get("unanswered"))
+    replies = _replies(w)
+    unanswered = Counter(r["unanswered"] for r in replies.values() if r.get("unanswered"))
     doc["unanswered"] = {"n": unanswered.total(), "causes": dict(unanswered)}
-    answered = {id_: text for id_, text in texts.items() if not records[id_].get("unanswered")}
     doc["empty"] = empty_replies(w, settings.get("judged") or str(w.out))
-    if len(texts) == len(judged):
-        judge = settings.get("judge") or {}
-        asked = [q for q in questions if q.id in answered]
-        codes = {q.id: benchmark.code(q, answered[q.id]) for q in asked}
-        doc["answer_format"] = answer_format(answered, records, codes)
+    if len(replies) == len(judged):
+        asked = [(q, r) for q in w.asked.questions if not (r := replies[q.id]).get("unanswered")]
+        codes = [benchmark.code(q, r["model_prediction"]) for q, r in asked]
+        doc["answer_format"] = answer_format([r for _, r in asked], codes)
         if judge.get("kind") != "rule":
             what = judge.get("judge_input", o.judge_input)
-            read = {id_: reading.judged_text(text, what, benchmark.reader) for id_, text in answered.items()}
-            rule = {q.id: benchmark.code(q, text) for q in asked if (text := read[q.id]) is not None}
+            read = [(q, reading.judged_text(r["model_prediction"], what, benchmark.reader)) for q, r in asked]
+            rule = {q.id: benchmark.code(q, text) for q, text in read if text is not None}
             doc["judge_agreement"] = agreement(rule, {j.id: j.code for j in judged})
     doc["settings"] = settings
-    doc["warnings"] = _first(doc) + list(dict.fromkeys(w.plan.warnings)) + benchmark.warnings(doc)
+    doc["warnings"] = _first(doc) + list(dict.fromkeys(w.warnings)) + benchmark.warnings(doc)
     if w.other:
-        same_questions(judged, w.other.judged, w.other.path)
-        compared = stats.compare(judged, w.other.judged, benchmark.score, seed=o.seed)
-        doc["comparison"] = {"with": str(w.other.path), **compared}
-        if _who(w.other.judge) != _who(settings.get("judge")):
+        theirs, other_judge = w.other
+        same_questions(judged, theirs, o.compare_to)
+        compared = stats.compare(judged, theirs, benchmark.score, seed=o.seed)
+        doc["comparison"] = {"with": str(o.compare_to), **compared}
+        if _who(other_judge) != _who(judge):
             doc["warnings"].append("the two results were judged differently: their difference is partly the judges'")
     return doc
 
 
+def _replies(w: Work) -> dict[str, dict]:
+    """The records that have a reply: those of a file of verdicts need not."""
+    return {id_: r for id_, r in (w.records or {}).items() if isinstance(r.get("model_prediction"), str)}
+
+
 def empty_replies(w: Work, source: str) -> dict:
     """{n, causes} of the replies that say nothing: as the endpoint told, cut in their reasoning, or reasoning alone.
-
-    Raises:
-        DataError: they are more than `--max-empty` allows; told before a judge is asked.
-    """
-    texts = {
-        id_: r["model_prediction"] for id_, r in (w.records or {}).items() if isinstance(r.get("model_prediction"), str)
-    }
+    Raises DataError: they are more than `--max-empty` allows; told before a judge is asked."""
     found: Counter[str] = Counter()
-    for id_, text in texts.items():
-        record = (w.records or {})[id_]
+    records = _replies(w).values()
+    for record in records:
+        text = record["model_prediction"]
         if not record.get("unanswered") and reading.judged_text(text, "answer", w.benchmark.reader) is None:
             cut = "length" if record.get("finish") == "length" else "reasoning" if text.strip() else "empty"
             found[record.get("cause") or cut] += 1
     empty: dict[str, Any] = {"n": found.total(), "causes": dict(found)}
-    if 100 * empty["n"] > w.o.max_empty * len(texts):
-        raise DataError(
-            f"{source}: {empty['n']} of {len(texts)} replies are empty ({causes(empty)}), so there is no score",
-            hint=f"--max-empty is {w.o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens",
-        )
+    if 100 * empty["n"] > w.o.max_empty * len(records):
+        what = f"{source}: {empty['n']} of {len(records)} replies are empty ({causes(empty)}), so there is no score"
+        hint = f"--max-empty is {w.o.max_empty:g} (percent); a reasoning model may need more --max-new-tokens"
+        raise DataError(what, hint=hint)
     return empty
 
 
@@ -143,28 +130,22 @@ def _first(doc: dict) -> list[str]:
 
 
 def agreement(rule: dict[str, int], judged: dict[str, int | None]) -> dict:
-    """Judge against rule: how often the judge's verdict is the rule's, over judged questions.
-
-    `readable` counts only replies in which the rule finds an answer.
-    """
-    both = [id_ for id_ in rule if judged[id_] is not None]
-    readable = [id_ for id_ in both if rule[id_] != UNCLEAR]
-    return {
-        "n": len(both),
-        "agree": sum(rule[id_] == judged[id_] for id_ in both),
-        "readable": len(readable),
-        "agree_readable": sum(rule[id_] == judged[id_] for id_ in readable),
-    }
+    """Judge against rule: how often the judge's verdict is the rule's, over judged questions. `readable` counts only
+    replies in which the rule finds an answer."""
+    both = [(code, judged[id_]) for id_, code in rule.items() if judged[id_] is not None]
+    readable = [pair for pair in both if pair[0] != UNCLEAR]
+    found = {"n": len(both), "agree": sum(a == b for a, b in both)}
+    return found | {"readable": len(readable), "agree_readable": sum(a == b for a, b in readable)}
 
 
-def answer_format(texts: dict[str, str], records: dict[str, dict], codes: dict[str, int]) -> dict:
+def answer_format(records: list[dict], codes: list[int]) -> dict:
     """How the replies look: without a usable `<answer>`, cut at the length limit (None: not known), unreadable (and as
     a share from 0 to 1)."""
-    problems = Counter(p.problem for text in texts.values() if (p := parse(text)).answer is None)
-    finishes = [records[id_].get("finish") for id_ in texts]
-    unreadable = list(codes.values()).count(UNCLEAR)
+    problems = Counter(p.problem for r in records if (p := parse(r["model_prediction"])).answer is None)
+    finishes = [r.get("finish") for r in records]
+    unreadable = codes.count(UNCLEAR)
     return {
-        "n": len(texts),
+        "n": len(records),
         "no_answer_tags": problems.total(),
         "problems": {str(k): n for k, n in problems.items()},
         "cut_at_length": finishes.count("length") if any(finishes) else None,

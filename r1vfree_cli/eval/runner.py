@@ -4,6 +4,7 @@ The eval dir: `eval.json` (what and how), `predictions.jsonl`, `judgements.jsonl
 verdicts; HallusionBench's in the official result format), `scores.json` (what `--json` prints).
 """
 
+import hashlib
 import re
 import sys
 import time
@@ -17,12 +18,11 @@ from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean
 from ..core.files import lock, read_object, write_json, write_text
 from ..core.prompts import template_hash
-from ..judges.client import Endpoint
 from ..run import contract
 from . import judgements, predict, reading
 from .benchmark import Benchmark, content_key, find
 from .hallusion import judge
-from .judgements import Outcome
+from .judgements import Found, Replies
 from .options import EvalOptions, check, parse_gates
 from .predict import Work
 from .questions import QuestionSet, unique
@@ -35,10 +35,8 @@ def evaluate(o: EvalOptions) -> dict:
 
     Call `check_gates(doc, o.fail_under)` after printing.
 
-    Raises:
-        UsageError: wrong options, an endpoint that is down, an eval dir of something else or in use.
-        DataError: bad questions, figures, predictions or checkpoint; unjudged questions without `allow_unjudged`;
-            too many empty replies.
+    Raises UsageError: wrong options, an endpoint that is down, an eval dir of something else or in use. DataError: bad
+    questions, figures, predictions or checkpoint; unjudged questions without `allow_unjudged`; too many empty replies.
     """
     check(o)
     benchmark = copy(find(o.benchmark))
@@ -62,49 +60,148 @@ def evaluate(o: EvalOptions) -> dict:
         if o.asks_judge:
             judge.check_references(w.asked.questions)  # known before anything is generated
         if w.other:
-            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other.judged, w.other.path)
+            same_questions([benchmark.judged(q, None) for q in w.asked.questions], w.other[0], o.compare_to)
         return {"estimate": _estimate(w)} if o.estimate else _stages(w)
 
 
+def _protocol(o: EvalOptions, benchmark: Benchmark) -> str:
+    if not benchmark.protocols:
+        if o.protocol:
+            raise UsageError(f"--protocol is {o.protocol!r}; the benchmark {o.benchmark} has one way to score only")
+        return benchmark.name
+    found, allowed = o.protocol or benchmark.protocols[0], benchmark.protocols
+    if found not in allowed:
+        hint = did_you_mean(found, allowed)
+        raise UsageError(f"--protocol is {found!r}; allowed: {', '.join(allowed)}", hint=hint)
+    return found
+
+
+def _default_out(o: EvalOptions, protocol: str) -> Path:
+    name = str(o.checkpoint or o.model or (o.predictions[0] if o.predictions else None))
+    parts = [p for p in re.split(r"[^\w.-]+", name) if p.strip(".")]
+    return Path("evals", "-".join(parts[-2:]) + ("" if protocol == "official" else f"-{protocol}"))
+
+
+def _open(w: Work) -> None:
+    """Set identity, asked and records; the latter stay None when they have to be generated."""
+    o, benchmark = w.o, w.benchmark
+    if o.predictions:
+        records, source = benchmark.records(o.predictions), named(o.predictions)
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in o.predictions)).hexdigest()
+        w.identity = {"model": o.predictions[0].stem, "predictions": digest, "protocol": w.protocol}
+        predict.claim(w)
+        w.records = _take(w, records, source)
+        if not o.estimate:
+            judgements.write_lines(w.file, w.records.values())
+        return
+    if o.sources:
+        predict.plan(w)
+        predict.claim(w)
+        for warning in w.warnings:
+            console.warn(warning)
+        if o.stage in ("generate", "all"):
+            w.asked = _chosen(w, benchmark.questions(o.questions, o.images, lambda q: benchmark.wanted(q, w.protocol)))
+            return
+    # What an earlier generate stage left in the eval dir.
+    state = _state(w.out)
+    if not isinstance(state.get("identity"), dict) or not w.file.is_file():
+        raise DataError(f"{w.out} holds no predictions", hint="run --stage generate first, or give --predictions")
+    w.identity, w.warnings = state["identity"] | {"protocol": w.protocol}, state.get("warnings") or []
+    predict.claim(w)
+    found = predict.read_predictions(w.file)
+    n = (state.get("asked") or {}).get("n", 0)
+    if len(found) < n:
+        raise DataError(f"{w.file} holds {len(found)} of {n} answers", hint="run the generate stage to its end")
+    w.records = _take(w, [(str(w.file), record) for record in found.values()], str(w.file))
+
+
+def _state(out: Path) -> dict:
+    """`eval.json`, {} when there is none."""
+    return read_object(out / "eval.json") if (out / "eval.json").is_file() else {}
+
+
+def _take(w: Work, records: list[tuple[str, dict]], source: str) -> dict[str, dict]:
+    """The records of predictions, by question; the questions are `--questions`', else those that they carry."""
+    o, benchmark = w.o, w.benchmark
+    if o.questions:
+        known = benchmark.questions(o.questions, None, lambda q: False)
+    else:
+        known = QuestionSet(unique([benchmark.from_record(r, where) for where, r in records], source), {}, source)
+    w.asked = _chosen(w, known)
+    found = benchmark.load_predictions(records, known.questions, source)
+    missing = [q.id for q in w.asked.questions if q.id not in found]
+    if missing and benchmark.has_key(records):
+        what = f"{source}: {counted(len(missing), 'question has', 'questions have')} no prediction"
+        raise DataError(what, details=missing[:5], hint="were the predictions made for another question set?")
+    if missing:
+        w.warnings.append(_part(source, len(found), len(known.questions)))
+        w.asked = _chosen(w, known.only(lambda q: q.id in found))
+    w.records = {
+        q.id: {"id": q.id, **found[q.id], **{k: v for k, v in q.record().items() if v is not None}}
+        for q in w.asked.questions
+    }
+    unanswered = sum(bool(r.get("unanswered")) for r in w.records.values())
+    if unanswered and not o.count_unanswered_wrong:
+        hint = "run the generate stage again, or --count-unanswered-wrong counts them as not right"
+        raise DataError(f"{counted(unanswered, 'question')} of {source} have no answer", hint=hint)
+    empty_replies(w, source)
+    return w.records
+
+
+def _chosen(w: Work, known: QuestionSet) -> QuestionSet:
+    """The protocol's questions, the first `limit` of them."""
+    asked = known.only(lambda q: w.benchmark.wanted(q, w.protocol), w.o.limit)
+    if not asked.questions:
+        raise DataError(f"{known.source} has no image questions, which protocol {w.protocol} is about")
+    return asked
+
+
+def _part(source: str, n: int, of: int) -> str:
+    """The warning of a file without an answer key of its own, which says itself which questions it is about."""
+    return f"{source} has {n} of the {of} questions: only those are scored"
+
+
 def _stages(w: Work) -> dict:
-    o, out = w.o, w.out
-    log = _Log(w)
+    o, out, log = w.o, w.out, _Log(w)
     if w.records is None:
         asked: dict[str, Any] = {"source": w.asked.source, "images": o.images and str(o.images)}
         asked |= {"n": len(w.asked.questions), "sha256": w.asked.sha256}
-        trained = w.plan.checkpoint.contract if w.plan.checkpoint else {}
-        log.state |= {"contract": trained, "asked": asked}
+        log.state |= {"contract": w.checkpoint.contract if w.checkpoint else {}, "asked": asked}
         log.save("generate")
         failed = log.state["failures"].get("generate", {})
-        w.plan.failed_before = {id_ for kind in failed.values() for id_ in kind.get("questions", [])}
+        w.failed_before = {id_ for kind in failed.values() for id_ in kind.get("questions", [])}
         try:
             w.records = predict.generate(w)
         finally:
-            log.state["runtime"] = w.plan.runtime or log.state.get("runtime", {})
-            log.save("generate", w.plan.failures)
+            log.state["runtime"] = w.runtime or log.state.get("runtime", {})
+            log.save("generate", w.failures)
     if o.stage == "generate":
         return {"stage": "generate", "out": str(out), "n_questions": len(w.records)}
 
     empty_replies(w, str(w.file))
-    outcome = _judge(w, w.records, log.state)
+    found, unjudged, failures = _judge(w, w.records, log.state)
     if o.stage != "score":
-        log.save("judge", outcome.failures)
-    judged = outcome.judged(w.benchmark, w.asked.questions)
-    _store_judged(out, w.benchmark, judged, w.records)
-    if outcome.unjudged and not o.allow_unjudged:
-        raise DataError(
-            f"{out}: {counted(len(outcome.unjudged), 'question is', 'questions are')} unjudged, so there is no score",
-            details=predict.failure_lines(outcome.failures) or outcome.unjudged[:5],
-            hint="the same command asks only for these again; --allow-unjudged counts them as not right",
-        )
-    for line in predict.failure_lines(outcome.failures):
+        log.save("judge", failures)
+    judged = judgements.judged(w.benchmark, w.asked.questions, found)
+    records, verdict = w.records, w.benchmark.verdict
+    kept = [{k: v for k, v in records[j.id].items() if k not in ("id", "key")} | verdict(j) for j in judged]
+    text, file = dump_judged(kept), out / "judged.json"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:  # scores of other verdicts go
+        (out / "scores.json").unlink(missing_ok=True)
+        write_text(file, text)
+    lines = predict.failure_lines(failures)
+    if unjudged and not o.allow_unjudged:
+        what = f"{out}: {counted(len(unjudged), 'question is', 'questions are')} unjudged, so there is no score"
+        hint = "the same command asks only for these again; --allow-unjudged counts them as not right"
+        raise DataError(what, details=lines or unjudged[:5], hint=hint)
+    for line in lines:
         console.warn(f"unjudged: {line}")
     if o.stage == "judge":
-        return {"stage": "judge", "out": str(out), "n_questions": len(judged), "unjudged": len(outcome.unjudged)}
+        return {"stage": "judge", "out": str(out), "n_questions": len(judged), "unjudged": len(unjudged)}
 
-    settings = w.plan.identity | log.state.get("runtime", {})
+    settings = w.identity | log.state.get("runtime", {})
     settings |= {"judge": log.state["judge"], "questions": w.asked.source}
-    doc = build(w, judged, settings, len(outcome.unjudged))
+    doc = build(w, judged, settings, len(unjudged))
     doc |= {"times": log.state["times"], "out": str(out)}
     write_json(out / "scores.json", doc)
     return doc
@@ -120,8 +217,8 @@ class _Log:
         self.state |= {
             "schema": 1,
             "benchmark": w.o.benchmark,
-            "identity": w.plan.identity,
-            "warnings": w.plan.warnings,
+            "identity": w.identity,
+            "warnings": w.warnings,
             "options": w.o.model_dump(mode="json"),
             "versions": contract.versions(),
             "git_commit": contract.git_commit(Path.cwd()),
@@ -139,116 +236,7 @@ class _Log:
         write_json(self.file, self.state)
 
 
-def _store_judged(out: Path, benchmark: Benchmark, judged: list[Any], records: dict[str, dict]) -> None:
-    """Write judged.json; scores of other verdicts go."""
-    kept = [{k: v for k, v in records[j.id].items() if k not in ("id", "key")} | benchmark.verdict(j) for j in judged]
-    text, file = dump_judged(kept), out / "judged.json"
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        (out / "scores.json").unlink(missing_ok=True)
-        write_text(file, text)
-
-
-def _protocol(o: EvalOptions, benchmark: Benchmark) -> str:
-    if not benchmark.protocols:
-        if o.protocol:
-            raise UsageError(f"--protocol is {o.protocol!r}; the benchmark {o.benchmark} has one way to score only")
-        return benchmark.name
-    found, allowed = o.protocol or benchmark.protocols[0], benchmark.protocols
-    if found not in allowed:
-        hint = did_you_mean(found, allowed)
-        raise UsageError(f"--protocol is {found!r}; allowed: {', '.join(allowed)}", hint=hint)
-    return found
-
-
-def _state(out: Path) -> dict:
-    """`eval.json`, {} when there is none."""
-    return read_object(out / "eval.json") if (out / "eval.json").is_file() else {}
-
-
-def _open(w: Work) -> None:
-    """Set plan, asked and records; the latter stay None when they have to be generated."""
-    o = w.o
-    if o.predictions:
-        w.plan = predict.Plan(predict.identity_of_files(o.predictions) | {"protocol": w.protocol})
-        predict.claim(w.out, w.plan.identity)
-        _take(w, w.benchmark.records(o.predictions), named(o.predictions))
-        if not o.estimate:
-            predict.write_predictions(w.file, w.records or {})
-        return
-    if o.sources:
-        w.plan = predict.plan(o)
-        w.plan.identity["protocol"] = w.protocol
-        predict.claim(w.out, w.plan.identity)
-        for warning in w.plan.warnings:
-            console.warn(warning)
-        if o.stage in ("generate", "all"):
-            asked = w.benchmark.questions(o.questions, o.images, lambda q: w.benchmark.wanted(q, w.protocol))
-            w.asked = _chosen(w, asked)
-            return
-    _go_on(w)
-
-
-def _go_on(w: Work) -> None:
-    """What an earlier generate stage left in the eval dir."""
-    state, file = _state(w.out), w.file
-    if not isinstance(state.get("identity"), dict) or not file.is_file():
-        raise DataError(f"{w.out} holds no predictions", hint="run --stage generate first, or give --predictions")
-    w.plan = predict.Plan(state["identity"], warnings=state.get("warnings") or [])
-    if w.plan.identity.get("protocol") != w.protocol:
-        predict.claim(w.out, w.plan.identity | {"protocol": w.protocol})
-    found = predict.read_predictions(file)
-    n = (state.get("asked") or {}).get("n", 0)
-    if len(found) < n:
-        raise DataError(f"{file} holds {len(found)} of {n} answers", hint="run the generate stage to its end")
-    _take(w, [(str(file), record) for record in found.values()], str(file))
-
-
-def _take(w: Work, records: list[tuple[str, dict]], source: str) -> None:
-    """Questions and records of predictions; the questions are `--questions`', else those that they carry."""
-    o, benchmark = w.o, w.benchmark
-    if o.questions:
-        known = benchmark.questions(o.questions, None, lambda q: False)
-    else:
-        known = QuestionSet(unique([benchmark.from_record(r, where) for where, r in records], source), {}, source)
-    w.asked = _chosen(w, known)
-    found = benchmark.load_predictions(records, known.questions, source)
-    missing = [q.id for q in w.asked.questions if q.id not in found]
-    if missing and benchmark.has_key(records):
-        what = f"{source}: {counted(len(missing), 'question has', 'questions have')} no prediction"
-        raise DataError(what, details=missing[:5], hint="were the predictions made for another question set?")
-    if missing:
-        w.plan.warnings.append(_part(source, len(found), len(known.questions)))
-        w.asked = _chosen(w, known.only(lambda q: q.id in found))
-    w.records = {
-        q.id: {"id": q.id, **found[q.id], **{k: v for k, v in q.record().items() if v is not None}}
-        for q in w.asked.questions
-    }
-    unanswered = sum(bool(r.get("unanswered")) for r in w.records.values())
-    if unanswered and not o.count_unanswered_wrong:
-        raise DataError(
-            f"{counted(unanswered, 'question')} of {source} have no answer",
-            hint="run the generate stage again, or --count-unanswered-wrong counts them as not right",
-        )
-    empty_replies(w, source)
-
-
-def _chosen(w: Work, known: QuestionSet) -> QuestionSet:
-    """The protocol's questions, the first `limit` of them."""
-    asked = known.only(lambda q: w.benchmark.wanted(q, w.protocol), w.o.limit)
-    if not asked.questions:
-        raise DataError(f"{known.source} has no image questions, which protocol {w.protocol} is about")
-    return asked
-
-
-def _default_out(o: EvalOptions, protocol: str) -> Path:
-    name = str(o.checkpoint or o.model or (o.predictions[0] if o.predictions else None))
-    parts = [p for p in re.split(r"[^\w.-]+", name) if p.strip(".")]
-    suffix = "" if protocol == "official" else f"-{protocol}"
-    return Path("evals", "-".join(parts[-2:]) + suffix)
-
-
-def _replies(w: Work, records: dict[str, dict]) -> dict[str, str | None]:
-    """Question id -> the text to be judged, None where there is no answer."""
+def _replies(w: Work, records: dict[str, dict]) -> Replies:
     return {
         id_: None if r.get("unanswered") else reading.judged_text(r["model_prediction"], _judge_input(w.o), w.o.reader)
         for id_, r in records.items()
@@ -260,31 +248,34 @@ def _judge_input(o: EvalOptions) -> str:
     return "reply" if o.reader == "vlmevalkit" else o.judge_input
 
 
-def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> Outcome:
-    """Judge what has no verdict yet; `state["judge"]` is by whom."""
+def _judge(w: Work, records: dict[str, dict], state: dict[str, Any]) -> tuple[Found, list[str], dict[str, dict]]:
+    """Judge what has no verdict yet; `state["judge"]` is by whom. Returns judgements by question, ids of what is still
+    unjudged, and kind -> {n, example} of the calls that failed for good."""
     o, file, asked = w.o, w.out / "judgements.jsonl", w.asked.questions
     if o.stage == "score":
         if not file.is_file() or not isinstance(state.get("judge"), dict):
             raise DataError(f"{w.out} holds no judgements", hint="run --stage judge first")
-        return judgements.as_judged(w.benchmark, asked, judgements.read(file))
+        found = judgements.read(file)
+        return found, judgements.unjudged(w.benchmark, asked, found), {}
     replies = _replies(w, records)
     if o.judge == "rule":
         state["judge"] = {"kind": "rule", "judge_input": _judge_input(o), "reader": o.reader}
-        return judgements.by_rule(w.benchmark, asked, replies, file)
+        return judgements.by_rule(w.benchmark, asked, replies, file), [], {}
     chat = _chat(o)
     # Written before the first call, so that a stage score after a kill knows whose verdicts these are.
     state["judge"] = {"kind": "chat", "model": o.judge_model, "base_url": o.judge_base_url}
     state["judge"] |= {"judge_input": o.judge_input, "prompt_sha256": content_key(chat.prompt)}
     write_json(w.out / "eval.json", state)
-    outcome = judge.by_chat(w.benchmark, asked, replies, file, chat)
-    answered = Counter(j.judge for j in outcome.judgements.values() if j.code is not None)
-    state["judge"] |= {"answered_as": dict(answered), **outcome.cost()}
-    return outcome
+    found, failures = judge.by_chat(w.benchmark, asked, replies, file, chat)
+    state["judge"]["answered_as"] = dict(Counter(j.judge for j in found.values() if j.code is not None))
+    for name in ("calls", "cache_hits", "prompt_tokens", "completion_tokens"):  # those of earlier attempts included
+        state["judge"][name] = sum(getattr(j, name) for j in found.values())
+    state["judge"]["failed"] = {kind: f["n"] for kind, f in failures.items()}
+    return found, judgements.unjudged(w.benchmark, asked, found), failures
 
 
 def _chat(o: EvalOptions) -> judge.LabelJudge:
-    model, key = o.judge_model or "", o.judge_api_key_env
-    endpoint = Endpoint(o.judge_base_url, model, o.timeout_s, o.max_retries, o.concurrency, key, what="judge")
+    endpoint = predict.endpoint_of(o, o.judge_base_url, o.judge_model, o.judge_api_key_env, what="judge")
     return judge.LabelJudge(endpoint, judge.load_prompt(o.judge_prompt))
 
 
@@ -302,6 +293,7 @@ def _estimate(w: Work) -> dict:
 
 
 def _score_judged(w: Work, files: list[Path]) -> dict:
+    """Score a file of verdicts; it is kept in the eval dir where one is asked for."""
     o, benchmark, path = w.o, w.benchmark, named(files)
     known = benchmark.questions(o.questions, None, lambda q: False).questions if o.questions else []
     judged, records = benchmark.load_judged(files, known)
@@ -310,31 +302,24 @@ def _score_judged(w: Work, files: list[Path]) -> dict:
         if not benchmark.has_key(benchmark.records(files)):
             ours = [j for j in ours if j.id in asked]
         if len(ours) < len(known):
-            w.plan.warnings.append(_part(path, len(ours), len(known)))
+            w.warnings.append(_part(path, len(ours), len(known)))
         same_questions(ours, judged, path)
     judged, records = judged[: o.limit], records[: o.limit]
     unjudged = sum(j.code is None for j in judged)
     if unjudged and not o.allow_unjudged:
-        raise DataError(
-            f"{path}: {counted(unjudged, 'question is', 'questions are')} unjudged (verdict missing or null), so there is no score",
-            hint="--allow-unjudged counts them as not right",
-        )
+        what = f"{path}: {counted(unjudged, 'question is', 'questions are')} unjudged (verdict missing or null), "
+        raise DataError(f"{what}so there is no score", hint="--allow-unjudged counts them as not right")
     w.asked = QuestionSet([benchmark.from_record(r, path) for r in records])
     w.records = {j.id: r for j, r in zip(judged, records)}
-    w.plan.identity = {"model": files[0].stem, "judged": content_key(records), "protocol": w.protocol}
+    w.identity = {"model": files[0].stem, "judged": content_key(records), "protocol": w.protocol}
     settings = {"model": files[0].stem, "judged": path, "judge": {"kind": "file"}}
     doc = build(w, judged, settings, unjudged)
     if o.out:
         doc["out"] = str(o.out)
-        predict.claim(o.out, w.plan.identity)
+        predict.claim(w)
         log = _Log(w)
         log.state |= {"template_hash": template_hash(), "judge": settings["judge"]}
         log.save("score")
         write_text(o.out / "judged.json", dump_judged(records))
         write_json(o.out / "scores.json", doc)
     return doc
-
-
-def _part(source: str, n: int, of: int) -> str:
-    """The warning of a file without an answer key of its own, which says itself which questions it is about."""
-    return f"{source} has {n} of the {of} questions: only those are scored"

@@ -10,7 +10,10 @@ LARGE = 0.05  # share of unreadable replies that belongs above the table
 def print_scores(doc: dict) -> None:
     """Print what `evaluate` returned: scores, or what a stage alone made, or an estimate."""
     if "estimate" in doc:
-        _estimate(doc["estimate"])
+        console.emit(counted(doc["estimate"]["n_questions"], "question"))
+        for stage in [key for key in ("generate", "judge") if key in doc["estimate"]]:
+            told = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in doc["estimate"][stage].items())
+            console.emit(f"{stage}: {told}")
     elif "stage" in doc:
         console.emit(f"{doc['stage']}: {counted(doc['n_questions'], 'question')} in {doc['out']}")
     else:
@@ -32,11 +35,17 @@ def _scores(doc: dict) -> None:
             *([name.replace("_", "-"), *_percents(base)] for name, base in doc["baselines"].items()),
         ],
     )
+    title, parts, kinds = "By part", doc.get("by_part", {}), {}
     if "diagnostics" in doc:
-        _categories(doc)
-    elif doc["by_part"]:
-        rows = [[name, *_percents(part)] for name, part in doc["by_part"].items()]
-        console.emit_table("By part", ["", *metrics], rows)
+        title, parts = "By category", {**doc["by_category"], **doc["by_subcategory"], "all": doc}
+        kinds = {"language": "language_hallucination", "illusion": "visual_illusion", "mixed": "mixed"}
+    rows = [
+        [name, *_percents(part), *(part["diagnostics"][k] for k in kinds.values())]
+        for name, part in parts.items()
+        if any(value is not None for value in part["metrics"].values())
+    ]
+    if rows:
+        console.emit_table(title, ["", *(m.removesuffix("_aAcc") for m in metrics), *kinds], rows)
     for line in _notes(doc):
         console.emit(line)
     if "comparison" in doc:
@@ -48,8 +57,7 @@ def _scores(doc: dict) -> None:
 def _doubts(doc: dict) -> list[str]:
     """The first lines: when the table below them means little."""
     found = []
-    f = doc.get("answer_format")
-    if f and (f["unreadable_share"] or 0) > LARGE:
+    if (f := doc.get("answer_format")) and (f["unreadable_share"] or 0) > LARGE:
         found.append(f"{f['unreadable']} of {f['n']} replies unreadable: no answer could be found in them")
     if n := doc["unanswered"]["n"]:
         why = causes(doc["unanswered"])
@@ -66,66 +74,42 @@ def below_constant(doc: dict) -> list[str]:
     """Metrics in which a constant reply is at least as good; those that every constant reply fills are left out."""
     found = []
     for metric, value in doc["metrics"].items():
-        constant = [base["metrics"][metric] for base in doc["baselines"].values()]
-        best = max((c for c in constant if c is not None), default=None)
-        if value is not None and best is not None and value <= best and metric not in ("yes_rate", "recall"):
+        constant = [c for base in doc["baselines"].values() if (c := base["metrics"][metric]) is not None]
+        if value is not None and constant and value <= max(constant) and metric not in ("yes_rate", "recall"):
             found.append(metric)
     return found
 
 
-def _categories(doc: dict) -> None:
-    metrics, kinds = list(doc["metrics"]), ("language_hallucination", "visual_illusion", "mixed")
-    console.emit_table(
-        "By category",
-        ["", *(m.removesuffix("_aAcc") for m in metrics), "language", "illusion", "mixed"],
-        [
-            [name, *_percents(part), *(part["diagnostics"][k] for k in kinds)]
-            for name, part in {**doc["by_category"], **doc["by_subcategory"], "all": doc}.items()
-            if any(value is not None for value in part["metrics"].values())
-        ],
-    )
-
-
-def _hallusion_notes(doc: dict) -> list[str]:
-    d = doc["diagnostics"]
-    c, fp = d["consistency"], "none wrong" if d["fp_ratio"] is None else f"{d['fp_ratio']:.3f}"
-    lines = [
-        "easy and hard are per (set, question) pair, as in the official leaderboard",
-        f"figures: {c['correct']} correct, {c['inconsistent']} inconsistent, {c['wrong']} wrong",
-        f"yes/no bias: pct diff {d['yes_pct_diff']:+.3f}, fp ratio {fp}",
-    ]
+def _notes(doc: dict) -> list[str]:
+    lines = []
+    if d := doc.get("diagnostics"):
+        c, fp = d["consistency"], "none wrong" if d["fp_ratio"] is None else f"{d['fp_ratio']:.3f}"
+        lines += [
+            "easy and hard are per (set, question) pair, as in the official leaderboard",
+            f"figures: {c['correct']} correct, {c['inconsistent']} inconsistent, {c['wrong']} wrong",
+            f"yes/no bias: pct diff {d['yes_pct_diff']:+.3f}, fp ratio {fp}",
+        ]
     if "mean" in doc:
         lines.append(f"mean of aAcc, fAcc and qAcc, as VLMEvalKit's leaderboard shows it: {_number(doc['mean'])}")
-    return lines
-
-
-def _notes(doc: dict) -> list[str]:
-    lines = _hallusion_notes(doc) if "diagnostics" in doc else []
-    judge = doc["settings"].get("judge") or {}
+    s, judge = doc["settings"], doc["settings"].get("judge") or {}
     who = " ".join(str(judge[k]) for k in ("kind", "model") if judge.get(k))
     if judge.get("reader", "r1v") != "r1v":
         who += f", reading as {judge['reader']} does"
     lines.append(f"judge: {who}" + (f", shown the {judge['judge_input']}" if judge.get("judge_input") else ""))
     if f := doc.get("answer_format"):
         cut = "not known" if f["cut_at_length"] is None else f["cut_at_length"]
-        lines.append(
-            f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags, cut at the length limit: {cut}, "
-            f"no answer readable: {f['unreadable']} ({_number(100 * (f['unreadable_share'] or 0))} %)"
-        )
+        unread = f"no answer readable: {f['unreadable']} ({_number(100 * (f['unreadable_share'] or 0))} %)"
+        tags = f"replies: {f['no_answer_tags']} of {f['n']} without an answer in tags"
+        lines.append(f"{tags}, cut at the length limit: {cut}, {unread}")
     if a := doc.get("judge_agreement"):
-        lines.append(
-            f"judge and rule agree on {a['agree']} of {a['n']} questions "
-            f"({a['agree_readable']} of the {a['readable']} with a readable answer)"
-        )
-    s = doc["settings"]
+        readable = f"{a['agree_readable']} of the {a['readable']} with a readable answer"
+        lines.append(f"judge and rule agree on {a['agree']} of {a['n']} questions ({readable})")
     if "max_pixels" in s:
-        lines.append(
-            f"asked with {s['min_pixels']} to {s['max_pixels']} pixels, at most {s['max_new_tokens']} new tokens, "
-            f"temperature {s['temperature']:g}"
-        )
+        tokens = f"at most {s['max_new_tokens']} new tokens, temperature {s['temperature']:g}"
+        lines.append(f"asked with {s['min_pixels']} to {s['max_pixels']} pixels, {tokens}")
     if n := s.get("jpeg_images"):
-        above = f"their PNG is above {s['max_image_bytes']} bytes"
-        lines.append(f"{n} images went as JPEG of quality {s['jpeg_quality']}: {above}")
+        why = f"their PNG is above {s['max_image_bytes']} bytes"
+        lines.append(f"{n} images went as JPEG of quality {s['jpeg_quality']}: {why}")
     return [*lines, f"all of it: {doc['out']}"] if "out" in doc else lines
 
 
@@ -142,13 +126,6 @@ def _comparison(c: dict) -> None:
     )
     m = c["mcnemar"]
     console.emit(f"questions gained {m['gained']}, lost {m['lost']}; McNemar p {_p(m['p'])} (it ignores clusters)")
-
-
-def _estimate(e: dict) -> None:
-    console.emit(counted(e["n_questions"], "question"))
-    for stage in ("generate", "judge"):
-        if stage in e:
-            console.emit(f"{stage}: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in e[stage].items()))
 
 
 def _number(value: float | None, form: str = ".2f") -> str:

@@ -1,14 +1,12 @@
-"""Intervals and tests that respect a benchmark's clusters: questions of one cluster are not independent.
+"""Intervals and tests that respect a benchmark's clusters (HallusionBench's sets, images, ...), not its questions.
 
-The unit everywhere is the cluster (HallusionBench's set, an image, ...). Every metric is a sum over clusters divided
-by a sum over clusters, so a cluster is fully described by its [numerator, denominator] a metric, and resampling or
-swapping clusters is linear algebra.
+Every metric is a sum over clusters divided by a sum over clusters, so resampling or swapping clusters is linear
+algebra on their [numerator, denominator] a metric.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +16,7 @@ _CELLS = 20_000_000  # draws x clusters in memory
 Score = Callable[[Sequence[Any]], dict[str, list[int]]]
 
 
-@dataclass(frozen=True)
-class ClusterTable:
+class ClusterTable(NamedTuple):
     """right, total: (clusters, metrics) numerators and denominators; strata: (clusters,) index of the stratum."""
 
     metrics: list[str]
@@ -78,11 +75,8 @@ def _points(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) ->
 
 
 def swap_p(a: ClusterTable, b: ClusterTable, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Two-sided p of a swap test, one a metric.
-
-    Under the null hypothesis the two models' answers to a cluster can be exchanged, by a coin toss each.
-    p = (1 + draws at least as extreme) / (1 + draws).
-    """
+    """Two-sided p of a swap test, one a metric. Under the null hypothesis the two models' answers to a cluster can be
+    exchanged, by a coin toss each. p = (1 + draws at least as extreme) / (1 + draws)."""
     rng = np.random.default_rng(seed)
     signs = rng.integers(0, 2, size=(draws, len(a.clusters))).astype(np.float64) * 2 - 1
 
@@ -104,14 +98,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def compare(a: Sequence[Any], b: Sequence[Any], score: Score, *, draws: int = DRAWS, seed: int = 0) -> dict:
-    """The paired comparison of two results over the same questions, `a` minus `b`.
+    """The paired comparison of two results over the same questions, `a` minus `b`. Raises ValueError: they differ.
 
-    Returns:
-        `metrics`: metric -> {difference (percentage points), interval, p_swap}; `mcnemar`: {gained, lost, p};
-        `gained`, `lost`: question ids only `a`, only `b` has right; `sets` (clusters), `draws`, `seed`, `level`.
-
-    Raises:
-        ValueError: the questions differ.
+    Returns `metrics`: metric -> {difference (percentage points), interval, p_swap}; `mcnemar`: {gained, lost, p};
+    `gained`, `lost`: question ids only `a`, only `b` has right; `sets` (clusters), `draws`, `seed`, `level`.
     """
     ok_a, ok_b = ({j.id: j.ok for j in judged} for judged in (a, b))
     if ok_a.keys() != ok_b.keys():
@@ -119,26 +109,15 @@ def compare(a: Sequence[Any], b: Sequence[Any], score: Score, *, draws: int = DR
     table_a, table_b = cluster_table(a, score), cluster_table(b, score)
     draws = _affordable(draws, table_a)
     weights = bootstrap_weights(table_a.strata, draws, seed)
-    drawn = _points(*(weights @ x for x in (table_a.right, table_b.right, table_a.total, table_b.total)))
-    observed = _points(*(x.sum(axis=0) for x in (table_a.right, table_b.right, table_a.total, table_b.total)))
+    counts = (table_a.right, table_b.right, table_a.total, table_b.total)
+    drawn, observed = _points(*(weights @ x for x in counts)), _points(*(x.sum(axis=0) for x in counts))
     p = swap_p(table_a, table_b, draws, seed)
-    metrics = {}
+    metrics: dict[str, dict] = {}
     for m, metric in enumerate(table_a.metrics):
-        counted = bool(np.isfinite(observed[m]))
-        metrics[metric] = {
-            "difference": float(observed[m]) if counted else None,
-            "interval": _quantiles(drawn[:, m]),
-            "p_swap": float(p[m]) if counted else None,
-        }
+        difference, p_swap = (float(observed[m]), float(p[m])) if np.isfinite(observed[m]) else (None, None)
+        metrics[metric] = {"difference": difference, "interval": _quantiles(drawn[:, m]), "p_swap": p_swap}
     gained = [key for key in ok_a if ok_a[key] and not ok_b[key]]
     lost = [key for key in ok_a if ok_b[key] and not ok_a[key]]
-    return {
-        "metrics": metrics,
-        "mcnemar": {"gained": len(gained), "lost": len(lost), "p": mcnemar(len(gained), len(lost))},
-        "gained": gained,
-        "lost": lost,
-        "sets": len(table_a.clusters),
-        "draws": draws,
-        "seed": seed,
-        "level": LEVEL,
-    }
+    test = {"gained": len(gained), "lost": len(lost), "p": mcnemar(len(gained), len(lost))}
+    found = {"metrics": metrics, "mcnemar": test, "gained": gained, "lost": lost}
+    return found | {"sets": len(table_a.clusters), "draws": draws, "seed": seed, "level": LEVEL}

@@ -20,7 +20,7 @@ from ..training.exam import Exam, Scored
 from ..training.worker import worker
 from . import stats
 from .benchmark import Benchmark, find, percent
-from .judgements import by_rule
+from .judgements import Replies, by_rule, judged
 
 DRAWS = 1000  # of the bootstrap
 
@@ -29,8 +29,7 @@ def benchmark_exam(recipe: GrpoRecipe) -> Exam:
     """The benchmark's image questions by its last protocol, which asks no judge model; at most `eval.limit` of them, in
     whole clusters, the same in every run.
 
-    Raises:
-        UsageError, DataError: no such benchmark, or its questions or figures are not there.
+    Raises UsageError, DataError: no such benchmark, or its questions or figures are not there.
     """
     settings = recipe.eval
     assert settings is not None
@@ -51,9 +50,9 @@ def benchmark_exam(recipe: GrpoRecipe) -> Exam:
         return benchmark.messages(questions[i], recipe.policy_prompt), [figure]
 
     def score(texts: list[str]) -> Scored:
-        replies: dict[str, str | None] = {q.id: text for q, text in zip(questions, texts, strict=True)}
-        judged = by_rule(benchmark, questions, replies).judged(benchmark, questions)
-        values, intervals = percent(benchmark.score(judged)), stats.intervals(judged, benchmark.score, draws=DRAWS)
+        replies: Replies = {q.id: text for q, text in zip(questions, texts, strict=True)}
+        read = judged(benchmark, questions, by_rule(benchmark, questions, replies))
+        values, intervals = percent(benchmark.score(read)), stats.intervals(read, benchmark.score, draws=DRAWS)
         return Scored({m: (v, *intervals[m]) for m, v in values.items() if v is not None and intervals[m]})
 
     return Exam(benchmark.name, len(questions), get, score, lambda i: questions[i].text)
@@ -76,7 +75,6 @@ def _some(benchmark: Benchmark, questions: list[Any], limit: int | None) -> list
 
 
 def main(recipe: GrpoRecipe, attempt: Attempt) -> None:
-    """`GrpoTraining.main` on every rank."""
     grpo.main(recipe, attempt, benchmark_exam(recipe))
 
 

@@ -2,15 +2,45 @@
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from .changes import Comparison, changes, pair
+from .changes import changes, find_figures, pair, read_replies
 from .gallery import Album
 from .load import Eval
 from .plots import Figure, Series, dots
-from .replies import find_figures, read_replies
 from .view import NONE, Cell, Table, duration, flatten, p_value, percent, plain, signed
+
+_PARTS = {"VD": "VD, visual dependent", "VS": "VS, visual supplement"}
+
+
+def view(evals: list[Eval], album: Album) -> dict[str, Any]:
+    """What the templates print about one or more comparable evals; the first is the reference of comparisons."""
+    reference, *others = evals
+    for e in evals:
+        read_replies(e)
+    if others:
+        find_figures(reference)
+    compared = [(e, c) for e in others if (c := pair(reference, e))]
+    comparisons = [c for _, c in compared]
+    tables = [
+        _main(evals, comparisons),
+        _pairs(comparisons),
+        _by_category(evals),
+        _by_subcategory(evals),
+        _honest(evals),
+    ]
+    return {
+        "title": _title(evals),
+        "lead": _lead(evals, comparisons),
+        "tables": [t for t in tables if t.rows],
+        "figures": _figures(evals),
+        "comparisons": comparisons,
+        "changed": [changes(c, reference, e, album) for e, c in compared],
+        "evals": [_how(e) for e in evals],
+        "notices": _notices(evals),
+    }
 
 
 def _metrics(evals: list[Eval]) -> dict[str, str]:
@@ -22,33 +52,12 @@ def _title(evals: list[Eval]) -> str:
     return plain(evals[0].scores.get("title") or "HallusionBench")
 
 
-def view(evals: list[Eval], album: Album) -> dict[str, Any]:
-    """What the templates print about one or more comparable evals; the first is the reference of comparisons."""
-    replies = {e.label: read_replies(e) for e in evals}
-    if len(evals) > 1:
-        find_figures(evals[0], replies[evals[0].label])
-    comparisons = [c for e in evals[1:] if (c := pair(evals[0], e, replies))]
-    by_label = {e.label: e for e in evals}
-    tables = [_main(evals, comparisons), _pairs(comparisons), _by_category(evals), _by_subcategory(evals)]
-    return {
-        "title": _title(evals),
-        "lead": _lead(evals, comparisons),
-        "tables": [t for t in [*tables, _honest(evals)] if t.rows],
-        "figures": _figures(evals),
-        "comparisons": comparisons,
-        "changed": [changes(c, evals[0], by_label[c.label], replies, album) for c in comparisons],
-        "evals": [_how(e) for e in evals],
-        "notices": _notices(evals),
-    }
-
-
-def _lead(evals: list[Eval], comparisons: list[Comparison]) -> str:
+def _lead(evals: list[Eval], comparisons: list[dict]) -> str:
     scores = evals[0].scores
     text = f"Protocol {scores['protocol']}, {plain(scores.get('n_questions'))} questions. Percent; below it the count."
     if "hard_aAcc" in _metrics(evals):
         text += " easy and hard count (set, question) pairs, as the official leaderboard does in spite of their name."
-    if comparisons:
-        c = comparisons[0].result
+    for c in comparisons[:1]:
         text += (
             f" Differences are percentage points against {evals[0].label}, paired question by question: "
             f"{100 * c['level']:.0f} % intervals from {c['draws']:,} bootstrap draws over {c['sets']} sets of questions that "
@@ -84,33 +93,31 @@ def _judge(e: Eval) -> str:
     return " ".join(str(part) for part in (judge.get("kind"), judge.get("model"), shown, prompt) if part)
 
 
-def _score(part: dict | None, metric: str) -> tuple[float | None, str]:
-    """(percent, `right/total`) of a part of scores.json, which an eval may lack."""
-    found = part or {}
-    return found.get("metrics", {}).get(metric), "/".join(map(str, found.get("counts", {}).get(metric, [])))
+def _value(part: dict | None, metric: str) -> float | None:
+    """Percent in a part of scores.json, which an eval may lack."""
+    return (part or {}).get("metrics", {}).get(metric)
 
 
-def _cells(part: dict | None, metrics: Iterable[str]) -> list[Cell]:
-    return [Cell(percent(value), count) for value, count in (_score(part, m) for m in metrics)]
+def _cell(part: dict | None, metric: str, paired: dict | None = None, best: float | None = None) -> Cell:
+    value, count = _value(part, metric), "/".join(map(str, (part or {}).get("counts", {}).get(metric, [])))
+    if paired and paired["difference"] is not None:
+        low, high = paired["interval"] or (None, None)
+        count += f"\n{signed(paired['difference'])}\n[{signed(low)}, {signed(high)}]\n{p_value(paired['p_swap'])}"
+    return Cell(percent(value), count.strip(), value is not None and value == best)
 
 
-def _main(evals: list[Eval], comparisons: list[Comparison]) -> Table:
-    names = _metrics(evals)
-    best = {m: _best([_score(e.scores, m)[0] for e in evals], _constants(evals[0], m)) for m in names}
+def _main(evals: list[Eval], comparisons: list[dict]) -> Table:
+    names, baselines = _metrics(evals), _baselines(evals[0])
+    best = {m: _best([_value(e.scores, m) for e in evals], [_value(b, m) for b in baselines.values()]) for m in names}
+    paired = {c["label"]: c["metrics"] for c in comparisons}
     rows = []
     for e in evals:
-        row = [Cell(e.label, _model(e))]
-        paired: dict = next((c.result["metrics"] for c in comparisons if c.label == e.label), {})
-        for m in names:
-            value, count = _score(e.scores, m)
-            lines = [count, _difference(paired[m]) if m in paired else ""]
-            is_best = len(evals) > 1 and value is not None and value == best[m]
-            row.append(Cell(percent(value), "\n".join(line for line in lines if line), is_best))
-        rows.append(row)
-    baselines = [[Cell(name, "baseline"), *_cells(part, names)] for name, part in _baselines(evals[0]).items()]
-    quiet = list(range(len(rows), len(rows) + len(baselines)))
+        model = str(_setting(e, "model") or "")
+        cells = [_cell(e.scores, m, paired.get(e.label, {}).get(m), best[m]) for m in names]
+        rows.append([Cell(e.label, "" if model == e.label else model), *cells])
+    rows += [[Cell(name, "baseline"), *(_cell(part, m) for m in names)] for name, part in baselines.items()]
     note = "Bold: best of its column." * (len(evals) > 1)
-    return Table(f"{_title(evals)}, %", ["model", *names.values()], rows + baselines, note, quiet)
+    return Table(f"{_title(evals)}, %", ["model", *names.values()], rows, note, list(range(len(evals), len(rows))))
 
 
 def _baselines(e: Eval) -> dict[str, dict]:
@@ -118,51 +125,23 @@ def _baselines(e: Eval) -> dict[str, dict]:
     return {k.replace("_", " "): v for k, v in e.scores.get("baselines", {}).items()}
 
 
-def _constants(e: Eval, metric: str) -> list[float]:
-    return [v for part in _baselines(e).values() if (v := _score(part, metric)[0]) is not None]
+def _best(values: list[float | None], constants: list[float | None]) -> float | None:
+    """The best of several values; None in a tie, and where a constant reply is as good."""
+    known = sorted((v for v in values if v is not None), reverse=True)
+    least = max((v for v in constants if v is not None), default=-1.0)
+    is_best = len(values) > 1 and known and known[0] > least and known.count(known[0]) == 1
+    return known[0] if is_best else None
 
 
-def _best(values: list[float | None], constants: list[float]) -> float | None:
-    """The best value of a column; None in a tie, and where a constant reply is as good."""
-    known = [v for v in values if v is not None]
-    best = max(known, default=None)
-    return None if best is None or known.count(best) > 1 or best <= max(constants, default=-1) else best
-
-
-def _model(e: Eval) -> str:
-    name = _setting(e, "model")
-    return "" if not name or str(name) == e.label else str(name)
-
-
-def _difference(paired: dict) -> str:
-    if paired.get("difference") is None:
-        return ""
-    low, high = paired.get("interval") or (None, None)
-    return f"{signed(paired['difference'])}\n[{signed(low)}, {signed(high)}]\n{p_value(paired.get('p_swap'))}"
-
-
-def _pairs(comparisons: list[Comparison]) -> Table:
+def _pairs(comparisons: list[dict]) -> Table:
     rows = []
     for c in comparisons:
-        found = c.result["mcnemar"]
+        found = c["mcnemar"]
         p = p_value(found["p"]).removeprefix("p ").removeprefix("= ")
-        rows.append([Cell(c.label), Cell(str(found["gained"])), Cell(str(found["lost"])), Cell(p)])
+        rows.append([Cell(c["label"]), Cell(str(found["gained"])), Cell(str(found["lost"])), Cell(p)])
     note = "McNemar's exact test takes questions as independent, which those of one set are not: read the swap test's p first."
-    title = "Questions gained and lost" + "".join(f" against {c.reference}" for c in comparisons[:1])
+    title = "Questions gained and lost" + "".join(f" against {c['reference']}" for c in comparisons[:1])
     return Table(title, ["model", "gained", "lost", "McNemar p"], rows, note)
-
-
-def _by_category(evals: list[Eval]) -> Table:
-    rows = []
-    words = {"VD": "visual dependent", "VS": "visual supplement"}
-    for key in ("by_category", "by_part"):
-        for name in _parts(evals, key):
-            more = words.get(name, "")
-            for e in evals:
-                whole = f"{name}, {more}" if more else name
-                head = Cell(e.label, whole) if len(evals) > 1 else Cell(name, more)
-                rows.append([head, *_cells(e.scores.get(key, {}).get(name), _metrics(evals))])
-    return Table("By category, %", ["category", *_metrics(evals).values()], rows)
 
 
 def _parts(evals: list[Eval], key: str) -> list[str]:
@@ -170,17 +149,29 @@ def _parts(evals: list[Eval], key: str) -> list[str]:
     return list(dict.fromkeys(name for e in evals for name in e.scores.get(key, {})))
 
 
+def _by_category(evals: list[Eval]) -> Table:
+    rows = []
+    for key in ("by_category", "by_part"):
+        for name in _parts(evals, key):
+            full = _PARTS.get(name, name)
+            for e in evals:
+                head = Cell(e.label, full) if len(evals) > 1 else Cell(name, full.removeprefix(name).removeprefix(", "))
+                rows.append([head, *(_cell(e.scores.get(key, {}).get(name), m) for m in _metrics(evals))])
+    return Table("By category, %", ["category", *_metrics(evals).values()], rows)
+
+
 def _by_subcategory(evals: list[Eval]) -> Table:
     rows = []
     for name in _parts(evals, "by_subcategory"):
-        found = (_cells(e.scores.get("by_subcategory", {}).get(name), ["aAcc"]) for e in evals)
-        rows.append([Cell(name.replace("_", " ")), *(cell for (cell,) in found)])
+        cells = [_cell(e.scores.get("by_subcategory", {}).get(name), "aAcc") for e in evals]
+        rows.append([Cell(name.replace("_", " ")), *cells])
     return Table("aAcc by subcategory, %", ["subcategory", *[e.label for e in evals]], rows)
 
 
 def _honest(evals: list[Eval]) -> Table:
     """What the score alone hides: answers that could not be read, bias, kinds of error, time and calls."""
-    found = [
+    thousandths = partial(percent, digits=3)
+    found: list[tuple[str, str, str, Callable]] = [
         ("unjudged questions", "", "unjudged", plain),
         ("questions without an answer", "counted as not right", "unanswered.n", plain),
         ("empty replies", "", "empty.n", plain),
@@ -188,8 +179,8 @@ def _honest(evals: list[Eval]) -> Table:
         ("replies cut at the length limit", "", "answer_format.cut_at_length", plain),
         ("replies with no readable answer", "", "answer_format.unreadable", plain),
         ("judge agrees with the rule", "", "judge_agreement", _agreement),
-        ("yes bias", "yes_pct_diff; 0 is unbiased", "diagnostics.yes_pct_diff", lambda v: signed(v, 3)),
-        ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", "diagnostics.fp_ratio", _thousandths),
+        ("yes bias", "yes_pct_diff; 0 is unbiased", "diagnostics.yes_pct_diff", partial(signed, digits=3)),
+        ("wrong answers where no was right", "fp_ratio; 0.5 is unbiased", "diagnostics.fp_ratio", thousandths),
         ("language hallucination", "", "diagnostics.language_hallucination", plain),
         ("visual illusion", "", "diagnostics.visual_illusion", plain),
         ("mixed", "", "diagnostics.mixed", plain),
@@ -204,22 +195,13 @@ def _honest(evals: list[Eval]) -> Table:
     ]
     rows = []
     for name, sub, place, show in found:
-        values = [_at(e.scores, place) for e in evals]
+        values: list[Any] = [e.scores for e in evals]
+        for key in place.split("."):
+            values = [(v or {}).get(key) for v in values]
         if any(v is not None for v in values):
             rows.append([Cell(name, sub), *[Cell(show(v)) for v in values]])
     note = "Counts of questions, of figures in the lines that say so. n/a: not recorded."
     return Table("Behind the scores", ["", *[e.label for e in evals]], rows, note)
-
-
-def _at(document: Any, place: str) -> Any:
-    """What stands at `a.b` of a document, None where nothing does."""
-    for key in place.split("."):
-        document = (document or {}).get(key)
-    return document
-
-
-def _thousandths(value: Any) -> str:
-    return percent(value, 3)
 
 
 def _agreement(found: dict | None) -> str:
@@ -227,18 +209,17 @@ def _agreement(found: dict | None) -> str:
 
 
 def _figures(evals: list[Eval]) -> list[Figure]:
-    names = _metrics(evals)
-    metrics = []
+    names, metrics = _metrics(evals), []
     for e in evals:
         bounds = [e.scores.get("intervals", {}).get(m) for m in names]
-        metrics.append(Series(e.label, [], [_score(e.scores, m)[0] for m in names], bounds))
+        metrics.append(Series(e.label, [], [_value(e.scores, m) for m in names], bounds))
     title = _title(evals) + " with 95 % intervals" * any(b for s in metrics for b in s.bounds or [])
-    marks = [Series(name, [], [_score(p, m)[0] for m in names]) for name, p in _baselines(evals[0]).items()]
+    marks = [Series(name, [], [_value(p, m) for m in names]) for name, p in _baselines(evals[0]).items()]
     name = "report-" + re.sub(r"\W+", "-", _title(evals).lower())
-    figures = [dots(name, title, list(names.values()), metrics, marks=marks)]
+    figures = [dots(name, title, list(names.values()), metrics, marks)]
     if parts := _parts(evals, "by_subcategory"):
         found = [e.scores.get("by_subcategory", {}) for e in evals]
-        series = [Series(e.label, [], [_score(d.get(n), "aAcc")[0] for n in parts]) for e, d in zip(evals, found)]
+        series = [Series(e.label, [], [_value(d.get(n), "aAcc") for n in parts]) for e, d in zip(evals, found)]
         shown = [n.replace("_", " ") for n in parts]
         figures.append(dots("report-subcategories", "aAcc by subcategory", shown, series))
     return figures

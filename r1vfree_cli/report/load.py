@@ -44,13 +44,17 @@ class Run:
 
 @dataclass
 class Eval:
-    """An eval dir: `scores.json` (what `eval-hallusion --json` prints) and `eval.json` (how it was made)."""
+    """An eval dir: `scores.json` (what `eval-hallusion --json` prints) and `eval.json` (how it was made). items,
+    records, figures, by question id: the judged question, its record in judged.json, what reads its figure."""
 
     path: Path
     label: str
     scores: dict
     settings: dict
     notes: list[str]
+    items: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, dict] = field(default_factory=dict)
+    figures: dict[str, Callable[[], bytes]] = field(default_factory=dict)
 
 
 def number(value: Any) -> float | None:
@@ -64,10 +68,8 @@ def clean(value: Any, secrets: list[str] | None = None) -> Any:
     """The same document, fit to be shown: secrets replaced, control characters and lone surrogates too."""
     secrets = _planted() if secrets is None else secrets
     if isinstance(value, dict):
-        return {
-            clean(str(k), secrets): REDACTED if v and _secret_key(str(k)) else clean(v, secrets)
-            for k, v in value.items()
-        }
+        named = {str(k): v for k, v in value.items()}
+        return {clean(k, secrets): REDACTED if v and _secret_key(k) else clean(v, secrets) for k, v in named.items()}
     if isinstance(value, list | tuple):
         # In an argv the value follows its flag: --api-key VALUE.
         flags = [isinstance(v, str) and v.startswith("--") and _secret_key(v[2:]) for v in value]
@@ -94,10 +96,8 @@ def _planted() -> list[str]:
 def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
     """Read the given dirs, each once, in the order given.
 
-    Raises:
-        UsageError: none given; or evals of different protocols.
-        DataError: one is neither a run dir nor an eval dir, or its main files are damaged; or evals of different
-            numbers of questions.
+    Raises UsageError: none given, or evals of different protocols. DataError: one is neither a run dir nor an eval dir,
+    its main files are damaged, or evals of different numbers of questions.
     """
     if not dirs:
         raise UsageError("no folder given", hint="r1v report RUN_OR_EVAL_DIR...")
@@ -109,24 +109,25 @@ def collect(dirs: list[Path]) -> tuple[list[Run], list[Eval]]:
         evals += [read_eval(path, label)] if is_eval else []
         if not is_run and not is_eval:
             raise _neither(path)
-    check_comparable(evals)
+    for key, what, error in (("protocol", "protocols", UsageError), ("n_questions", "numbers of questions", DataError)):
+        found: dict[str, list[str]] = {}
+        for e in evals:
+            found.setdefault(str(e.scores.get(key)), []).append(str(e.path))
+        if len(found) > 1:
+            told = f"the evals have different {what}, and their scores cannot stand in one table"
+            details = [f"{value}: {', '.join(who)}" for value, who in found.items()]
+            raise error(told, details=details, hint="make one report for each")
     return runs, evals
 
 
 def _neither(path: Path) -> DataError:
-    if not path.exists():
-        return DataError(f"{path} does not exist", hint="give run dirs and eval dirs")
     if not path.is_dir():
-        return DataError(f"{path} is a file, not a run dir or eval dir", hint="give the folder that holds it")
+        what = "is a file, not a run dir or eval dir" if path.exists() else "does not exist"
+        return DataError(f"{path} {what}", hint="give run dirs and eval dirs")
     if (path / "eval.json").is_file():
-        return DataError(
-            f"{path} is an eval dir without scores.json: it is not scored yet",
-            hint="run the same r1v eval again; it asks only for what is missing",
-        )
-    try:
-        names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
-    except OSError as e:
-        return DataError(f"cannot read {path}: {e.strerror}")
+        what = f"{path} is an eval dir without scores.json: it is not scored yet"
+        return DataError(what, hint="run the same r1v eval again; it asks only for what is missing")
+    names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
     found = ", ".join(names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8)) or "nothing"
     hint = "a run dir holds recipe.yaml and status.json, an eval dir scores.json and eval.json"
     details = [f"found in it: {clean(found)}"]
@@ -138,9 +139,8 @@ def labels(paths: list[Path]) -> list[str]:
     parts = [p.resolve().parts for p in paths]
     names = []
     for own in parts:
-        n = 1
-        while n < len(own) and sum(other[-n:] == own[-n:] for other in parts) > 1:
-            n += 1
+        alone = (n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        n = next(alone, len(own))
         if own[-n:] in (("eval",), ("final",)) and len(own) > n + 1:
             n += 1
         names.append(clean("/".join(own[-n:])))
@@ -148,13 +148,10 @@ def labels(paths: list[Path]) -> list[str]:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """Read a run dir.
-
-    Raises:
-        DataError: `status.json` is damaged.
-    """
+    """Read a run dir. Raises DataError: `status.json` is damaged."""
     files, notes = RunDir(path), list[str]()
-    status, recipe = clean(files.status), _optional(files.recipe, notes, _recipe)
+    status = clean(files.status)
+    recipe = _optional(files.recipe, notes, lambda p: read_yaml(p.read_text(encoding="utf-8"), "it"))
     run = Run(
         path,
         label,
@@ -178,9 +175,7 @@ def read_run(path: Path, label: str) -> Run:
 
 def read_metrics(path: Path, notes: list[str]) -> list[dict]:
     """Lines of metrics.jsonl by step, numbers only; a step that is there twice (a resume) counts once, the last wins.
-
-    Damaged lines and a cut last line (killed writer) are left out and noted.
-    """
+    Damaged lines and a cut last line (killed writer) are left out and noted."""
     if not path.is_file():
         notes.append(f"{path.name} is not there")
         return []
@@ -190,9 +185,8 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict]:
         try:
             line = json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):
-            if text.endswith(b"\n"):
-                damaged += 1
-            else:
+            damaged += text.endswith(b"\n")
+            if not text.endswith(b"\n"):
                 notes.append(f"{path.name}: the last line is cut (its writer was killed) and left out")
             continue
         if isinstance(line, dict) and (step := number(line.get("step"))) is not None:
@@ -204,11 +198,7 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict]:
 
 
 def read_eval(path: Path, label: str) -> Eval:
-    """Read an eval dir.
-
-    Raises:
-        DataError: `scores.json` is damaged or no result of eval-hallusion.
-    """
+    """Read an eval dir. Raises DataError: `scores.json` is damaged or no result of an evaluation."""
     scores = clean(read_object(path / "scores.json"))
     if not isinstance(scores.get("metrics"), dict) or not scores.get("protocol"):
         what = f"{path / 'scores.json'} is no result of r1v eval: `protocol` and `metrics` are needed"
@@ -217,39 +207,15 @@ def read_eval(path: Path, label: str) -> Eval:
     return Eval(path, label, scores, _optional(path / "eval.json", notes), notes)
 
 
-def check_comparable(evals: list[Eval]) -> None:
-    """One report compares only evals of one protocol over one set of questions.
-
-    Raises:
-        UsageError: naming the protocols, and who has which.
-        DataError: the same for the numbers of questions.
-    """
-    for key, what, error in (("protocol", "protocols", UsageError), ("n_questions", "numbers of questions", DataError)):
-        found: dict[str, list[str]] = {}
-        for e in evals:
-            found.setdefault(str(e.scores.get(key)), []).append(str(e.path))
-        if len(found) > 1:
-            raise error(
-                f"the evals have different {what}, and their scores cannot stand in one table",
-                details=[f"{value}: {', '.join(who)}" for value, who in found.items()],
-                hint="make one report for each",
-            )
-
-
-def _optional(path: Path, notes: list[str], read: Callable[[Path], dict] = read_object) -> dict:
+def _optional(path: Path, notes: list[str], read: Callable[[Path], Any] = read_object) -> dict:
     where = f"{path.parent.name}/{path.name}" if path.parent.name == "final" else path.name
-    if not path.is_file():
-        notes.append(f"{where} is not there")
-        return {}
     try:
-        return clean(read(path))
+        if not path.is_file():
+            notes.append(f"{where} is not there")
+        elif isinstance(document := read(path), dict):
+            return clean(document)
+        else:
+            notes.append(f"{where} is damaged: it holds no recipe")
     except (DataError, UsageError, OSError, ValueError) as e:
         notes.append(f"{where} is damaged: {clean(first_line(e))}")
-        return {}
-
-
-def _recipe(path: Path) -> dict:
-    document = read_yaml(path.read_text(encoding="utf-8"), "it")
-    if not isinstance(document, dict):
-        raise ValueError("it holds no recipe")
-    return document
+    return {}

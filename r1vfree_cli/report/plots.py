@@ -7,8 +7,10 @@ in dash and dots in shape as well as in colour, for readers who do not tell the 
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from typing import Any, Literal
 
 MARK = "r1v report"  # written into every file of a report; how a later report knows its own
@@ -41,10 +43,8 @@ class Series:
 
 
 def curve(name: str, title: str, unit: str, series: list[Series], *, legend: bool, share: bool = False) -> Figure:
-    """A metric over training steps, one line a run; from `SMOOTH_FROM` steps on a running mean before the raw line.
-
-    A share's axis is 0 to 1; other axes span at least a tenth of the values, so that noise does not look like a trend.
-    """
+    """A metric over training steps, one line a run; from `SMOOTH_FROM` steps on a running mean before the raw line. A
+    share's axis is 0 to 1; other axes span at least a tenth of the values, so that noise does not look like a trend."""
     figure, axes = _axes(3.9, 2.5, title, "step", grid="y")
     for s in series:
         i = s.style
@@ -60,9 +60,7 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
     axes.set_ylabel(unit, fontsize=9.5, color=_INK)
     if share:
         axes.set_ylim(-0.03, 1.03)
-    elif values := [
-        v for s in series for v in [*s.y, *(end for b in s.bounds or [] for end in b or ())] if v is not None
-    ]:
+    elif values := [v for s in series for v in [*s.y, *chain(*filter(None, s.bounds or []))] if v is not None]:
         low, high = min(values), max(values)
         room = max(0.1 * max(abs(low), abs(high)) - (high - low), 0) / 2 + 0.05 * (high - low)
         axes.set_ylim(low - (room or 0.5), high + (room or 0.5))
@@ -71,18 +69,16 @@ def curve(name: str, title: str, unit: str, series: list[Series], *, legend: boo
         axes.legend(loc="best", fontsize=8.5, frameon=False, labelcolor=_INK)
     parts = []
     for s in series:
-        known = [(x, v) for x, v in zip(s.x, s.y) if v is not None]
-        if known:
-            (first_x, first), (last_x, last) = known[0], known[-1]
-            parts.append(f"{s.label}: {first:.4g} at step {first_x:g}, {last:.4g} at step {last_x:g}")
+        if known := [f"{v:.4g} at step {x:g}" for x, v in zip(s.x, s.y) if v is not None]:
+            parts.append(f"{s.label}: {known[0]}, {known[-1]}")
     return _save(figure, name, f"{title} over training steps. " + "; ".join(parts) + ".")
 
 
-def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks: list[Series] | None = None) -> Figure:
+def dots(name: str, title: str, rows: list[str], series: list[Series], marks: Sequence[Series] = ()) -> Figure:
     """Percentages side by side: a row each, one dot a series in each row; `marks` are thin ticks (baselines)."""
-    legend_rows = (len(series) + len(marks or []) + 1) // 2
+    legend_rows = (len(series) + len(marks) + 1) // 2
     figure, axes = _axes(4.8, 0.3 * len(rows) + 0.2 * legend_rows + 0.85, title, "%", grid="x")
-    for j, s in enumerate(marks or []):
+    for j, s in enumerate(marks):
         marker, size = ("|", 70) if j % 2 == 0 else ("x", 28)
         axes.scatter(_gaps(s.y), range(len(rows)), marker=marker, s=size, color=_INK, linewidths=1.3, label=s.label)
     for j, s in enumerate(series):
@@ -96,9 +92,8 @@ def dots(name: str, title: str, rows: list[str], series: list[Series], *, marks:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     figure.legend(loc="outside lower left", ncols=2, fontsize=8.5, frameon=False, labelcolor=_INK)
-    said = []
-    for s in [*series, *(marks or [])]:
-        said.append(f"{s.label}: " + ", ".join(f"{row} {v:.1f}" for row, v in zip(rows, s.y) if v is not None))
+    told = [(s, [f"{row} {v:.1f}" for row, v in zip(rows, s.y) if v is not None]) for s in [*series, *marks]]
+    said = [f"{s.label}: {', '.join(values)}" for s, values in told]
     return _save(figure, name, f"{title}, in percent. " + "; ".join(said) + ".")
 
 
@@ -129,7 +124,7 @@ def _running_mean(y: list[float | None], window: int) -> list[float]:
     means = []
     for i in range(len(y)):
         known = [v for v in y[max(0, i - window + 1) : i + 1] if v is not None]
-        means.append(sum(known) / len(known) if known else float("nan"))
+        means.append(sum(known) / len(known) if known else math.nan)
     return means
 
 
@@ -148,14 +143,12 @@ def _save(figure, name: str, alt: str) -> Figure:
 
 def _inline(document: str, name: str, alt: str) -> str:
     """An SVG document as one element of an HTML page: ids made unique, sizes fluid, ink in the page's colour."""
-    svg = document[document.index("<svg") :]
+    svg = document[document.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
-    svg = svg.replace(_INK, "currentColor")
-    opening = re.match(r"<svg[^>]*>", svg)
-    box = re.search(r'viewBox="[^"]*"', svg)
-    assert opening and box, "matplotlib writes an <svg> with a viewBox"
-    head = f'<svg role="img" aria-label="{escape(alt)}" {box.group()} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return head + svg[opening.end() :]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{name}-", svg)
+    opening, rest = svg.split(">", 1)
+    box = opening.split('viewBox="')[1].split('"')[0]
+    return (
+        f'<svg role="img" aria-label="{escape(alt)}" viewBox="{box}" xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink">{rest}'
+    )

@@ -16,14 +16,7 @@ from .load import UNFINISHED, Eval, Run, collect
 from .plots import MARK
 from .view import signed
 
-GALLERY_LEAD = (
-    "From the first and the last kept steps and evenly spaced ones between, the groups whose advantages differ most: "
-    "these teach most and are no average sample. Best advantage first."
-)
-CURVES_LEAD = (
-    "Where a faint line lies behind a strong one, it is single steps, and the strong one their running mean. Axes of "
-    "shares go from 0 to 1."
-)
+_HOLDS_0 = "not established: the interval holds 0"
 
 
 class Raw(str):
@@ -33,41 +26,33 @@ class Raw(str):
 def report(dirs: list[Path], out: Path, *, overwrite: bool = False) -> dict:
     """Write report.md, report.html and their pictures about run dirs and eval dirs into `out`.
 
-    Files of an earlier report are recognised by the mark in them and replaced; pictures of it that are no longer
-    needed are removed. A file of the same name without the mark is somebody else's: it is replaced only with
-    `overwrite`. The first eval dir is what the others are compared with.
+    Files of an earlier report, known by the mark in them, are replaced, and its pictures removed that are no longer
+    needed; a file of somebody else is replaced only with `overwrite`. The first eval dir is what the others are compared
+    with. Returns what `--json` prints: `out`, `files`, `runs`, `evals`, `comparisons`, `missing`.
 
-    Returns:
-        What `--json` prints: `out`, `files`, `runs`, `evals`, `comparisons`, `missing`.
-
-    Raises:
-        UsageError: no dirs; evals of different protocols; a foreign file in the way.
-        DataError: a dir that is neither, damaged main files, or evals of different questions.
+    Raises UsageError: no dirs; evals of different protocols; a foreign file in the way. DataError: a dir that is
+    neither, damaged main files, or evals of different questions.
     """
     runs, evals = collect(dirs)
-    album = Album()
+    album: Album = {}
     try:
         view = _view(runs, evals, album)
     except (TypeError, AttributeError, KeyError, ValueError, LookupError) as e:  # values that r1v does not write
         raise DataError(f"the files of {', '.join(map(str, dirs))} hold other values than r1v writes: {e!r}") from e
     view["training_first"] = bool(runs) and Path(dirs[0]).resolve() == runs[0].path.resolve()
-    files = {"report.html": _html(view).encode(), "report.md": _markdown(view).encode()}
-    files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album.files
+    files = {"report.html": _render("report.html.j2", view, autoescape=True)}
+    # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
+    files["report.md"] = _render("report.md.j2", view, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
+    files |= {f"{f.name}.png": f.png for f in view["all_figures"]} | album
     _write(Path(out), files, overwrite)
     return {
         "out": str(out),
         "files": sorted(files),
-        "runs": [_run_summary(r) for r in runs],
+        "runs": [training.summary(r) for r in runs],
         "evals": [{"label": e.label, "path": str(e.path), "metrics": e.scores["metrics"]} for e in evals],
-        "comparisons": [{"label": c.label, "reference": c.reference, **c.result} for c in view["comparisons"]],
+        "comparisons": view["comparisons"],
         "missing": [{"where": who, "what": note} for who, note in view["missing"]],
     }
-
-
-def _run_summary(run: Run) -> dict:
-    last = run.metrics[-1] if run.metrics else {}
-    found = {"state": run.status.get("state"), "step": run.status.get("step", last.get("step"))}
-    return {"label": run.label, "path": str(run.path), **found, "reward": last.get("reward")}
 
 
 def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
@@ -91,13 +76,15 @@ def _view(runs: list[Run], evals: list[Eval], album: Album) -> dict[str, Any]:
         "figures": figures,
         "all_figures": figures + bench.get("figures", []),
         "runs": run_views,
-        "gallery_lead": GALLERY_LEAD,
-        "curves_lead": CURVES_LEAD,
+        "gallery_lead": "From the first and the last kept steps and evenly spaced ones between, the groups whose "
+        "advantages differ most: these teach most and are no average sample. Best advantage first.",
+        "curves_lead": "Where a faint line lies behind a strong one, it is single steps, and the strong one their "
+        "running mean. Axes of shares go from 0 to 1.",
         "missing": list(dict.fromkeys(missing)),
     }
 
 
-def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[str]:
+def verdict(runs: list[Run], comparisons: list[dict]) -> list[str]:
     """What changed, by how much, and whether it is established: a sentence a run and a comparison."""
     said = []
     for run in runs:
@@ -118,36 +105,34 @@ def verdict(runs: list[Run], comparisons: list[benchmark.Comparison]) -> list[st
                 "answers are better, a benchmark tells."
             )
     for c in comparisons:
-        name, paired = next(iter(c.result["metrics"].items()))
+        name, paired = next(iter(c["metrics"].items()))
         if paired["difference"] is None:
             continue
-        low, high = paired["interval"]
-        p = paired.get("p_swap")
+        (low, high), p = paired["interval"], paired["p_swap"]
+        word = "established"
         if low <= 0 <= high:
-            word = "not established: the interval holds 0"
-        elif p is not None and p > 1 - c.result["level"]:  # few sets of questions: their interval is too narrow
+            word = _HOLDS_0
+        elif p > 1 - c["level"]:  # few sets of questions: their interval is too narrow
             word = f"not established: the two swapped at random differ as much (p {p:.2g})"
-        else:
-            word = "established"
         said.append(
-            f"{c.label} against {c.reference}: {name} {signed(paired['difference'])} points, "
-            f"{100 * c.result['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."
+            f"{c['label']} against {c['reference']}: {name} {signed(paired['difference'])} points, "
+            f"{100 * c['level']:.0f} % interval {signed(low)} to {signed(high)}, {word}."
         )
     return said
 
 
 def _evaluated(run: Run) -> str | None:
     """The evaluation while training, first and last: the metric of `keep_best`, else the first."""
-    lines = [(line, keys) for line in run.metrics if (keys := [k for k in line if training.EVALUATION.fullmatch(k)])]
+    lines = [line for line in run.metrics if any(map(training.EVALUATION.fullmatch, line))]
     if len(lines) < 2:
         return None
-    keys = lines[0][1]
+    keys = [key for key in lines[0] if training.EVALUATION.fullmatch(key)]
     best = (run.recipe.get("eval") or {}).get("keep_best")
     key = next((k for k in keys if k.endswith(f"/{best}")), keys[0])
-    wanted = (key, f"{key}/low", f"{key}/high")
-    first, last = ([v for k in wanted if (v := line.get(k)) is not None] for line, _ in (lines[0], lines[-1]))
-    if len(first) < 3 or len(last) < 3:
+    wanted = [key, f"{key}/low", f"{key}/high"]
+    if not lines[0].keys() & lines[-1].keys() >= set(wanted):
         return None
+    first, last = ([line[k] for k in wanted] for line in (lines[0], lines[-1]))
     apart = last[1] > first[2] or last[2] < first[1]
     word = "established" if apart else "not established: the intervals overlap"
     shown = [f"{value:.3g} ({low:.3g} to {high:.3g})" for value, low, high in (first, last)]
@@ -160,32 +145,21 @@ def _change(before: float, after: float, n: float | None) -> str:
     if not n:
         return f"{text}; the number of rows was not kept, so there is no interval."
     half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
-    word = "established" if abs(after - before) > half else "not established: the interval holds 0"
+    word = "established" if abs(after - before) > half else _HOLDS_0
     return f"{text} ± {100 * half:.1f} ({n:.0f} rows, 95 %), {word}."
 
 
-def _environment(**options):
+def _render(template: str, view: dict, **options) -> bytes:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("r1vfree_cli.report", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, **options)
+    environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute, "signed": signed}
     environment.filters |= {
         "scored": lambda value: "not scored" if value is None else f"{value:.3g}",
         "tone": lambda advantage: "" if not advantage else "up" if advantage > 0 else "down",
-        "signed": signed,
     }
-    return environment
-
-
-def _html(view: dict) -> str:
-    return _environment(autoescape=True).get_template("report.html.j2").render(view).lstrip()
-
-
-def _markdown(view: dict) -> str:
-    # `finalize` sees every {{ value }}: escaping is what happens unless a filter made the value Raw.
-    environment = _environment(autoescape=False, finalize=lambda v: v if isinstance(v, Raw) else markdown(v))
-    environment.filters |= {"fence": fence, "raw": Raw, "attr_text": attribute}
-    return environment.get_template("report.md.j2").render(view)
+    return environment.get_template(template).render(view).lstrip().encode()
 
 
 def markdown(value: Any) -> str:
@@ -198,8 +172,7 @@ def markdown(value: Any) -> str:
 
 def fence(text: Any) -> Raw:
     """A fenced code block that no line in the text can end."""
-    longest = max((len(run) for run in re.findall(r"`+", str(text))), default=0)
-    ticks = "`" * max(3, longest + 1)
+    ticks = max(("`" + run for run in re.findall(r"``+", str(text))), key=len, default="```")
     return Raw(f"{ticks}text\n{text}\n{ticks}")
 
 
@@ -213,11 +186,9 @@ def _write(out: Path, files: dict[str, bytes], overwrite: bool) -> None:
         raise UsageError(f"{out} is a file, not a folder", hint="choose another --out")
     foreign = [name for name in files if (out / name).exists() and not _is_ours(out / name)]
     if foreign and not overwrite:
-        raise UsageError(
-            f"{out} holds files that r1v report did not write",
-            details=[f"in the way: {', '.join(sorted(foreign))}"],
-            hint="--out names another folder, --overwrite replaces them",
-        )
+        details = [f"in the way: {', '.join(sorted(foreign))}"]
+        hint = "--out names another folder, --overwrite replaces them"
+        raise UsageError(f"{out} holds files that r1v report did not write", details=details, hint=hint)
     # The pages last: they never name a picture that is not there yet.
     for name in sorted(files, key=lambda n: n.startswith("report.")):
         write_bytes(out / name, files[name])

@@ -1,7 +1,6 @@
 """The rollouts of a step as gallery and viewer show them: groups of one question, and what marks each sample."""
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,7 @@ from .load import clean, number
 
 def read_groups(file: Path, step: int, recipe: dict) -> list[dict]:
     """The groups of a step: question, samples, spread of advantages, disagreement of the recipe's judges.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    Raises DataError: the file is damaged."""
     try:
         rows = pq.read_table(file).to_pylist()
     except (pa.ArrowException, OSError) as e:
@@ -34,7 +30,6 @@ def read_groups(file: Path, step: int, recipe: dict) -> list[dict]:
 def _group(step: int, group: int, row_id: str, members: list[dict], judges: set[str]) -> dict:
     texts = [str(m.get("completion")) for m in members]
     answers = [parse(text).answer for text in texts]
-    repeats, alike = Counter(texts), Counter(answers)
     samples = [
         {
             "completion": clean(text),
@@ -44,9 +39,9 @@ def _group(step: int, group: int, row_id: str, members: list[dict], judges: set[
             "verdicts": _under("verdicts/", m),
             **{name: number(m.get(name)) for name in ("reward", "advantage", "tokens")},
             "clipped": bool(m.get("clipped")),
-            "duplicate": repeats[text] > 1,
+            "duplicate": texts.count(text) > 1,
             # Most of a group gives one answer: it may be a template that pleases the judge.
-            "template": len(members) > 3 and alike[answer] > 0.75 * len(members),
+            "template": len(members) > 3 and answers.count(answer) > 0.75 * len(members),
         }
         for m, text, answer in zip(members, texts, answers)
     ]

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from ..core.errors import DataError
-from .gallery import Album, row_images
+from .gallery import Album, add_picture, row_images
 from .load import Run
 from .plots import Figure, Series, curve
 from .rollouts import read_groups
@@ -39,13 +39,11 @@ EVALUATION = re.compile(r"eval/([^/]+)/(.+?)(?<!/low)(?<!/high)")  # its interva
 
 def curves(runs: list[Run]) -> list[Figure]:
     """One figure a metric, with every run that logged it."""
-    logged = {key for run in runs for line in run.metrics for key in line}
     names = dict(_CURVES)
-    for key in sorted(logged):
-        found = _REWARD.fullmatch(key)
-        if found and key not in names:
-            names[key] = (f"Reward: {found[1]}", "mean")
-        if found := EVALUATION.fullmatch(key):
+    for key in sorted({key for run in runs for line in run.metrics for key in line}):
+        if found := _REWARD.fullmatch(key):
+            names.setdefault(key, (f"Reward: {found[1]}", "mean"))
+        elif found := EVALUATION.fullmatch(key):
             unit = "percent" if found[1] != "heldout" else "share" if found[2] in ("accuracy", "format") else "mean"
             names[key] = (f"{found[1]}, greedy: {found[2]}", unit)
     rewards = sorted(key for key in names if _REWARD.fullmatch(key))
@@ -60,14 +58,13 @@ def curves(runs: list[Run]) -> list[Figure]:
             title, unit = names[key]
             # Numbered: two metrics may differ in signs alone that a file name cannot have.
             name = f"report-curve-{len(figures) + 1:02d}-" + re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[:60]
-            share = unit.startswith("share")
-            figures.append(curve(name, title, unit, series, legend=len(runs) > 1, share=share))
+            figures.append(curve(name, title, unit, series, legend=len(runs) > 1, share=unit.startswith("share")))
     return figures
 
 
 def _bounds(points: list[dict], key: str) -> list[tuple[float, float] | None]:
-    ends = ((x.get(f"{key}/low"), x.get(f"{key}/high")) for x in points)
-    return [None if low is None or high is None else (low, high) for low, high in ends]
+    ends = (f"{key}/low", f"{key}/high")
+    return [(x[ends[0]], x[ends[1]]) if x.keys() >= set(ends) else None for x in points]
 
 
 def _is_logged(run: Run, line: dict, key: str) -> bool:
@@ -91,28 +88,30 @@ def view(run: Run, album: Album) -> dict[str, Any]:
     }
 
 
+def summary(run: Run) -> dict[str, Any]:
+    """What `--json` prints of a run."""
+    last = run.metrics[-1] if run.metrics else {}
+    found = {"state": run.status.get("state"), "step": run.status.get("step", last.get("step"))}
+    return {"label": run.label, "path": str(run.path), **found, "reward": last.get("reward")}
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     model, data, train = (run.recipe.get(k) or {} for k in ("model", "data", "train"))
     named = [f"{r['name']} × {plain(r.get('weight', 1.0))}" for r in run.recipe.get("rewards", [])]
-    last = run.metrics[-1] if run.metrics else {}
+    now, planned = summary(run), run.status.get("max_steps") or 0
+    steps = None if now["step"] is None else f"{now['step']:g}" + (f" of {planned:g}" if planned > 0 else "")
     pairs: list[tuple[str, Any]] = [
-        ("state", run.status.get("state")),
+        ("state", now["state"]),
         ("reason", run.status.get("reason")),
-        ("steps", _steps(run)),
+        ("steps", steps),
         ("attempts", run.status.get("attempt")),
         ("model", model.get("name")),
         ("data", data.get("path") and f"{data['path']} ({data.get('split', 'train')})"),
         ("rewards", ", ".join(named)),
         ("group size", train.get("num_generations")),
-        ("last reward", last.get("reward")),
+        ("last reward", now["reward"]),
     ]
     return [(name, plain(value)) for name, value in pairs if value not in (None, "", [])]
-
-
-def _steps(run: Run) -> str | None:
-    done = run.status.get("step", run.metrics[-1]["step"] if run.metrics else None)
-    planned = run.status.get("max_steps") or 0
-    return None if done is None else f"{done:g}" + (f" of {planned:g}" if planned > 0 else "")
 
 
 def _heldout(run: Run) -> Table | None:
@@ -132,15 +131,14 @@ def _cost(run: Run) -> Table | None:
     steps = [line["step_time"] for line in run.metrics if "step_time" in line]
     if steps:
         rows.append([Cell("time a step, median"), Cell(duration(statistics.median(steps)))])
-    totals = {"calls": "judge calls", "cache_hits": "judge cache hits", "tokens": "judge tokens", "cost": "judge cost"}
-    for key, name in totals.items():
-        pattern = re.compile(rf"judge/([^/]+/)?{key}")  # judge/LABEL/... where there are several: their sum
-        logged = [value for line in run.metrics for k, value in line.items() if pattern.fullmatch(k)]
-        if logged:
-            rows.append([Cell(name), Cell(plain(sum(logged)))])
-    for kind in sorted({k for line in run.metrics for k in line if k.startswith("judge/") and "/failed/" in k}):
-        total, what = sum(line.get(kind, 0) for line in run.metrics), kind.removeprefix("judge/").replace("failed/", "")
-        rows.append([Cell(f"judge calls failed: {what}"), Cell(plain(total))])
+    logged = [item for line in run.metrics for item in line.items() if item[0].startswith("judge/")]
+    for key in ("calls", "cache_hits", "tokens", "cost"):
+        # judge/LABEL/... where there are several: their sum
+        if values := [value for k, value in logged if re.fullmatch(rf"judge/([^/]+/)?{key}", k)]:
+            rows.append([Cell(f"judge {key.replace('_', ' ')}"), Cell(plain(sum(values)))])
+    for key in sorted({k for k, _ in logged if "/failed/" in k}):
+        what = key.removeprefix("judge/").replace("failed/", "")
+        rows.append([Cell(f"judge calls failed: {what}"), Cell(plain(sum(value for k, value in logged if k == key)))])
     return Table("Time and cost", ["what", "value"], rows) if rows else None
 
 
@@ -159,16 +157,15 @@ def gallery(run: Run, album: Album, notes: list[str]) -> list[dict]:
     for i in sorted({round(i * (len(steps) - 1) / max(n - 1, 1)) for i in range(n)}):
         try:
             found = read_groups(run.rollouts[steps[i]], steps[i], run.recipe)
+            groups += sorted(found, key=lambda g: -g["spread"])[:GALLERY_GROUPS]
         except DataError as e:
             notes.append(e.message)
-            continue
-        groups += sorted(found, key=lambda g: -g["spread"])[:GALLERY_GROUPS]
     images, note = row_images(run.recipe, {g["id"] for g in groups})
     notes += [note] if note else []
     for group in groups:
-        group["picture"] = album.add(images.get(group["id"]), f"image of the question: {group['question'][:200]}")
+        alt = f"image of the question: {group['question'][:200]}"
+        group["picture"] = add_picture(album, images.get(group["id"]), alt)
         group["samples"].sort(key=lambda s: -math.inf if s["advantage"] is None else s["advantage"], reverse=True)
         for s in group["samples"]:
-            s["cut"] = max(0, len(s["completion"]) - MAX_CHARS)
-            s["completion"] = s["completion"][:MAX_CHARS]
+            s |= {"cut": max(0, len(s["completion"]) - MAX_CHARS), "completion": s["completion"][:MAX_CHARS]}
     return groups

@@ -17,37 +17,34 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table with a caption. The first cell of a row is its header; `head` rows are set apart (baselines)."""
+    """A table with a caption. The first cell of a row is its header; `quiet` are indices of rows set back: baselines."""
 
     caption: str
     columns: list[str]
     rows: list[list[Cell]]
     note: str = ""
-    quiet: list[int] = field(default_factory=list)  # indices of rows set back: baselines
+    quiet: list[int] = field(default_factory=list)
 
 
 NONE = "n/a"
 
 
-def percent(value: Any, digits: int = 1) -> str:
+def percent(value: float | None, digits: int = 1) -> str:
     """A value that is in percent already."""
-    found = number(value)
-    return NONE if found is None else f"{found:.{digits}f}"
+    return NONE if value is None else f"{value:.{digits}f}"
 
 
-def signed(value: Any, digits: int = 1) -> str:
+def signed(value: float | None, digits: int = 1) -> str:
     """With its sign; a true minus."""
-    found = number(value)
-    if found is None:
+    if value is None:
         return NONE
-    text = f"{abs(found):.{digits}f}"
-    return ("±" if float(text) == 0 else "+" if found > 0 else "−") + text
+    text = f"{abs(value):.{digits}f}"
+    return ("±" if float(text) == 0 else "+" if value > 0 else "−") + text
 
 
-def p_value(value: Any) -> str:
+def p_value(value: float | None) -> str:
     """`p = 0.012`, never `p = 0`: the swap test has as many draws as it has."""
-    found = number(value)
-    return "" if found is None else "p < 0.001" if found < 0.001 else f"p = {found:.3f}"
+    return "" if value is None else "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def plain(value: Any) -> str:
@@ -61,17 +58,13 @@ def plain(value: Any) -> str:
         if found is None:
             return NONE
         return f"{found:,.0f}" if found == int(found) and abs(found) < 1e15 else f"{found:.4g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(plain(v) for v in value) or NONE
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {plain(v)}" for k, v in value.items()) or NONE
-    return str(value)
+        value = [f"{k}: {plain(v)}" for k, v in value.items()]
+    return (", ".join(map(plain, value)) or NONE) if isinstance(value, list | tuple) else str(value)
 
 
-def duration(value: Any) -> str:
-    """Seconds, for people."""
-    seconds = number(value)
-    if seconds is None or seconds < 0:
+def duration(seconds: float | None) -> str:
+    if seconds is None:
         return NONE
     if seconds < 60:
         return f"{seconds:.1f} s"

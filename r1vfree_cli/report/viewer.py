@@ -20,7 +20,7 @@ from ..core.errors import DataError, UsageError
 from ..run.run_dir import RunDir
 from ..training.recorder import rollout_file
 from .gallery import row_images
-from .load import Run, clean, labels, read_run
+from .load import clean, labels, read_run
 from .rollouts import read_groups
 
 PAGE = 40  # groups in one reply of a search
@@ -28,19 +28,15 @@ _SCREENS = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"}
 
 
 class Rollouts:
-    """The rollouts of one run dir, read when asked for.
-
-    Raises DataError: the folder holds no GRPO run.
-    """
+    """The rollouts of one run dir, read when asked for. Raises DataError: the folder holds no GRPO run."""
 
     def __init__(self, path: Path, label: str):
-        self.files = RunDir(path)
-        self.label = label
-        self._run: Run = read_run(path, label)
+        self.files, self.label, self._run = RunDir(path), label, read_run(path, label)
         if self._run.stage != "grpo":
             what = "is no run of r1v grpo: there are no rollouts to view" if path.exists() else "does not exist"
             raise DataError(f"{path} {what}", hint="give a run dir")
-        self.groups = lru_cache(64)(self._groups)
+        # Of a step. Raises DataError: no such step, or its file is damaged.
+        self.groups = lru_cache(64)(lambda n: read_groups(rollout_file(self.files, n), n, self._run.recipe))
 
     def about(self) -> dict:
         """What the page's head shows; read again each time, the run may be going on."""
@@ -50,14 +46,6 @@ class Rollouts:
     def steps(self) -> list[int]:
         """The steps that have a file now, ascending."""
         return list(self.files.rollout_files)
-
-    def _groups(self, step: int) -> list[dict]:
-        """`read_groups` of a step.
-
-        Raises:
-            DataError: no such step, or its file is damaged.
-        """
-        return read_groups(rollout_file(self.files, step), step, self._run.recipe)
 
     def _groups_of(self, step: int, columns: list[str], test: Callable[[str], bool]) -> list[dict]:
         """A step's groups where a value of the columns passes; else none of it is read but these."""
@@ -74,7 +62,7 @@ class Rollouts:
         wanted, hits = text.casefold(), []
         for step in (s for s in self.steps() if s >= start):
             found = self._groups_of(step, ["prompt", "completion"], lambda v: wanted in v.casefold())
-            hits += [g for g in found if _mentions(g, wanted)]
+            hits += [g for g in found if any(wanted in t.casefold() for t in _texts(g))]
             if len(hits) >= PAGE:
                 return {"groups": hits, "next": step + 1}
         return {"groups": hits, "next": None}
@@ -84,8 +72,8 @@ class Rollouts:
         return row_images(self._run.recipe, {row_id})[0].get(row_id)
 
 
-def _mentions(group: dict, wanted: str) -> bool:
-    return any(wanted in t.casefold() for t in (group["question"], *(s["completion"] for s in group["samples"])))
+def _texts(group: dict) -> list[str]:
+    return [group["question"], *(s["completion"] for s in group["samples"])]
 
 
 def app(runs: list[Rollouts]):
@@ -98,8 +86,8 @@ def app(runs: list[Rollouts]):
     from starlette.routing import Route
 
     page = files("r1vfree_cli.report").joinpath("templates/view.html").read_text(encoding="utf-8")
-    policy = "default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'unsafe-inline'; "
-    policy += "script-src 'unsafe-inline'"
+    inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = f"default-src 'none'; img-src 'self'; connect-src 'self'; {inline}"
 
     def run_of(request: Request) -> Rollouts:
         index = text(request, "run") or "0"
@@ -108,13 +96,10 @@ def app(runs: list[Rollouts]):
         return runs[int(index)]
 
     def answer(read):
-        def endpoint(request: Request) -> Response:
-            try:
-                return JSONResponse(read(request))
-            except (DataError, ValueError) as e:
-                return JSONResponse({"error": str(e)}, status_code=404)
+        return lambda request: JSONResponse(read(request))
 
-        return endpoint
+    def refuse(_: Request, e: Exception) -> Response:
+        return JSONResponse({"error": str(e)}, status_code=404)
 
     def image(request: Request) -> Response:
         data = run_of(request).image(text(request, "id"))
@@ -134,16 +119,11 @@ def app(runs: list[Rollouts]):
     ]
     # A page elsewhere that resolves its name to this machine must not read along.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    return Starlette(routes=routes, middleware=[hosts])
+    return Starlette(routes=routes, middleware=[hosts], exception_handlers={DataError: refuse, ValueError: refuse})
 
 
 def view(dirs: list[Path], *, port: int | None, open_browser: bool) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises:
-        DataError: a folder holds no GRPO run.
-        UsageError: the port is taken.
-    """
+    """Serve the page until Ctrl-C. Raises DataError: a folder holds no GRPO run. UsageError: the port is taken."""
     import uvicorn
 
     runs = [Rollouts(path, label) for path, label in zip(dirs, labels(dirs), strict=True)]

@@ -812,7 +812,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path):
 def test_a_vllm_that_answers_no_question_is_named(bench, tiny, tmp_path, monkeypatch):
     from r1vfree_cli.eval import predict
 
-    def refuse(o, planned, todo, keep, out):
+    def refuse(w, todo, keep):
         for job in todo:
             keep(job, None, unanswered="refused", reason="too long")
 

@@ -134,9 +134,9 @@ def test_long_replies_are_read_in_linear_time():
 
 
 def test_rule_codes():
-    assert [reading.rule_code("Yes", gt) for gt in (1, 0)] == [RIGHT, WRONG]
-    assert [reading.rule_code("No", gt) for gt in (1, 0)] == [WRONG, RIGHT]
-    assert [reading.rule_code("hm", gt) for gt in (1, 0)] == [UNCLEAR, UNCLEAR]
+    assert [BENCHMARK.code(question(0, gt=gt), "Yes") for gt in (1, 0)] == [RIGHT, WRONG]
+    assert [BENCHMARK.code(question(0, gt=gt), "No") for gt in (1, 0)] == [WRONG, RIGHT]
+    assert [BENCHMARK.code(question(0, gt=gt), "hm") for gt in (1, 0)] == [UNCLEAR, UNCLEAR]
 
 
 def test_judge_input():
@@ -151,7 +151,8 @@ def test_judge_input():
 
 
 def test_agreement_counts_judged_questions_only():
-    rule = {key: reading.rule_code(text, 1) for key, text in {"a": "Yes", "b": "No", "c": "hm", "d": "Yes"}.items()}
+    replies = {"a": "Yes", "b": "No", "c": "hm", "d": "Yes"}
+    rule = {key: BENCHMARK.code(question(0), text) for key, text in replies.items()}
     found = result.agreement(rule, {"a": 1, "b": 1, "c": 0, "d": None})
     assert found == {"n": 3, "agree": 1, "readable": 2, "agree_readable": 1}
 
@@ -164,11 +165,11 @@ def question(figure: int, number: int = 0, category: str = "VD", gt: int = 1) ->
 def test_rule_judge_answers_same_by_equal_readings(tmp_path):
     questions = [question(0), question(1), question(2)]
     replies = {"VD_ocr_0_0_0": "Yes", "VD_ocr_0_1_0": "yes, it is", "VD_ocr_0_2_0": "No"}
-    outcome = judgements.by_rule(BENCHMARK, questions, replies, tmp_path / "judgements.jsonl")
-    judged = outcome.judged(BENCHMARK, questions)
+    found = judgements.by_rule(BENCHMARK, questions, replies, tmp_path / "judgements.jsonl")
+    judged = judgements.judged(BENCHMARK, questions, found)
     assert [i.same for i in judged] == [1, 1, 0]
     assert [i.code for i in judged] == [1, 1, 0]
-    assert judgements.read(tmp_path / "judgements.jsonl") == outcome.judgements
+    assert judgements.read(tmp_path / "judgements.jsonl") == found
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from copy import copy
 
 import pytest
 
 from r1vfree_cli.eval import reading, result
+from r1vfree_cli.eval.hallusion.benchmark import BENCHMARK
+from r1vfree_cli.eval.hallusion.questions import Question
+from r1vfree_cli.eval.hallusion.score import Item
 
 # Frames that are read: the verdict put in is the verdict read.
 READ = [
@@ -218,14 +222,21 @@ def test_several_verdicts(reply, expected):
     assert reading.read_yes_no(reply) == expected
 
 
+def code(reply: str, reader: str) -> int:
+    """The verdict on a reply to a question whose answer is yes."""
+    benchmark = copy(BENCHMARK)
+    benchmark.reader = reader
+    return benchmark.code(Question(Item("VD", "ocr", "0", "0", "0", 1, 1), "Is it?", None, None), reply)
+
+
 def test_the_share_of_unread_replies():
-    def share(texts: list[str], read=reading.read_yes_no):
-        codes = {str(i): reading.rule_code(text, 1, read) for i, text in enumerate(texts)}
-        return result.answer_format(dict.fromkeys(codes, ""), {id_: {} for id_ in codes}, codes)["unreadable_share"]
+    def share(texts: list[str], reader="r1v"):
+        codes = [code(text, reader) for text in texts]
+        return result.answer_format([{"model_prediction": text} for text in texts], codes)["unreadable_share"]
 
     assert share(["Yes", "hm", "No", "No image."]) == 0.5
     assert share([]) is None
-    assert share(["<b>yes</b>", "yes and no"], reading.read_vlmevalkit) == 0.5
+    assert share(["<b>yes</b>", "yes and no"], "vlmevalkit") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -253,4 +264,4 @@ def test_the_share_of_unread_replies():
 )
 def test_the_rule_of_vlmevalkit(reply, expected):
     assert reading.read_vlmevalkit(reply) == expected
-    assert reading.rule_code(reply, 1, reading.READERS["vlmevalkit"]) == {"yes": 1, "no": 0, None: 2}[expected]
+    assert code(reply, "vlmevalkit") == {"yes": 1, "no": 0, None: 2}[expected]

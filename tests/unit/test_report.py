@@ -220,8 +220,6 @@ def test_an_evaluation_is_one_curve_with_its_interval(tmp_path):
 
 
 def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
-    from types import SimpleNamespace
-
     from r1vfree_cli.report.load import Run
     from r1vfree_cli.report.render import verdict
 
@@ -242,7 +240,7 @@ def test_the_verdict_says_what_changed_and_whether_it_is_established(tmp_path):
 
     def compared(low, p):
         found = {"difference": 16.7, "interval": [low, 20.0], "p_swap": p}
-        both = SimpleNamespace(label="B", reference="A", result={"metrics": {"aAcc": found}, "level": 0.95})
+        both = {"label": "B", "reference": "A", "metrics": {"aAcc": found}, "level": 0.95}
         return verdict([], [both])[0]
 
     assert compared(14.3, 0.01).endswith("+20.0, established.")

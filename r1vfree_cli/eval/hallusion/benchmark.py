@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import reading
-from ..benchmark import RIGHT, UNCLEAR, WRONG, Benchmark, Counts
-from ..judgements import Outcome
+from ..benchmark import WRONG, Benchmark, Counts
+from ..judgements import Found, Replies
 from ..questions import QuestionSet
 from ..records import read_records
 from . import formats, questions, score
@@ -32,21 +32,17 @@ class Hallusion(Benchmark):
     def wanted(self, question: Question, protocol: str) -> bool:
         return protocol == "official" or question.needs_image
 
-    def code(self, question: Question, reply: str) -> int:
-        return reading.rule_code(reply, question.item.gt, reading.READERS[self.reader])
-
     def judge(self, question: Question, reply: str) -> bool | None:
-        code = self.code(question, reply)
-        return None if code == UNCLEAR else code == RIGHT
+        said = reading.READERS[self.reader](reply)
+        return None if said is None else said == ("yes" if question.item.gt else "no")
 
-    def relate(self, asked: list[Question], replies: dict[str, str | None], outcome: Outcome) -> None:
+    def relate(self, asked: list[Question], replies: Replies, found: Found) -> None:
         """`same` is equal readings."""
         readings = {q.id: reading.READERS[self.reader](replies[q.id] or "") for q in asked}
         first = {q.item.pair_key: readings[q.id] for q in asked if q.item.original}
         for q in asked:
             here, there = readings[q.id], first.get(q.item.pair_key)
-            j = outcome.judgements[q.id]
-            j.reading, j.same = here, int(here == there) if here and there else None
+            found[q.id].reading, found[q.id].same = here, int(here == there) if here and there else None
 
     def score(self, judged: Sequence[Item]) -> Counts:
         return score.counts(list(judged))
@@ -79,7 +75,7 @@ class Hallusion(Benchmark):
     def has_key(self, records: list[tuple[str, dict]]) -> bool:
         return any(record.get("gt_answer") not in (None, "") for _, record in records)
 
-    def filled(self, record: dict, where: str, known: dict[str, Question]) -> dict:
+    def filled(self, record: dict, known: dict[str, Question]) -> dict:
         question = known.get(score.record_id(record))
         said = {k: v for k, v in record.items() if v is not None and (v != "" or k == "model_prediction")}
         return (question.record() if question else {}) | said
@@ -97,18 +93,15 @@ class Hallusion(Benchmark):
 
     def warnings(self, doc: dict) -> list[str]:
         found = []
-        official = doc["protocol"] == "official"
-        totals = {metric: total for metric, (_, total) in doc["counts"].items()}
+        official, n = doc["protocol"] == "official", doc["n_questions"]
         expected = score.OFFICIAL_COUNTS["aAcc"] if official else score.IMAGE_QUESTIONS
-        if not (totals == score.OFFICIAL_COUNTS if official else totals["aAcc"] == expected):
-            found.append(
-                f"{totals['aAcc']} questions, the published benchmark has {expected}: not comparable with published figures"
-            )
-        if official and doc["diagnostics"]["unlabelled"]:
-            found.append(
-                f"{doc['diagnostics']['unlabelled']} wrong questions cannot be labelled language, illusion or mixed: "
-                "`same`, or the verdict on figure 0 of the pair, is missing"
-            )
+        totals = {metric: total for metric, (_, total) in doc["counts"].items()}
+        if n != expected or (official and totals != score.OFFICIAL_COUNTS):
+            known = f"the published benchmark has {expected}: not comparable with published figures"
+            found.append(f"{n} questions, {known}")
+        if official and (n := doc["diagnostics"]["unlabelled"]):
+            missing = "`same`, or the verdict on figure 0 of the pair, is missing"
+            found.append(f"{n} wrong questions cannot be labelled language, illusion or mixed: {missing}")
         return found
 
 

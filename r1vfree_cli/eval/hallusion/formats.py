@@ -20,10 +20,7 @@ _METRICS = ("aAcc", "qAcc", "fAcc")  # lmms-eval keeps the question and its repl
 
 def official(record: dict, where: str) -> dict:
     """The record in the official result format; what its tool did not write is left out.
-
-    Raises:
-        DataError: it fits no layout that is known; says what it has and what is accepted.
-    """
+    Raises DataError: it fits no layout that is known; says what it has and what is accepted."""
     logged = next((record[m] for m in _METRICS if isinstance(record.get(m), dict)), None)
     if logged is not None and "category" in logged:
         return logged

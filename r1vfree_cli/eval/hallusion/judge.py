@@ -1,12 +1,9 @@
 """HallusionBench's chat judge: a teacher who compares a reply with the reference details. Resumable after a kill."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ...core import console
 from ...core.errors import UsageError, counted
@@ -18,12 +15,16 @@ from ...judges.protocol import Failure
 from ...judges.replies import Reply
 from .. import judgements, reading
 from ..benchmark import Benchmark, content_key
-from ..judgements import Judgement, Outcome
+from ..judgements import Found, Judgement, Replies
 from . import score
 from .questions import Question
 
 VERDICTS = {"incorrect": score.WRONG, "correct": score.RIGHT, "unclear": score.UNCLEAR}
 SAMES = {"different": 0, "same": 1}
+# Title, labels, and where what a call says stands in a judgement.
+_CODE = ("judge", VERDICTS, {"label": "code", "raw": "raw", "model": "judge"})
+_SAME = ("judge: same answer?", SAMES, {"label": "same", "raw": "raw_same"})
+Calls = dict[str, tuple[str, str]]  # question id -> content key, prompt
 _FIELDS = ("question", "reference", "prediction")
 
 # Our own wording of the published protocol: teacher, question, reference details, prediction, one of three labels.
@@ -57,10 +58,7 @@ def fill(template: str, **values: str) -> str:
 
 def load_prompt(path: Path | None) -> str:
     """The judge's wording.
-
-    Raises:
-        UsageError: unreadable, or it does not show question, reference and prediction to the judge.
-    """
+    Raises UsageError: unreadable, or it does not show question, reference and prediction to the judge."""
     if path is None:
         return PROMPT
     try:
@@ -69,40 +67,33 @@ def load_prompt(path: Path | None) -> str:
         raise UsageError(f"cannot read the judge prompt {path}: {e}") from None
     missing = [f"{{{name}}}" for name in _FIELDS if f"{{{name}}}" not in text]
     if missing:
-        raise UsageError(
-            f"the judge prompt {path} lacks {', '.join(missing)}",
-            hint="it needs {question}, {reference} and {prediction}, and must ask for correct, incorrect or unclear",
-        )
+        hint = "it needs {question}, {reference} and {prediction}, and must ask for correct, incorrect or unclear"
+        raise UsageError(f"the judge prompt {path} lacks {', '.join(missing)}", hint=hint)
     return text
-
-
-# --- the chat judge --------------------------------------------------------------------------------------------
 
 
 class LabelJudge:
     """A chat model behind an endpoint, with the cache on disk keyed by content: the model and all it is shown."""
 
     def __init__(self, endpoint: Endpoint, prompt: str = PROMPT):
-        self.endpoint = endpoint
-        self.prompt = prompt
-        self.cache = JudgementCache(cache_dir("judge"))
+        self.endpoint, self.prompt, self.cache = endpoint, prompt, JudgementCache(cache_dir("judge"))
 
     def question(self, question: Question, reply: str) -> tuple[str, str]:
         """(content key, prompt) of the verdict on one reply."""
-        values = {"question": question.text, "reference": question.reference or "", "prediction": reply}
-        return content_key(self.endpoint.model, self.prompt, values), fill(self.prompt, **values)
+        return self._call(self.prompt, question=question.text, reference=question.reference or "", prediction=reply)
 
     def same(self, reply: str, original: str) -> tuple[str, str]:
         """(content key, prompt) of whether two replies agree."""
-        values = {"first": reply, "second": original}
-        return content_key(self.endpoint.model, SAME_PROMPT, values), fill(SAME_PROMPT, **values)
+        return self._call(SAME_PROMPT, first=reply, second=original)
+
+    def _call(self, template: str, **values: str) -> tuple[str, str]:
+        return content_key(self.endpoint.model, template, values), fill(template, **values)
 
     async def ask(self, key: str, prompt: str, labels: dict[str, int], payer: Judgement) -> dict:
         """One call, {label, raw, model}, cached once it has a label; what it costs is added to `payer`.
 
-        Raises:
-            UsageError, Failure: as `Endpoint.request`, also when the reply has no label or was cut: that is a failed
-                call, never `unclear`.
+        Raises UsageError, Failure: as `Endpoint.request`, also when the reply has no label or was cut: that is a failed
+        call, never `unclear`.
         """
 
         def read(reply: Reply) -> dict:
@@ -129,99 +120,73 @@ def check_references(questions: list[Question]) -> None:
     """Raises UsageError when questions lack the reference details that a chat judge compares with."""
     without = [q.id for q in questions if not q.reference]
     if without:
-        raise UsageError(
-            f"{counted(len(without), 'question has', 'questions have')} no gt_answer_details, which a chat judge needs",
-            details=without[:5],
-            hint="use the official JSON with --questions, or --judge rule",
-        )
+        what = counted(len(without), "question has", "questions have")
+        hint = "use the official JSON with --questions, or --judge rule"
+        raise UsageError(f"{what} no gt_answer_details, which a chat judge needs", details=without[:5], hint=hint)
 
 
 def by_chat(
-    benchmark: Benchmark, questions: list[Question], replies: dict[str, str | None], path: Path, judge: LabelJudge
-) -> Outcome:
-    """Judge by a chat model; asks only for what neither `path` nor the cache holds.
+    benchmark: Benchmark, questions: list[Question], replies: Replies, path: Path, judge: LabelJudge
+) -> tuple[Found, dict[str, dict]]:
+    """Judge by a chat model what neither `path` nor the cache holds; returns the judgements, and kind -> {n, example} of
+    the calls that failed for good. Raises UsageError: the endpoint is down or refuses.
 
-    Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight.
-
-    Args:
-        replies: question id -> the text to be judged, None where there is no answer.
-        path: `judgements.jsonl`; appended to while calls finish, then rewritten with a line a question.
-
-    Raises:
-        UsageError: the endpoint is down or refuses.
+    Every finished call is on disk before the next result is taken, so a kill costs only the calls in flight: `path`,
+    `judgements.jsonl`, is appended to, then rewritten with a line a question.
     """
-    outcome = Outcome()
     repair_tail(path)
     before = judgements.read(path)
     asked = {q.id: judge.question(q, reply) for q in questions if (reply := replies[q.id]) is not None}
-    for q in questions:
-        if q.id not in asked:
-            outcome.judgements[q.id] = judgements.no_reply(benchmark, q)
-            continue
-        old, key = before.get(q.id), asked[q.id][0]
-        outcome.judgements[q.id] = j = old if old and old.key == key else Judgement(id=q.id, key=key)
-        j.reading = reading.read_yes_no(replies[q.id] or "")
-
-    def store(id_: str, **said: Any) -> None:
-        for name, value in said.items():
-            setattr(outcome.judgements[id_], name, value)
-        append_jsonl(path, vars(outcome.judgements[id_]))
-
-    def store_code(id_: str, entry: dict) -> None:
-        store(id_, code=entry["label"], raw=entry["raw"], judge=entry["model"])
-
-    def store_same(id_: str, entry: dict) -> None:
-        store(id_, same=entry["label"], raw_same=entry["raw"])
-
-    open_codes = {id_: asked[id_] for id_, j in outcome.judgements.items() if j.code is None}
-    _ask_all("judge", open_codes, judge, VERDICTS, store_code, outcome)
-    open_same = _open_same(outcome, questions, replies, judge)
-    _ask_all("judge: same answer?", open_same, judge, SAMES, store_same, outcome)
-    judgements.write(path, outcome, benchmark, questions)
-    outcome.unjudged = judgements.as_judged(benchmark, questions, outcome.judgements).unjudged
-    examples = judge.endpoint.failures
-    outcome.failures = {kind: {"n": n, "example": examples.get(kind, "")} for kind, n in outcome.failed.items()}
-    return outcome
+    found = {q.id: judgements.no_reply(benchmark, q) for q in questions}
+    for id_, (key, _) in asked.items():
+        old = before.get(id_)
+        found[id_] = old if old and old.key == key else Judgement(id=id_, key=key)
+        found[id_].reading = reading.read_yes_no(replies[id_] or "")
+    open_codes = {id_: asked[id_] for id_, j in found.items() if j.code is None}
+    failed = _ask_all(judge, _CODE, open_codes, found, path)
+    open_same = _open_same(found, questions, replies, judge)
+    failed += _ask_all(judge, _SAME, open_same, found, path)
+    judgements.write(path, found, benchmark, questions)
+    return found, {kind: {"n": n, "example": judge.endpoint.failures.get(kind, "")} for kind, n in failed.items()}
 
 
-def _open_same(
-    outcome: Outcome, questions: list[Question], replies: dict[str, str | None], judge: LabelJudge
-) -> dict[str, tuple[str, str]]:
-    """Id -> (key, prompt) of the questions whose label needs `same` and that have none for these replies."""
+def _open_same(found: Found, questions: list[Question], replies: Replies, judge: LabelJudge) -> Calls:
+    """The calls about the questions whose label needs `same` and that have none for these replies."""
     first = {q.item.pair_key: q.id for q in questions if q.item.original}
-    found = {}
+    jobs = {}
     for q in questions:
-        j, original = outcome.judgements[q.id], outcome.judgements.get(first.get(q.item.pair_key, ""))
+        j, original = found[q.id], found.get(first.get(q.item.pair_key, ""))
         here, there = replies[q.id], replies[original.id] if original else None
         needed = original and score.reads_same(replace(q.item, code=j.code), original.code)
         if not needed or here is None or there is None:
             j.same = j.same_key = None
             continue
-        key, prompt = judge.same(here, there)
-        if j.same_key != key or j.same is None:
-            j.same, j.same_key = None, key
-            found[j.id] = (key, prompt)
-    return found
+        call = judge.same(here, there)
+        if j.same_key != call[0] or j.same is None:
+            j.same, j.same_key = None, call[0]
+            jobs[j.id] = call
+    return jobs
 
 
-def _ask_all(
-    title: str,
-    jobs: dict[str, tuple[str, str]],
-    judge: LabelJudge,
-    labels: dict[str, int],
-    store: Callable[[str, dict], None],
-    outcome: Outcome,
-) -> None:
+def _ask_all(judge: LabelJudge, kind: tuple, calls: Calls, found: Found, path: Path) -> Counter:
+    """Make the calls; what one says goes into the judgements of its questions, and to `path`."""
+    title, labels, names = kind
+
+    def store(id_: str, entry: dict) -> None:
+        for said, name in names.items():
+            setattr(found[id_], name, entry[said])
+        append_jsonl(path, vars(found[id_]))
+
     left: dict[str, list[str]] = {}  # key -> questions: what is shown twice is asked once
-    cached = judge.cache.get_labels([key for key, _ in jobs.values()], labels)
-    for id_, (key, _) in jobs.items():
+    cached = judge.cache.get_labels([key for key, _ in calls.values()], labels)
+    for id_, (key, _) in calls.items():
         if entry := cached.get(key):
-            outcome.judgements[id_].cache_hits += 1
+            found[id_].cache_hits += 1
             store(id_, entry)
         else:
             left.setdefault(key, []).append(id_)
     if not left:
-        return
+        return Counter()
     console.log(f"{title}: {counted(len(left), 'call')} to {judge.endpoint.model} at {judge.endpoint.where}")
     with console.progress(title, len(left)) as bar:
 
@@ -232,31 +197,23 @@ def _ask_all(
 
         async def work(key: str) -> dict:
             first = left[key][0]
-            return await judge.ask(key, jobs[first][1], labels, outcome.judgements[first])
+            return await judge.ask(key, calls[first][1], labels, found[first])
 
-        outcome.failed += judge.endpoint.run(list(left), work, done)
+        return judge.endpoint.run(list(left), work, done)
 
 
 def estimate(questions: list[Question], replies: dict[str, str], path: Path, judge: LabelJudge) -> dict:
     """Calls and tokens that `by_chat` would spend now; `same` calls are an upper bound, tokens 4 characters each."""
-    before = judgements.read(path)
-    cached = judge.cache.get_labels([judge.question(q, replies.get(q.id, ""))[0] for q in questions], VERDICTS)
-    calls: set[str] = set()
-    tokens = sames = 0
-    for q in questions:
-        key, prompt = judge.question(q, replies.get(q.id, ""))
-        known = before.get(q.id)
-        if not (known and known.key == key and known.code is not None) and key not in cached:
-            # What is shown twice is asked once; of replies that do not exist yet nobody knows which are equal.
-            shown = key if q.id in replies else q.id
-            tokens += 0 if shown in calls else len(prompt) // 4 + 8
-            calls.add(shown)
-        if not q.item.original:
-            sames += 1
-            tokens += (len(SAME_PROMPT) + 2 * len(replies.get(q.id, ""))) // 4 + 8
+    shown = {q.id: judge.question(q, replies.get(q.id, "")) for q in questions}
+    known = set(judge.cache.get_labels([key for key, _ in shown.values()], VERDICTS))
+    known |= {j.key for id_, j in judgements.read(path).items() if id_ in shown and j.code is not None}
+    # What is shown twice is asked once; of replies that do not exist yet nobody knows which are equal.
+    asked = {key if id_ in replies else id_: text for id_, (key, text) in shown.items() if key not in known}
+    calls, sames = len(asked), [len(replies.get(q.id, "")) for q in questions if not q.item.original]
+    tokens = sum(len(prompt) // 4 + 8 for prompt in asked.values())
     return {
-        "calls": len(calls),
-        "same_calls_at_most": sames,
-        "prompt_tokens": tokens,
-        "completion_tokens": 4 * (len(calls) + sames),
+        "calls": calls,
+        "same_calls_at_most": len(sames),
+        "prompt_tokens": tokens + sum((len(SAME_PROMPT) + 2 * n) // 4 + 8 for n in sames),
+        "completion_tokens": 4 * (calls + len(sames)),
     }

@@ -5,7 +5,7 @@ Official JSON with an image folder or zip; the hub dataset's parquet (splits ima
 
 import base64
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,12 +40,10 @@ class Question:
 
     @property
     def figure(self) -> tuple | None:
-        """What tells its figure from others; None for a text-only question."""
         return (*self.item.cluster, self.item.figure_id) if self.needs_image else None
 
     @property
     def content(self) -> str:
-        """All that decides what a reply is worth."""
         return f"{self.id}\0{self.text}\0{self.reference}\0{self.item.gt}\0{self.item.visual_input}"
 
     @property
@@ -72,17 +70,12 @@ class Question:
 
 
 def from_record(record: dict, where: str) -> Question:
-    """A question of any layout that `formats.official` knows.
-
-    Raises:
-        DataError: a field is missing or impossible.
-    """
+    """A question of any layout that `formats.official` knows. Raises DataError: a field is missing or impossible."""
     record = formats.official(record, where)
     item = score.from_record(record, where, judged=False)
-    text = record.get("question")
+    text, reference, filename = (record.get(k) for k in ("question", "gt_answer_details", "filename"))
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: no question text")
-    reference, filename = record.get("gt_answer_details"), record.get("filename")
     return Question(item, text, str(reference) if reference else None, str(filename) if filename else None)
 
 
@@ -91,29 +84,32 @@ def load(
 ) -> QuestionSet:
     """Read a question set.
 
-    Args:
-        source: official JSON (or JSONL), VLMEvalKit TSV, folder of parquet files, or hub name; None is the hub's copy.
-        images: folder or zip of the figures, for the official JSON.
-        needed: which questions will be asked of a model; their figures must be there. Judging and scoring need none.
+    source: official JSON (or JSONL), VLMEvalKit TSV, folder of parquet files, or hub name; None is the hub's copy.
+    images: folder or zip of the figures, for the official JSON.
+    needed: which questions will be asked of a model; their figures must be there. Judging and scoring need none.
 
-    Raises:
-        UsageError: nothing there, or figures are needed and `images` is not given.
-        DataError: damaged or inconsistent content; missing figures, named.
+    Raises UsageError: nothing there. DataError: damaged or inconsistent content; missing figures, named.
     """
-    path = Path(source) if source else None
-    if path and path.is_dir():
-        found = _parquet(path)
-    elif path and path.suffix == ".tsv":
-        found = _tsv(path)
-    elif path and path.is_file():
-        found = _official(path, images, needed)
-    elif source is None or (re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path and path.suffix not in _FILES):
-        found = _parquet(_download(source or HUB))
-    else:
-        raise UsageError(
-            f"no questions at {source}",
-            hint="--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name",
-        )
+    path = Path(source or HUB)
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source or HUB) and path.suffix not in _FILES
+    if source is None or (is_name and not path.exists()):
+        path = _download(source or HUB)
+    if not path.exists():
+        hint = "--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name"
+        raise UsageError(f"no questions at {source}", hint=hint)
+    questions: list[Question] = []
+    readers: dict[str, Reader] = {}
+    for where, record, read in _parquet(path) if path.is_dir() else _records(path):
+        question = from_record(record, where)
+        questions.append(question)
+        if read and question.needs_image:
+            readers[question.id] = read
+    if path.is_file() and path.suffix != ".tsv" and (images or any(q.needs_image and needed(q) for q in questions)):
+        beside = path.parent / "hallusion_bench"
+        figures = figure_readers(images or (beside if beside.is_dir() else path.parent))
+        named = {q.id: figures.get(_figure_key(q.filename)) for q in questions if q.needs_image}
+        readers = {id_: read for id_, read in named.items() if read}
+    found = QuestionSet(unique(questions, str(path)), readers, str(path))
     found.need_figures(needed, "give the folder or zip that holds VD/ and VS/ with --images")
     return found
 
@@ -124,23 +120,8 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
     except Exception as e:  # the hub client raises its own, requests' and OS errors
-        raise UsageError(
-            f"cannot download {name}: {first_line(e)}",
-            hint="give local questions with --questions HallusionBench.json --images FOLDER_OR_ZIP",
-        ) from None
-
-
-def _official(path: Path, images: Path | None, needed: Callable[[Question], bool]) -> QuestionSet:
-    questions = unique([from_record(record, where) for where, record in read_records(path)], str(path))
-    readers: dict[str, Reader] = {}
-    if images is None and any(q.needs_image and needed(q) for q in questions):
-        beside = path.parent / "hallusion_bench"
-        images = beside if beside.is_dir() else path.parent
-    figures = figure_readers(images) if images else {}
-    for q in questions:
-        if q.needs_image and (read := figures.get(_figure_key(q.filename))):
-            readers[q.id] = read
-    return QuestionSet(questions, readers, str(path))
+        hint = "give local questions with --questions HallusionBench.json --images FOLDER_OR_ZIP"
+        raise UsageError(f"cannot download {name}: {first_line(e)}", hint=hint) from None
 
 
 def _figure_key(name: str | None) -> str:
@@ -151,10 +132,7 @@ def _figure_key(name: str | None) -> str:
 
 def figure_readers(images: Path) -> dict[str, Reader]:
     """Figure path from VD/ or VS/ on -> reader, of a folder or a zip.
-
-    Raises:
-        UsageError: there is no such folder or zip, or it is no zip.
-    """
+    Raises UsageError: there is no such folder or zip, or it is no zip."""
     if images.is_dir():
         root = images.resolve()
         # A link to outside the folder is not followed: a shared question file must not choose what is read.
@@ -170,43 +148,32 @@ def figure_readers(images: Path) -> dict[str, Reader]:
     return {key: read for name, read in sorted(members.items(), reverse=True) if (key := _figure_key(name))}
 
 
-def _parquet(folder: Path) -> QuestionSet:
+def _parquet(folder: Path) -> Iterator[tuple[str, dict, Reader | None]]:
     """The hub dataset's layout: parquet files with an `image` struct (bytes, path) in the split image."""
     from ...data.drops import RowProblem
     from ...data.tables import parquet_table
 
-    questions: list[Question] = []
-    readers: dict[str, Reader] = {}
     held: dict[bytes, bytes] = {}  # a figure comes once with each of its questions
     files = sorted(folder.rglob("*.parquet"))
     if not files:
         raise DataError(f"{folder} holds no parquet files", hint="give the official JSON with --questions")
     for file in files:
         for position, record in parquet_table(file, file.name, ()).read(None):
+            where = f"{file}, question {position + 1}"
             if isinstance(record, RowProblem):
-                raise DataError(f"{file}, question {position + 1}: {record.reason}")
-            image = record.pop("image", None) or {}
-            question = from_record(record, f"{file}, question {position + 1}")
-            questions.append(question)
-            if question.needs_image and (data := image.get("bytes")):
-                readers[question.id] = partial(bytes, held.setdefault(data, data))
-    return QuestionSet(unique(questions, str(folder)), readers, str(folder))
+                raise DataError(f"{where}: {record.reason}")
+            data = (record.pop("image", None) or {}).get("bytes")
+            yield where, record, partial(bytes, held.setdefault(data, data)) if data else None
 
 
-def _tsv(path: Path) -> QuestionSet:
-    """VLMEvalKit's TSV, `image` in base64; a short one names the row whose image it shares. Image questions only."""
+def _records(path: Path) -> Iterator[tuple[str, dict, Reader | None]]:
+    """The records of a file; VLMEvalKit's TSV has `image` in base64, a short one names the row whose image it shares."""
     rows = list(read_records(path))
-    images = {row.get("index"): row.get("image") or "" for _, row in rows}
-    questions: list[Question] = []
-    readers: dict[str, Reader] = {}
+    images = {row.get("index"): row.get("image") or "" for _, row in rows if path.suffix == ".tsv"}
     for where, row in rows:
-        question = from_record(row, where)
-        questions.append(question)
-        image = row.get("image") or ""
+        image = (row.get("image") or "") if images else ""
         image = images.get(image, image) if len(image) <= 64 else image
-        if image and question.needs_image:
-            readers[question.id] = partial(_decode, image, where)
-    return QuestionSet(unique(questions, str(path)), readers, str(path))
+        yield where, row, partial(_decode, image, where) if image else None
 
 
 def _decode(text: str, where: str) -> bytes:

@@ -21,22 +21,17 @@ ID = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One judged question.
-
-    gt: 1 yes, 0 no. visual_input: 0 text only, 1 original figure, 2 modified figure.
-    code: 1 right, 0 wrong, 2 unclear, None unjudged.
-    same: 1 when the response agrees with the response to figure 0 of its pair, 0 when not, None unknown.
-    """
+    """One judged question."""
 
     category: str
     subcategory: str
     set_id: str
     figure_id: str
     question_id: str
-    visual_input: int
-    gt: int
-    code: int | None = None
-    same: int | None = None
+    visual_input: int  # 0 text only, 1 original figure, 2 modified figure
+    gt: int  # 1 yes, 0 no
+    code: int | None = None  # 1 right, 0 wrong, 2 unclear, None unjudged
+    same: int | None = None  # 1: the response agrees with that to figure 0 of its pair, 0: not, None: unknown
 
     @property
     def id(self) -> str:
@@ -44,7 +39,6 @@ class Item:
 
     @property
     def key(self) -> tuple:
-        """What must be equal for two results to be about the same question."""
         return self.id, self.gt, self.visual_input
 
     @property
@@ -68,11 +62,7 @@ class Item:
 
 
 def whole(value: Any) -> int | None:
-    """An integer given as int, float or string; None for null, NaN and the empty string.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """An integer given as int, float or string; None for null, NaN and the empty string. Raises ValueError: else."""
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
@@ -85,11 +75,9 @@ def whole(value: Any) -> int | None:
 def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
     """One question of the official JSON or result format; fields may be strings or integers.
 
-    Args:
-        judged: also read `gpt4v_output_gpt_check` and `same`; absent or null means None.
+    judged: also read `gpt4v_output_gpt_check` and `same`; absent or null means None.
 
-    Raises:
-        DataError: a field is missing or has an impossible value; `where` says which record it is.
+    Raises DataError: a field is missing or has an impossible value; `where` says which record it is.
     """
 
     def number(name: str, allowed: tuple[int, ...]) -> int | None:
@@ -103,17 +91,17 @@ def from_record(record: dict, where: str, *, judged: bool = True) -> Item:
             raise DataError(f"{where}: {name} is {value!r}, allowed: {', '.join(map(str, allowed))}")
         return found
 
-    names: dict[str, Any] = dict(zip(ID, _names(record)))
-    visual_input, gt = number("visual_input", (0, 1, 2)), number("gt_answer", (0, 1))
-    for name, value in {**names, "visual_input": visual_input, "gt_answer": gt}.items():
+    found: dict[str, Any] = dict(zip(ID, _names(record)))
+    found |= {"visual_input": number("visual_input", (0, 1, 2)), "gt_answer": number("gt_answer", (0, 1))}
+    for name, value in found.items():
         if value is None or value == "":
             hint = "--questions HallusionBench.json has the answer key" if name == "gt_answer" else None
             raise DataError(f"{where}: no {name}", details=[found_in(record)], hint=hint)
-    if names["category"] not in ("VD", "VS"):
-        raise DataError(f"{where}: category is {names['category']!r}, allowed: VD, VS")
-    if judged:
-        names |= {"code": number(CODE, (WRONG, RIGHT, UNCLEAR)), "same": number(SAME, (0, 1))}
-    return Item(**names, visual_input=visual_input, gt=gt)  # type: ignore[arg-type]
+    if found["category"] not in ("VD", "VS"):
+        raise DataError(f"{where}: category is {found['category']!r}, allowed: VD, VS")
+    gt = found.pop("gt_answer")
+    code, same = (number(CODE, (WRONG, RIGHT, UNCLEAR)), number(SAME, (0, 1))) if judged else (None, None)
+    return Item(**found, gt=gt, code=code, same=same)
 
 
 def record_id(record: dict) -> str:
@@ -153,7 +141,6 @@ def groups(metric: str, items: Iterable[Item]) -> dict[tuple, list[bool]]:
 
 
 def counts(items: list[Item]) -> dict[str, list[int]]:
-    """Metric -> [right, total]."""
     found = {metric: groups(metric, items).values() for metric in METRICS}
     return {metric: [sum(map(all, oks)), len(oks)] for metric, oks in found.items()}
 
@@ -168,19 +155,15 @@ def reads_same(item: Item, original: int | None) -> bool:
 
 
 def label(item: Item, original: int | None) -> str | None:
-    """`language`, `illusion` or `mixed` for a question that is judged and not ok.
-
-    None when it cannot be told: figure 0 of the pair is not there or unjudged, or `same` is needed and unknown.
-    The table is that of get_eval_pair_all in the official script.
-    """
+    """`language`, `illusion` or `mixed` for a question that is judged and not ok, by get_eval_pair_all of the official
+    script; None where figure 0 of the pair is not there or unjudged, or `same` is needed and unknown."""
     if item.original:
         return "illusion" if item.category == "VD" else "language"
-    if original is None:
+    needs_same = reads_same(item, original)
+    if original is None or (needs_same and item.same is None):
         return None
-    if not reads_same(item, original):
+    if not needs_same:
         return "mixed" if item.category == "VS" and original == WRONG else "illusion"
-    if item.same is None:
-        return None
     if item.category == "VD":
         return "mixed" if item.same else "illusion"
     return "language" if item.same else "mixed" if original == WRONG else "illusion"
@@ -194,9 +177,8 @@ def originals(items: Iterable[Item]) -> dict[tuple, int | None]:
 def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
     """Yes/no bias, hallucination labels (counts of questions) and consistency (counts of figures).
 
-    `yes_pct_diff` = mean[ok == gt] - mean[gt] and `fp_ratio` = share of not-ok questions with gt 0, as in
-    yes_ratio_stats of the official script. The three labels are None when some wrong question cannot be labelled;
-    `unlabelled` says how many.
+    `yes_pct_diff` = mean[ok == gt] - mean[gt] and `fp_ratio` = share of not-ok questions with gt 0, as in yes_ratio_stats
+    of the official script. The three labels are None when some wrong question cannot be labelled: `unlabelled`.
     """
     wrong = [item for item in items if not item.ok]
     labels = [label(item, codes.get(item.pair_key)) for item in wrong if item.code is not None]
@@ -204,29 +186,21 @@ def diagnostics(items: list[Item], codes: dict[tuple, int | None]) -> dict:
     n = len(items)
     figures = groups("fAcc", items).values()
     names = {"language_hallucination": "language", "visual_illusion": "illusion", "mixed": "mixed"}
+    right, none = sum(map(all, figures)), sum(not any(oks) for oks in figures)
     return {
         "yes_pct_diff": (sum(int(i.ok) == i.gt for i in items) - sum(i.gt for i in items)) / n if n else None,
         "fp_ratio": sum(i.gt == 0 for i in wrong) / len(wrong) if wrong else None,
         **{key: None if unlabelled else labels.count(name) for key, name in names.items()},
         "unlabelled": unlabelled,
-        "consistency": {
-            "correct": sum(map(all, figures)),
-            "inconsistent": sum(any(oks) and not all(oks) for oks in figures),
-            "wrong": sum(not any(oks) for oks in figures),
-        },
+        "consistency": {"correct": right, "inconsistent": len(figures) - right - none, "wrong": none},
     }
 
 
 def score(items: list[Item], protocol: str = "official") -> dict:
-    """All scores of one judged file, in the shape that `--json` prints.
+    """All scores of unique questions, in the shape that `--json` prints; unjudged ones count as not ok.
 
-    Args:
-        items: unique questions in any order. Unjudged ones count as not ok and are counted in `unjudged`.
-
-    Returns:
-        `protocol, n_questions, metrics` (percent), `counts` ([right, total]), `diagnostics`, `by_category`,
-        `by_subcategory` (`VD_figure`, ...), `baselines` (always_yes, always_no), `unjudged`; for vlmevalkit `mean`, of
-        aAcc, fAcc and qAcc, which its leaderboard shows.
+    metrics in percent, counts [right, total], by_subcategory of `VD_figure`, ...; for vlmevalkit `mean`, of aAcc, fAcc
+    and qAcc, which its leaderboard shows.
     """
     codes = originals(items)
 
@@ -236,19 +210,17 @@ def score(items: list[Item], protocol: str = "official") -> dict:
     def baseline(answer: int) -> dict:
         return scored(counts([replace(item, code=int(item.gt == answer)) for item in items]))
 
-    strata = sorted({(item.category, item.subcategory) for item in items})
     every = part(items)
     three = [every["metrics"][m] for m in ("aAcc", "fAcc", "qAcc")]
     mean = {} if protocol == "official" else {"mean": sum(three) / 3 if None not in three else None}
+    strata = sorted({i.cluster[:2] for i in items})
     return {
         "protocol": protocol,
         "n_questions": len(items),
         **every,
         **mean,
         "by_category": {c: part([i for i in items if i.category == c]) for c in ("VD", "VS")},
-        "by_subcategory": {
-            f"{c}_{s}": part([i for i in items if (i.category, i.subcategory) == (c, s)]) for c, s in strata
-        },
+        "by_subcategory": {"_".join(s): part([i for i in items if i.cluster[:2] == s]) for s in strata},
         "baselines": {"always_yes": baseline(1), "always_no": baseline(0)},
         "unjudged": sum(item.code is None for item in items),
         "unclear_right": sum(item.code == UNCLEAR and item.ok for item in items),
