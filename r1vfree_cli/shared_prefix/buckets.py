@@ -33,11 +33,11 @@ def rounded(length: int, least: int) -> int:
 class _Chunks:
     """Parts of a packed sequence that see themselves alone, in batches of equal lengths.
 
-    batches: places (B, n) in the sequence, and what of them is there (B, 1, 1, n).
+    batches: places (B, n) in the sequence, and what of them is there (B, 1, 1, n); None for all, which is faster.
     back: (L,) the sequence's places in what all batches give.
     """
 
-    batches: list[tuple[torch.Tensor, torch.Tensor]]
+    batches: list[tuple[torch.Tensor, torch.Tensor | None]]
     back: torch.Tensor
 
     @classmethod
@@ -57,7 +57,8 @@ class _Chunks:
                     places[row, : end - start] = torch.arange(start, end)
                     inside[row, : end - start] = True
                     back[start:end] = torch.arange(end - start) + done + row * size
-                batches.append((places.to(device), inside[:, None, None].to(device)))
+                mask = None if inside.all() else inside[:, None, None].to(device)
+                batches.append((places.to(device), mask))
                 done += many * size
         return cls(batches, back.to(device))
 

@@ -16,7 +16,7 @@ ROOMS = {
     "data": 1506,
     "launch": 1123,
     "models": 635,
-    "shared_prefix": 1307,
+    "shared_prefix": 1308,
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
