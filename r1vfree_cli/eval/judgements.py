@@ -66,8 +66,9 @@ def judged(benchmark: Benchmark, questions: list[Any], found: Found) -> list[Any
 
 def unjudged(benchmark: Benchmark, questions: list[Any], found: Found) -> list[str]:
     """Ids of the questions that have a reply and lack a verdict, or a part of it."""
-    unanswered = {j.id for j in found.values() if j.judge == UNANSWERED}
-    return [id_ for id_ in benchmark.unjudged(judged(benchmark, questions, found)) if id_ not in unanswered]
+    known = zip(questions, judged(benchmark, questions, found), strict=True)
+    # Without those never answered: nor can a reply be compared with what is not there.
+    return benchmark.unjudged([j for q, j in known if q.id not in found or found[q.id].judge != UNANSWERED])
 
 
 def write(path: Path, found: Found, benchmark: Benchmark, questions: list[Any]) -> None:

@@ -172,6 +172,20 @@ def test_rule_judge_answers_same_by_equal_readings(tmp_path):
     assert judgements.read(tmp_path / "judgements.jsonl") == found
 
 
+def test_what_was_never_answered_blocks_no_score_of_its_pair():
+    """Nothing can be compared with a reply that is not there: `same` stays unknown, and is not waited for."""
+    questions = [question(0, category="VS"), question(1, category="VS")]
+    first, second = (q.id for q in questions)
+    found = {first: judgements.no_reply(BENCHMARK, questions[0]), second: judgements.Judgement(id=second, key="k")}
+    assert judgements.unjudged(BENCHMARK, questions, found) == [second]
+    found[second].code = WRONG
+    assert judgements.unjudged(BENCHMARK, questions, found) == []
+    found[first] = judgements.Judgement(id=first, key="k", code=WRONG)
+    assert judgements.unjudged(BENCHMARK, questions, found) == [second], "answered, so that `same` can be asked"
+    del found[first]
+    assert judgements.unjudged(BENCHMARK, questions, found) == [first]
+
+
 @pytest.mark.parametrize(
     ("text", "label"),
     [

@@ -20,7 +20,7 @@ ROOMS = {
     "judges": 1766,
     "rewards": 954,
     "training": 2608,
-    "eval": 2908,
+    "eval": 2909,
     "report": 1246,
     "doctor": 348,
     "tiny": 365,
