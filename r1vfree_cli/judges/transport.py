@@ -10,6 +10,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from ..core.redact import URL_LOGIN
 
+
 def on_loopback(url: str) -> bool:
     """Whether it is on this machine: it is not asked through a proxy, which would not find it and would see the key."""
     host = (urlsplit(url).hostname or "").rstrip(".")

@@ -17,8 +17,9 @@ from typing import Any
 from ..config.rewards import FeedbackReward
 from ..core.errors import GuardStop, R1VError, UsageError
 from ..core.prompts import parse, prompt_hash
+from ..judges.backends import Backend
 from ..judges.cache import JudgementCache
-from ..judges.protocol import Backend, Failure, JudgeImage, Question, Verdict
+from ..judges.protocol import Failure, JudgeImage, Question, Verdict
 from .text import completion_text
 
 Asked = tuple[Sequence[Any], str, str | None]  # PIL images, question, answer

@@ -11,10 +11,9 @@ from ..config.embedded import resolve_model
 from ..config.rewards import AnyReward, FeedbackReward, UserReward
 from ..core.errors import UsageError
 from ..core.files import cache_dir
+from ..judges.backends import Backend, InProcessJudge
 from ..judges.chat import ChatJudge
 from ..judges.classify import ClassifyJudge
-from ..judges.in_process import InProcessJudge
-from ..judges.protocol import Backend
 from ..run.checkpoint import fingerprint
 from .feedback import Feedback
 from .function import FunctionReward, user_reward
@@ -79,7 +78,7 @@ def build_feedback(
         folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")
     backend: Backend
     if reward.backend == "local":
-        backend = InProcessJudge(model, revision, pixels)
+        backend = InProcessJudge(model=model, revision=revision, pixels=pixels)
     else:
         judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
         backend = judge(reward, str(url), stopping)
