@@ -68,8 +68,8 @@ def build_feedback(
 
     Raises UsageError, DataError: an embedded judge is not there or not built yet.
     """
-    model = resolve_model((reward.serve.model if reward.serve else reward.model) or "", seed)
-    revision = reward.serve.revision if reward.serve else reward.revision
+    place = reward.serve or reward
+    model, revision = resolve_model(place.model or "", seed), place.revision
     url = served_url if reward.serve else reward.base_url
     if reward.serve and not url:
         raise UsageError(f"rewards.{reward.key}.serve: no server was started")
@@ -82,20 +82,12 @@ def build_feedback(
     else:
         judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
         backend = judge(reward, str(url), stopping)
-    identity = _identity(reward, model, revision, pixels)
-    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, stopping=stopping)
-
-
-def _identity(reward: FeedbackReward, model: str, revision: str | None, pixels: tuple[int, int] | None) -> dict:
     identity: dict[str, Any] = {"backend": reward.backend, "model": model, "revision": revision}
     if Path(model).is_dir():
         identity["files"] = fingerprint(Path(model))
-    if reward.base_url:
-        identity["base_url"] = reward.base_url
-    if reward.request:
-        identity["request"] = reward.request
+    identity |= {name: value for name in ("base_url", "request") if (value := getattr(reward, name))}
     # The same model gives the same scores in this process and served by r1v, but not by vLLM to the last digit.
     if reward.backend == "local" or reward.serve:
         engine = reward.serve.engine if reward.serve else "r1v"
         identity |= {"backend": engine, "pixels": list(pixels) if pixels else None}
-    return identity
+    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, stopping=stopping)
