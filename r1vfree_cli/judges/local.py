@@ -33,9 +33,8 @@ class LocalJudge:
     """A loaded judge.
 
     Args:
-        model, revision: folder or hub name, and its revision.
-        device: by default the current GPU, else the CPU.
-        dtype: of the weights; by default bfloat16 on a GPU, float32 on a CPU.
+        model: folder or hub name.
+        device, dtype: by default the current GPU and bfloat16, else the CPU and float32.
         batch_size: most judgements in one forward pass.
         pixels: fewest and most pixels of an image after resizing; None keeps the checkpoint's own limits.
         max_tokens: longest prompt; None is the model's own length, at most `MAX_TOKENS`.

@@ -211,9 +211,7 @@ def serve(
     Args:
         model: folder, hub name or `embedded:tiny-judge`, of which `seed` is.
         api_key_env: environment variable that holds the key which clients must send.
-        batch: most requests in one batch.
         min_pixels, max_pixels: of an image after resizing: those of the policy, which then sees the same picture.
-        max_tokens: longest prompt, see `LocalJudge`.
 
     Raises UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
     """

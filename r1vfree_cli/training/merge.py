@@ -47,7 +47,6 @@ def merge(
 
     Args:
         checkpoint: a run dir (its final model), a LoRA adapter, a DeepSpeed checkpoint, or a model.
-        out: the folder to make; it appears complete or not at all.
         base: the adapter's base model, where it is not the recorded one.
         dtype: of the written weights; None: the base's, or the checkpoint's own.
         overwrite: replace a model that is in `out`.
