@@ -24,8 +24,8 @@ from ..core.errors import R1VError, UsageError
 from ..core.redact import URL_LOGIN, without_key
 from . import replies
 from .protocol import Failure
-from .replies import MAX_REPLY_BYTES, Reply, error_of, tokens
-from .transport import on_loopback, proxy_before, retry_after
+from .replies import Reply, error_of, tokens
+from .transport import bounded_client, on_loopback, proxy_before, retry_after
 
 T = TypeVar("T")
 Job = TypeVar("Job")
@@ -111,18 +111,11 @@ class Endpoint:
     async def open(self) -> None:
         """Get ready to ask, in this event loop."""
         import httpx2
+        import openai
 
         self.check()
-        # Other encodings than `unpacked` knows are not asked for. The environment's organisation is OpenAI's.
-        headers = {"Accept-Encoding": "identity", "Accept": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        if self.base_url is None:
-            known = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
-            headers |= {name: os.environ[key] for name, key in known.items() if os.environ.get(key)}
         try:
-            self._client = httpx2.AsyncClient(
-                headers=headers,
+            http = bounded_client()(
                 follow_redirects=False,
                 limits=httpx2.Limits(max_connections=self.concurrency),
                 timeout=httpx2.Timeout(None, connect=min(CONNECT_S, self.timeout_s / 2)),
@@ -130,10 +123,18 @@ class Endpoint:
             )
         except Exception as e:  # a proxy variable that is no URL, or a SOCKS proxy without its package
             raise UsageError(f"cannot use the proxy of the environment: {self.told(str(e))}") from None
+        self._client = openai.AsyncOpenAI(
+            api_key=self.api_key or "none",
+            base_url=self.url,
+            timeout=http.timeout,
+            max_retries=0,  # `request` asks again: it knows what a call has cost and which ones may be repeated
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=http,
+        )
 
     async def close(self) -> None:
         if self._client is not None:
-            await self._client.aclose()
+            await self._client.close()
         self._client = None
 
     # --- asking ------------------------------------------------------------------------------------------------
@@ -282,14 +283,21 @@ class Endpoint:
 
     async def _exchange(self, path: str, body: dict | None) -> tuple[int, Any, bytes]:
         """(status, headers, body), the body unpacked."""
-        data = bytearray()
-        async with self._client.stream("POST" if body else "GET", self.url + path, json=body) as response:
-            async for chunk in response.aiter_raw():
-                data += chunk
-                if len(data) > MAX_REPLY_BYTES:
-                    raise Failure("too_large", f"a reply above {MAX_REPLY_BYTES} bytes")
-        packing = response.headers.get("content-encoding", "").strip().lower()
-        return response.status_code, response.headers, replies.unpacked(bytes(data), packing)
+        import httpx2
+        import openai
+
+        # The environment's key and organisation are OpenAI's: another server gets what is configured for it only.
+        unset: dict[str, Any] = {} if self.api_key else {"Authorization": openai.Omit()}
+        if self.base_url is not None:
+            unset |= {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+        more = {"cast_to": httpx2.Response, "options": {"headers": unset}}
+        try:
+            response = await (self._client.post(path, body=body, **more) if body else self._client.get(path, **more))
+        except openai.APIStatusError as e:
+            response = e.response
+        except openai.APIConnectionError as e:
+            raise e.__cause__ or e from None
+        return response.status_code, response.headers, response.content
 
     def _refusal(self, status: int, said: str, headers: Any) -> Exception:
         """The error of a status that is not 200; errors in a reply with status 200 come here too."""

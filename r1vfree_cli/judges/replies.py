@@ -64,21 +64,16 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict:
     return found
 
 
-def unpacked(data: bytes, packing: str) -> bytes:
-    """The body, of at most `MAX_REPLY_BYTES`; gzip and zlib are read although they were not asked for."""
-    if packing in ("", "identity"):
-        return data
-    if packing not in ("gzip", "deflate", "x-gzip"):
-        raise Failure("unparsable", f"a reply packed as {packing!r}, which was not asked for")
-    unpacker = zlib.decompressobj(47)  # either format
+def unpacked(data: bytes) -> bytes:
+    unpacker = zlib.decompressobj(47)  # gzip and zlib
     try:
         found = unpacker.decompress(data, MAX_REPLY_BYTES + 1)
     except zlib.error as e:
         raise Failure("unparsable", f"a broken compressed reply: {e}") from None
+    if not unpacker.eof and len(found) <= MAX_REPLY_BYTES:
+        raise Failure("unparsable", "a compressed reply that was cut")
     if len(found) > MAX_REPLY_BYTES:
         raise Failure("too_large", f"a reply above {MAX_REPLY_BYTES} bytes, unpacked")
-    if not unpacker.eof:
-        raise Failure("unparsable", "a compressed reply that was cut")
     return found
 
 

@@ -1,5 +1,6 @@
-"""What the one HTTP client asks of addresses and headers: loopback, proxies, Retry-After."""
+"""What lies below the one HTTP client: bodies under a limit, proxies, this machine's own addresses, Retry-After."""
 
+import functools
 import ipaddress
 import math
 import socket
@@ -9,6 +10,40 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from ..core.redact import URL_LOGIN
+from .protocol import Failure
+from .replies import MAX_REPLY_BYTES, unpacked
+
+PASSED = (b"retry-after", b"location")
+
+
+@functools.cache
+def bounded_client() -> type:
+    """The HTTP client below the openai package: it reads a reply's body under `MAX_REPLY_BYTES`, packed and unpacked.
+
+    Of the headers only those pass that are asked for: others can make a library decode a body in ways of its own.
+    """
+    import httpx2
+
+    class Bounded(httpx2.AsyncClient):
+        async def send(self, request, *, stream=False, **more):
+            response = await super().send(request, stream=True, **more)
+            data = bytearray()
+            try:
+                async for chunk in response.aiter_raw():
+                    data += chunk
+                    if len(data) > MAX_REPLY_BYTES:
+                        raise Failure("too_large", f"a reply above {MAX_REPLY_BYTES} bytes")
+            finally:
+                await response.aclose()
+            packing = response.headers.get("content-encoding", "identity").strip().lower()
+            if packing in ("gzip", "deflate", "x-gzip"):
+                data = bytearray(unpacked(bytes(data)))
+            elif packing not in ("identity", ""):
+                raise Failure("unparsable", f"a reply packed as {packing!r}, which was not asked for")
+            headers = [(name, value) for name, value in response.headers.raw if name.lower() in PASSED]
+            return httpx2.Response(response.status_code, headers=headers, content=bytes(data), request=request)
+
+    return Bounded
 
 
 def on_loopback(url: str) -> bool:
