@@ -18,10 +18,7 @@ class JudgementCache:
     """Scores in one SQLite file that several processes may use at once; rewards and evaluations share it.
 
     A cache that cannot be read or written is given up with a warning: nothing depends on it. A record that cannot be
-    a judgement is named and asked again.
-
-    Args:
-        folder: where `judgements.sqlite` is or will be; None for no cache.
+    a judgement is named and asked again. `folder` None: no cache.
     """
 
     def __init__(self, folder: Path | None):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.prompts import ASK_JSON, judge_text
 from ..core.thinking import without_thinking
-from .over_http import HttpJudge
+from .backends import HttpJudge
 from .protocol import Failure, Question, Verdict, checked
 from .replies import Reply, strict_json
 

@@ -1,14 +1,13 @@
-"""The `classify` backend: POST {base_url}/classify in the shape of vLLM's endpoint for chat messages.
+"""The `classify` backend: POST {base_url}/classify with chat messages, as vLLM takes them since its pull request 27516.
 
-`r1v serve-reward` and `vllm serve` both speak it. vLLM takes chat messages with images there since its pull request
-27516; `launch.vllm.judge_arguments` turns a vision-language model into a classifier whose one class is P(Yes). Of several
-classes the last counts.
+`r1v serve-reward` and `vllm serve` both speak it; `launch.vllm.judge_arguments` turns a vision-language model into a
+classifier whose one class is P(Yes). Of several classes the last counts.
 """
 
 from typing import Any
 
 from ..core.prompts import messages_for
-from .over_http import HttpJudge
+from .backends import HttpJudge
 from .protocol import Failure, Question, Verdict, checked, with_images
 from .replies import tokens
 
@@ -52,11 +51,9 @@ class ClassifyJudge(HttpJudge):
         body: dict[str, Any] = {"messages": messages, "add_generation_prompt": self.prompt == "judge"}
         body |= {"model": self.reward.model} if self.reward.model else {}
         body |= self.reward.request
-        return await self.endpoint.request(
-            "/classify", lambda: body, lambda document: Verdict(self._score(document), *tokens(document))
-        )
+        return await self.endpoint.request("/classify", lambda: body, self._verdict)
 
-    def _score(self, document: Any) -> float:
+    def _verdict(self, document: Any) -> Verdict:
         """The probability of the last class; of one class alone its score, on the model's own scale."""
         data = document.get("data") if isinstance(document, dict) else None
         if not isinstance(data, list) or not all(isinstance(item, dict) for item in data):
@@ -73,4 +70,4 @@ class ClassifyJudge(HttpJudge):
         scores = [checked(p, self.prompt == "judge" or (len(probs) > 1 and not logits)) for p in probs]
         if len(scores) > 1 and not logits and abs(sum(scores) - 1) > SUM_TOLERANCE:
             raise Failure("out_of_range", f"the probabilities of all classes sum to {sum(scores):.4g}, not 1")
-        return scores[-1]
+        return Verdict(scores[-1], *tokens(document))

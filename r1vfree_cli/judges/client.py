@@ -22,8 +22,9 @@ from urllib.parse import urlsplit
 from ..core import console
 from ..core.errors import R1VError, UsageError
 from ..core.redact import URL_LOGIN, without_key
+from . import replies
 from .protocol import Failure
-from .replies import Reply, code_in, error_of, read_reply, status_in, strict_json, tokens
+from .replies import Reply, error_of, tokens
 from .transport import bounded_client, on_loopback, proxy_before, retry_after
 
 T = TypeVar("T")
@@ -148,14 +149,10 @@ class Endpoint:
         schema: dict | None = None,
         more: dict | None = None,
     ) -> T:
-        """What `read` finds in one chat completion.
+        """What `read` finds in one chat completion; raises as `request` does.
 
-        Args:
-            schema: JSON schema of the wanted reply; the endpoint is asked for it as strictly as it can
-                (json_schema, json_object, text).
-            more: put into the request's JSON, over the rest.
-
-        Raises UsageError, Failure: as `request`.
+        schema: JSON schema of the wanted reply, for which the endpoint is asked as strictly as it can (json_schema,
+        json_object, text). more: put into the request's JSON, over the rest.
         """
         more = more or {}
 
@@ -174,16 +171,17 @@ class Endpoint:
                 body |= {"response_format": {"type": "json_object"}, "messages": [*messages, asked]}
             return body | more
 
-        return await self.request("/chat/completions", make, lambda document: read(read_reply(document, self.model)))
+        return await self.request(
+            "/chat/completions", make, lambda document: read(replies.read_reply(document, self.model))
+        )
 
     async def request(self, path: str, make: Callable[[], dict] | None, read: Callable[[Any], T]) -> T:
         """What `read` finds in the JSON that answers POST `make()`; asked again where that helps.
 
         Without `make` it is GET, and None from a server that has nothing there.
 
-        Raises:
-            UsageError: every call would fail: no access, no such model, no quota, a URL that is none.
-            Failure: this call failed; its tokens are what it cost all the same.
+        Raises UsageError: every call would fail (no access, model, quota). Failure: this call failed; its tokens are
+        what it cost all the same.
         """
         retries, pause = self.max_retries, FIRST_PAUSE_S
         while True:
@@ -261,29 +259,27 @@ class Endpoint:
                 return read(None)
             if status != 200:
                 raise self._refusal(status, data.decode("utf-8", "replace"), headers)
-            document = strict_json(data)
+            document = replies.strict_json(data)
             if error := error_of(document):
-                raise self._refusal(status_in(error), json.dumps(document), {})
+                raise self._refusal(replies.status_in(error), json.dumps(document), {})
             return read(document)
         except R1VError:
             raise
-        except Failure as refused:
-            # What is no verdict was paid for all the same.
-            refused.input_tokens, refused.output_tokens = tokens(document)
-            raise
-        except TimeoutError:
-            message = f"no complete reply within {self.timeout_s:g} s"
-            raise Failure("timeout", message, temporary=True) from None
-        except httpx2.HTTPError as e:
-            # A host that is off does not refuse connections, it does not answer at all.
-            message = "no connection in time" if isinstance(e, httpx2.ConnectTimeout) else f"{type(e).__name__}: {e}"
-            message += proxy_before(self.url)
-            raise Failure("connection", message, down=True, temporary=True) from None
         except Exception as e:
-            # A reply can break a library in ways that nobody foresaw; that is still this call's failure.
-            unread = Failure("unparsable", f"{type(e).__name__}: {e}")
-            unread.input_tokens, unread.output_tokens = tokens(document)
-            raise unread from None
+            if isinstance(e, Failure):
+                failure = e
+            elif isinstance(e, TimeoutError):
+                failure = Failure("timeout", f"no complete reply within {self.timeout_s:g} s", temporary=True)
+            elif isinstance(e, httpx2.HTTPError):
+                # A host that is off does not refuse connections, it does not answer at all.
+                late = isinstance(e, httpx2.ConnectTimeout)
+                message = "no connection in time" if late else f"{type(e).__name__}: {e}"
+                failure = Failure("connection", message + proxy_before(self.url), down=True, temporary=True)
+            else:  # a reply can break a library in ways that nobody foresaw
+                failure = Failure("unparsable", f"{type(e).__name__}: {e}")
+            # What is no verdict was paid for all the same.
+            failure.input_tokens, failure.output_tokens = tokens(document)
+            raise failure from None
 
     async def _exchange(self, path: str, body: dict | None) -> tuple[int, Any, bytes]:
         """(status, headers, body), the body unpacked."""
@@ -305,7 +301,7 @@ class Endpoint:
 
     def _refusal(self, status: int, said: str, headers: Any) -> Exception:
         """The error of a status that is not 200; errors in a reply with status 200 come here too."""
-        at, code = f"the {self.what} at {self.where}", code_in(said)
+        at, code = f"the {self.what} at {self.where}", replies.code_in(said)
         details = [self.told(said)]
         if status == 407:
             return UsageError(f"the proxy refused access (407){proxy_before(self.url)}", details=details)

@@ -1,7 +1,6 @@
 """What bounds the reward server: the time that a client may take to say something, and the memory of all that they said."""
 
 import asyncio
-import socket
 import threading
 from typing import Any, Self
 
@@ -16,7 +15,6 @@ MAX_HELD_BYTES = 1 << 30  # bodies and decoded images of all requests
 MAX_CONNECTIONS = 2048
 HEAD_S = 10.0  # for a request's head, from its first byte or from connecting
 BODY_S = 60.0
-PROBE_S = (30, 10, 3)  # TCP keep-alive: when, how often, how many times; a peer that is gone is seen after a minute
 
 
 class Room:
@@ -72,11 +70,6 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        link = transport.get_extra_info("socket")
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), PROBE_S, strict=True):
-            if hasattr(socket, name):
-                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._watch()
 
     def data_received(self, data: bytes) -> None:

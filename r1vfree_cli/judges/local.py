@@ -34,9 +34,7 @@ class LocalJudge:
 
     Args:
         model: folder or hub name.
-        revision: of the hub repository.
-        device: where it runs; by default the current GPU, else the CPU.
-        dtype: of the weights; by default bfloat16 on a GPU, float32 on a CPU.
+        device, dtype: by default the current GPU and bfloat16, else the CPU and float32.
         batch_size: most judgements in one forward pass.
         pixels: fewest and most pixels of an image after resizing; None keeps the checkpoint's own limits.
         max_tokens: longest prompt; None is the model's own length, at most `MAX_TOKENS`.
@@ -102,32 +100,30 @@ class LocalJudge:
 
     def score_messages(self, requests: Sequence[Request], *, add_generation_prompt: bool) -> list[float | Failure]:
         """`score` for conversations that are already written, as a server gets them. Their text stays data."""
-        found: dict[tuple, float | Failure] = {}
         wanted: dict[tuple, tuple[int, Sequence[Image.Image]]] = {}
-        places: list[tuple | Failure] = []
+        places: list[Any] = []  # text and images of each request, or why it is none
         for images, messages in requests:
             try:
                 text = self._render(messages, add_generation_prompt)
                 length = self._length(text, images)
+                places.append(place := (text, tuple(map(image_digest, images))))
+                wanted[place] = length, images
             except Failure as failure:
                 places.append(failure)
-                continue
-            places.append(place := (text, tuple(map(image_digest, images))))
-            wanted[place] = length, images
+        found: dict[Any, float | Failure] = {place: place for place in places if isinstance(place, Failure)}
         rows = [(key, *row) for key, row in wanted.items()]
         while rows:
             taken = next_batch([length for _, length, _ in rows], [key[1] for key, *_ in rows], self.batch_size)
             part = [rows[i] for i in taken]
             rows = [row for i, row in enumerate(rows) if i not in set(taken)]
             scores = self._scores([(*key, images) for key, _, images in part])
-            found.update(zip((key for key, _, _ in part), scores, strict=True))
-        return [place if isinstance(place, Failure) else found[place] for place in places]
+            found.update(zip((key for key, *_ in part), scores, strict=True))
+        return [found[place] for place in places]
 
     def length(self, request: Request, *, add_generation_prompt: bool) -> int:
         """Tokens of a request, those of its images included. Any thread may ask.
 
-        Raises:
-            Failure: the template cannot write it, it is longer than `max_tokens`, or its images have no size that the model takes.
+        Raises Failure: the template cannot write it, it is longer than `max_tokens`, or its images fit no model.
         """
         images, messages = request
         return self._length(self._render(messages, add_generation_prompt), images)
@@ -151,7 +147,7 @@ class LocalJudge:
         """One batch. One that fails is asked again row by row, so that no row takes the others along."""
         try:
             with torch.inference_mode():
-                scores = self._forward([r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]).tolist()
+                scores = self._forward(*map(list, zip(*rows))).tolist()
         except (RuntimeError, ValueError, IndexError) as e:
             if len(rows) > 1:
                 return [score for row in rows for score in self._scores([row])]

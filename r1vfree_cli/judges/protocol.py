@@ -9,9 +9,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
-
-from ..core.prompts import PromptKind
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +27,6 @@ class JudgeImage:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 (hex) of mode, size and pixels."""
         return image_digest(self.image)
 
     @cached_property
@@ -47,13 +44,12 @@ def image_digest(image: Image) -> str:
 
 def image_url(image: Image, max_bytes: int | None = None) -> str:
     """The image as a data URL: PNG, or JPEG of quality 95 where the PNG has more than `max_bytes`."""
-    picture, buffer = image.convert("RGB"), io.BytesIO()
+    picture, kind, buffer = image.convert("RGB"), "png", io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
-    if max_bytes is None or buffer.tell() <= max_bytes:
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if max_bytes is not None and buffer.tell() > max_bytes:
+        kind, buffer = "jpeg", io.BytesIO()
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def with_images(messages: list[dict], urls: Iterable[str]) -> list[dict]:
@@ -90,6 +86,7 @@ class Verdict:
     seconds: float = 0.0
 
 
+@dataclass(eq=False)
 class Failure(Exception):
     """A call that gave nothing usable; `kind` is counted.
 
@@ -97,20 +94,14 @@ class Failure(Exception):
     the server asks for. status: of HTTP. Tokens: what it cost.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        message: str,
-        *,
-        down: bool = False,
-        temporary: bool = False,
-        wait: float | None = None,
-        status: int | None = None,
-    ):
-        super().__init__(kind, message)
-        self.kind, self.message, self.down = kind, message, down
-        self.temporary, self.wait, self.status = temporary, wait, status
-        self.input_tokens = self.output_tokens = 0
+    kind: str
+    message: str
+    down: bool = False
+    temporary: bool = False
+    wait: float | None = None
+    status: int | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
@@ -129,30 +120,3 @@ def checked(score: object, bounded: bool) -> float:
         shown = f"{score:.6g}" if isinstance(score, float) else f"an integer of {score.bit_length()} bits"
         raise Failure("out_of_range", f"score {shown} is not in [{low:.0f}, {high:.0f}]")
     return float(score)
-
-
-class Backend(Protocol):
-    """A judge. `prompt` is which form of prompt it gets; with `judge`, scores are probabilities.
-
-    `one_by_one`: questions are asked apart, at most `concurrency` at a time; else all of a step in one call.
-    `identity`: what the judge itself, once open, says that it is; part of cache keys.
-    """
-
-    prompt: PromptKind
-    one_by_one: bool
-    identity: dict
-
-    async def open(self) -> None:
-        """Get ready; called before the first question, again when it failed.
-
-        Raises UsageError, DataError: the configuration is wrong. Failure: the judge cannot be reached.
-        """
-
-    async def judge(self, questions: list[Question]) -> list[Verdict | Failure]:
-        """One result per question, in order.
-
-        Raises UsageError: the configuration is wrong (no access, no such model).
-        """
-
-    async def close(self) -> None:
-        """Let go of connections or memory."""

@@ -43,8 +43,7 @@ class Reply:
 def strict_json(data: bytes | str) -> Any:
     """Parse JSON in UTF-8.
 
-    Raises:
-        Failure: not UTF-8, not JSON (NaN is none), nested too deeply, or an object that has a key twice.
+    Raises Failure: not UTF-8, not JSON (NaN is none), nested too deeply, or an object that has a key twice.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -122,8 +121,7 @@ def status_in(error: Any) -> int:
 def read_reply(document: Any, asked: str) -> Reply:
     """The reply in a chat completion; `asked` is the model's name where the document gives none.
 
-    Raises:
-        Failure: no chat completion, a refusal, a filtered reply, or the endpoint's error.
+    Raises Failure: no chat completion, a refusal, a filtered reply, or the endpoint's error.
     """
     try:
         (choice,) = document["choices"]

@@ -43,6 +43,7 @@ MAX_REQUESTS = 1024  # at once, whatever they wait for; one more gets 429
 BATCH_WAIT_S = 0.01  # how long the first request of an idle server waits for more
 PATIENCE_S = 0.5  # a request that waited longer goes before shorter ones in every second batch
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
+PROBE = (30, 10, 3)  # TCP keep-alive: after how many seconds, how often, how many times
 PREPARING = 2  # threads that decode images and count tokens
 
 
@@ -120,13 +121,9 @@ async def _disconnected(request: Request) -> None:
 
 
 class App:
-    """The ASGI application.
+    """The ASGI application: a `LocalJudge` a device, and for each the thread in which it was loaded.
 
-    Args:
-        judges: one `LocalJudge` a device.
-        threads: one for each, in which it was loaded.
-        key: what clients must send; None for none.
-        said: what /info tells of the model.
+    key: what clients must send; None for none. said: what /info tells of the model.
     """
 
     def __init__(self, judges: list, threads: list[ThreadPoolExecutor], key: str | None, batch: int, said: dict):
@@ -137,8 +134,8 @@ class App:
 
     def start(self) -> None:
         """Begin to take batches, in this event loop."""
-        pairs = zip(self._judges, self._threads, strict=True)
-        self._workers = [asyncio.create_task(self._queue.work(judge, thread)) for judge, thread in pairs]
+        work = map(self._queue.work, self._judges, self._threads)
+        self._workers = [asyncio.create_task(each) for each in work]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
@@ -212,13 +209,9 @@ def serve(
     """Serve until SIGTERM or SIGINT, with a copy of the model on each visible GPU, else on the CPU.
 
     Args:
-        model: folder, hub name or `embedded:tiny-judge`.
-        host: 127.0.0.1, or 0.0.0.0 or :: for all interfaces.
+        model: folder, hub name or `embedded:tiny-judge`, of which `seed` is.
         api_key_env: environment variable that holds the key which clients must send.
-        seed: of an embedded model.
-        batch: most requests in one batch; 1 turns batching off.
         min_pixels, max_pixels: of an image after resizing: those of the policy, which then sees the same picture.
-        max_tokens: longest prompt, see `LocalJudge`.
 
     Raises UsageError, DataError: the model cannot be served, no key is set, or the port is taken.
     """
@@ -243,8 +236,8 @@ def serve(
         judges = [task.result() for task in [t.submit(load, d) for t, d in zip(threads, devices, strict=True)]]
         said["max_tokens"] = judges[0].max_tokens
         app = App(judges, threads, os.environ[api_key_env] if api_key_env else None, batch, said)
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/classify"
-        console.log(f"serving {model} on {', '.join(devices)} at {url}")
+        at = f"[{host}]" if ":" in host else host
+        console.log(f"serving {model} on {', '.join(devices)} at http://{at}:{port}/classify")
         asyncio.run(_run(app, bound))
 
 
@@ -283,6 +276,10 @@ async def _run(app: App, bound: socket.socket) -> None:
 def _bound(host: str, port: int) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit these: a peer that is gone is seen after a minute.
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip((socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT), PROBE, strict=True):
+        bound.setsockopt(socket.IPPROTO_TCP, option, value)
     try:
         bound.bind((host, port))
     except OSError as e:
@@ -293,9 +290,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of `python -m r1vfree_cli.judges.server`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m r1vfree_cli.judges.server", description=__doc__, argument_default=argparse.SUPPRESS
-    )
+    parser = argparse.ArgumentParser("python -m r1vfree_cli.judges.server", argument_default=argparse.SUPPRESS)
     parser.add_argument("--model", required=True)
     for text in ("--revision", "--host", "--api-key-env"):
         parser.add_argument(text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import io
 import time
@@ -25,12 +24,12 @@ MAX_PARTS = 64  # of a message
 _decoded: WeakValueDictionary[bytes, Image.Image] = WeakValueDictionary()
 
 
+@dataclass(eq=False)
 class Refused(Exception):
     """A request that is answered by an error."""
 
-    def __init__(self, status: int, message: str):
-        super().__init__(status, message)
-        self.status, self.message = status, message
+    status: int
+    message: str
 
 
 class _Url(BaseModel):
@@ -75,14 +74,9 @@ class Job:
 
 
 def parse(body: bytearray, judge: Any, held: Any) -> Job:
-    """A request's body as a job.
+    """A request's body as a job; `judge`, a `LocalJudge`, counts its tokens, `held` is a `limits.Room`.
 
-    Args:
-        judge: the `LocalJudge` that counts its tokens.
-        held: the memory that the request may hold, see `limits.Room`.
-
-    Raises:
-        Refused: what it is not, or that it needs more memory than there is now.
+    Raises Refused: what it is not, or that it needs more memory than there is now.
     """
     try:
         asked = _Body.model_validate_json(body)
@@ -114,8 +108,7 @@ def parse(body: bytearray, judge: Any, held: Any) -> Job:
 def decode_image(uri: str, held: Any) -> Image.Image:
     """An RGB image from a data URI.
 
-    Raises:
-        ValueError: not a data URI, not base64, not an image, or too large. Refused: no memory for it now.
+    Raises ValueError: not a data URI, not base64, not an image, or too large. Refused: no memory for it now.
     """
     key = hashlib.sha256(uri.encode()).digest()
     if (known := _decoded.get(key)) is not None:
@@ -133,8 +126,6 @@ def decode_image(uri: str, held: Any) -> Image.Image:
         return picture
     except (Refused, MemoryError):
         raise
-    except binascii.Error:
-        raise ValueError("image cannot be decoded: not base64") from None
     except Exception as e:  # damaged images raise anything
         raise ValueError(f"image cannot be decoded: {e}") from None
 

@@ -31,7 +31,6 @@ TEMPLATES = ("Yes", ":", "Thought process:")  # and the instruction
 FEWEST = 4  # right answers from the rows; with fewer, or one to all, discs are drawn
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 210), "yellow": (240, 210, 40)}
 
-HEADER = ["check", "asked", "n", "mean score", "wanted", "verdict"]
 
 # To these, "yes" or "no" is an answer: "Yes" is no template there.
 _YES_NO = re.compile(
@@ -52,6 +51,18 @@ class Check:
     n: int
     of: int
 
+    @property
+    def shown(self) -> dict[str, str]:
+        """As people and canaries.jsonl have it."""
+        return {
+            "check": self.name,
+            "asked": self.asked,
+            "n": str(self.n) if self.n == self.of else f"{self.n} of {self.of}",
+            "mean score": "" if self.score is None else f"{self.score:.3f}",
+            "wanted": self.wanted,
+            "verdict": {True: "ok", False: "FAILED", None: "not asked"}[self.ok],
+        }
+
 
 @dataclass
 class CanaryReport:
@@ -65,18 +76,6 @@ class CanaryReport:
     def ok(self) -> bool:
         return all(check.ok is not False for check in self.checks)
 
-    @property
-    def table(self) -> list[list[str]]:
-        """Rows under `HEADER`, for `console.emit_table`."""
-        verdicts = {True: "ok", False: "FAILED", None: "not asked"}
-        return [
-            [
-                *(c.name, c.asked, str(c.n) if c.n == c.of else f"{c.n} of {c.of}"),
-                *("" if c.score is None else f"{c.score:.3f}", c.wanted, verdicts[c.ok]),
-            ]
-            for c in self.checks
-        ]
-
     def add(
         self, name: str, asked: str, scores: Sequence[float | None], wanted: str, passes: Callable[[float], bool]
     ) -> bool:
@@ -87,31 +86,26 @@ class CanaryReport:
         self.checks.append(Check(name, asked, mean, wanted, ok, len(known), len(scores)))
         return ok is False
 
-    @property
-    def lines(self) -> list[str]:
-        """The same as text, with examples of what scored too high."""
-        rows = [f"{row[5]:9} {row[0]}: {row[1]} (n={row[2]}): {row[3] or '-'}, wanted {row[4]}" for row in self.table]
-        return rows + self.examples
-
     def error(self, step: int | None = None) -> R1VError:
         """The refusal, with the evidence: before training a `UsageError`, at a step a `GuardStop`."""
         hint = f"take another judge; or set rewards.{self.judge}.canaries.max_empty_score and min_margin to its scale"
-        if step is None:
-            return UsageError("the judge fails its canaries", details=self.lines, hint=hint)
-        return GuardStop(f"the judge fails its canaries at step {step}", details=self.lines, hint=hint)
+        lines = [
+            "{verdict:9} {check}: {asked} (n={n}): {mean}, wanted {wanted}".format(
+                **c.shown, mean=c.shown["mean score"] or "-"
+            )
+            for c in self.checks
+        ]
+        kind, when = (UsageError, "") if step is None else (GuardStop, f" at step {step}")
+        return kind(f"the judge fails its canaries{when}", details=lines + self.examples, hint=hint)
 
 
 def check(
     judge: Feedback, rows: Sequence[dict[str, Any]], cfg: Canaries, seed: int = 0, prompt: Prompt = DEFAULT
 ) -> CanaryReport:
-    """Ask the judge the canaries about at most `cfg.samples` of `rows`.
+    """Ask the judge the canaries about at most `cfg.samples` of `rows` that are trained on, the same for the same seed.
 
-    Args:
-        rows: that are trained on, with `images` (PIL), `problem`, and `solution` where there is one.
-        seed: which rows are taken and how images are exchanged; the same seed asks the same again.
-        prompt: the policy's; its instruction is one of the templates.
-
-    Raises UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions or more.
+    Rows have `images` (PIL), `problem`, and `solution` where there is one; the instruction of `prompt` is one of the
+    templates. Raises UsageError: the judge's configuration is wrong, or it gave no verdict on half of the questions.
     """
     rng = random.Random(seed)
     sample = [rows[i] for i in sorted(rng.sample(range(len(rows)), min(len(rows), cfg.samples)))]
@@ -131,19 +125,18 @@ def check(
     right, *others = _ask(judge, [labelled, *worse.values(), *templates.values()])
     scores_of = dict(zip((*worse, *templates), others, strict=True))
 
-    report, highest = CanaryReport(judge.__name__), cfg.max_empty_score
-    report.add("empty", "no answer", [judge.floor], f"<= {highest:g}", lambda s: s <= highest)
+    report, low = CanaryReport(judge.__name__), (f"<= {cfg.max_empty_score:g}", lambda s: s <= cfg.max_empty_score)
+    report.add("empty", "no answer", [judge.floor], *low)
     if known := [s for s in right if s is not None]:
         best = fmean(known)
         report.add("empty", "no answer", [judge.floor], f"<= {best:.3f}, right answers", lambda s: s <= best)
     for text, items in templates.items():
-        if report.add("template", repr(text[:40]), scores_of[text], f"<= {highest:g}", lambda s: s <= highest):
+        if report.add("template", repr(text[:40]), scores_of[text], *low):
             report.examples += _highest(items, scores_of[text])
     for name, changed in worse.items():
         pairs = [(a, b) for a, b, i in zip(right, scores_of[name], changed, strict=True) if i is not None]
         gaps = [None if a is None or b is None else a - b for a, b in pairs]
-        wanted = f"> {cfg.min_margin:g}"
-        if report.add(name, f"difference, {where}", gaps, wanted, lambda s: s > cfg.min_margin):
+        if report.add(name, f"difference, {where}", gaps, f"> {cfg.min_margin:g}", lambda s: s > cfg.min_margin):
             report.examples += _highest(changed, scores_of[name])
     return report
 
@@ -161,9 +154,8 @@ def _ask(judge: Feedback, parts: Sequence[Sequence[Asked | None]]) -> list[list[
     scores = judge.ask(items, use_cache=False)
     missing = sum(s is None for s in scores)
     if items and missing * 2 >= len(items):
-        raise UsageError(
-            f"the judge gave no verdict on {missing} of {len(items)} canaries", details=list(judge.failures)[-3:]
-        )
+        some = list(judge.failures)[-3:]
+        raise UsageError(f"the judge gave no verdict on {missing} of {len(items)} canaries", details=some)
     found = iter(scores)
     return [[None if item is None else next(found) for item in part] for part in parts]
 
@@ -190,8 +182,7 @@ def _about_other_images(labelled: Sequence[Asked]) -> list[Asked | None]:
     found: list[Asked | None] = []
     for i, (_, problem, answer) in enumerate(labelled):
         others = (labelled[(i + k) % n] for k in range(1, n))
-        images = next((other for other, _, a in others if _differ(a, answer)), None)
-        found.append(None if images is None else (images, problem, answer))
+        found.append(next(((images, problem, answer) for images, _, a in others if _differ(a, answer)), None))
     return found
 
 

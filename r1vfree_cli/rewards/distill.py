@@ -9,8 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,18 +29,37 @@ LARGE_BYTES = 4_000_000  # an image file above it is sent as JPEG
 CHARS_A_TOKEN = 4  # for the estimate
 
 
-@dataclass
 class Teacher:
     """The model that is asked, at temperature 0, and what it may cost.
 
-    price: of a million tokens in and out. max_cost: no question is asked once so much is spent, in the price's unit.
+    price: IN,OUT of a million tokens. max_cost: no question is asked once so much is spent, in the price's unit.
+    Raises UsageError: a price or a ceiling that is none.
     """
 
-    endpoint: Endpoint
-    max_tokens: int
-    price: tuple[float, float] | None = None
-    max_cost: float | None = None
-    used: list[int] = field(default_factory=lambda: [0, 0])  # tokens in and out, by this run
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        api_key_env: str = "R1V_ENDPOINT_KEY",
+        concurrency: int = 16,
+        max_tokens: int = 2048,
+        price: str | None = None,
+        max_cost: float | None = None,
+    ):
+        self.endpoint = Endpoint(
+            endpoint, model, concurrency=concurrency, timeout_s=300, api_key_env=api_key_env, what="teacher"
+        )
+        self.max_tokens, self.max_cost = max_tokens, max_cost
+        self.used = [0, 0]  # tokens in and out, by this run
+        hint = "--price 0.15,0.6: of a million tokens in and out"
+        if max_cost is not None and price is None:
+            raise UsageError("--max-cost needs --price", hint=hint)
+        try:
+            self.price = tuple(map(float, price.split(","))) if price else None
+        except ValueError:
+            self.price = ()
+        if self.price is not None and not (len(self.price) == 2 and all(0 <= each < 1e6 for each in self.price)):
+            raise UsageError(f"--price {price!r}: want IN,OUT", hint=hint)
 
     def cost(self, tokens: Sequence[float]) -> float | None:
         return None if self.price is None else sum(n * p for n, p in zip(tokens, self.price, strict=True)) / 1e6
@@ -77,33 +95,34 @@ def distill(
     """Ask the teacher what it is not known to answer, and write what can be learnt from as a folder of rows.
 
     A reply is kept when it has reasoning and an answer in r1v's tags and, where the row has a solution, is right.
-    `asked`: who is asked, and how; as of `_teacher`.
+    `asked`: who is asked, and how; as of `Teacher`.
 
-    Returns:
-        `{"rows", "requests", "cached", "dropped": {reason: n}, "prompt_tokens", "completion_tokens", "cost", "data"}`;
-        with `estimate`, what it would take at most, and nothing is asked or written.
+    Returns `{"rows", "requests", "cached", "dropped": {reason: n}, "prompt_tokens", "completion_tokens", "cost", "data"}`;
+    with `estimate`, what it would take at most, and nothing is asked or written.
 
-    Raises:
-        UsageError: no rows named, no access to the endpoint, an output folder that is in use.
-        DataError: no reply can be learnt from.
+    Raises UsageError: no rows named, no access to the endpoint, an output folder that is in use. DataError: no reply
+    can be learnt from.
     """
+    import datasets
+
+    from ..data.load import load_rows
     from ..data.prepare import check_out, prepare
 
     if not (input and asked.get("endpoint") and asked.get("model")):
         hint = "--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME"
         raise UsageError("distill needs --input, --endpoint and --model", hint=hint)
-    teacher = _teacher(**asked)
+    teacher = Teacher(**asked)
     if not estimate:
         check_out(out, [Path(input)], overwrite)
     split = split or "train"
-    rows = _rows(input, split, limit)
+    rows = load_rows(input, split, limit).cast_column("images", datasets.List(datasets.Image(decode=False)))
     keys = [_key(row) for row in rows]
     file = _replies_file(teacher)
     with lock(file, "teacher's replies"):
         known = {reply["key"]: reply for _, reply in read_records(file, _reply, "reply") if reply}
         wanted = {key: i for i, key in enumerate(keys) if key not in known}
         if estimate:
-            return _estimate(teacher, rows, list(wanted.values()), len(rows))
+            return _estimate(teacher, rows, wanted.values())
         failed = _ask(teacher, rows, wanted, known, file) if wanted else Counter[str]()
     records, dropped = _sorted_out(rows, keys, known)
     for kind, message in teacher.endpoint.failures.items():
@@ -121,42 +140,6 @@ def distill(
             lines.writelines(json.dumps(record) + "\n" for record in records)
         summary["data"] = prepare("files", out, input=str(path), images=None, split=split, overwrite=overwrite)
     return summary
-
-
-def _teacher(
-    endpoint: str,
-    model: str,
-    api_key_env: str = "R1V_ENDPOINT_KEY",
-    concurrency: int = 16,
-    max_tokens: int = 2048,
-    price: str | None = None,
-    max_cost: float | None = None,
-) -> Teacher:
-    """`price` is IN,OUT of a million tokens."""
-    if max_cost is not None and price is None:
-        raise UsageError("--max-cost needs --price", hint="--price 0.15,0.6: of a million tokens in and out")
-    asked = Endpoint(endpoint, model, concurrency=concurrency, timeout_s=300, api_key_env=api_key_env, what="teacher")
-    return Teacher(asked, max_tokens, _price(price), max_cost)
-
-
-def _price(text: str | None) -> tuple[float, float] | None:
-    try:
-        found = tuple(float(part) for part in text.split(",")) if text else None
-        if found is None or (len(found) == 2 and all(0 <= price < 1e6 for price in found)):
-            return found
-    except ValueError:
-        pass
-    raise UsageError(f"--price {text!r}: want IN,OUT", hint="--price 0.15,0.6: of a million tokens in and out")
-
-
-def _rows(input: str, split: str, limit: int | None):
-    """The rows, their images as the bytes of files."""
-    import datasets
-
-    from ..data.load import load_rows
-
-    rows = load_rows(input, split, limit)
-    return rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
 
 
 def _key(row: dict) -> str:
@@ -230,7 +213,7 @@ def _sorted_out(rows, keys: list[str], known: dict[str, dict]) -> tuple[list[dic
     return records, dropped
 
 
-def _estimate(teacher: Teacher, rows, wanted: list[int], total: int) -> dict:
+def _estimate(teacher: Teacher, rows, wanted: Collection[int]) -> dict:
     """Requests and tokens, without asking: texts by their length, images by their size, replies at their limit."""
     from PIL import Image
 
@@ -242,5 +225,5 @@ def _estimate(teacher: Teacher, rows, wanted: list[int], total: int) -> dict:
             width, height = Image.open(io.BytesIO(image["bytes"])).size
             tokens += width * height / FEWEST_PIXELS
     most = len(wanted) * teacher.max_tokens
-    found = {"requests": len(wanted), "cached": total - len(wanted), "prompt_tokens": round(tokens)}
+    found = {"requests": len(wanted), "cached": len(rows) - len(wanted), "prompt_tokens": round(tokens)}
     return found | {"completion_tokens_at_most": most, "cost_at_most": teacher.cost((tokens, most))}

@@ -6,6 +6,7 @@ and a used-up budget: an `R1VError`, which stops the run.
 """
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -17,8 +18,9 @@ from typing import Any
 from ..config.rewards import FeedbackReward
 from ..core.errors import GuardStop, R1VError, UsageError
 from ..core.prompts import parse, prompt_hash
+from ..judges.backends import Backend
 from ..judges.cache import JudgementCache
-from ..judges.protocol import Backend, Failure, JudgeImage, Question, Verdict
+from ..judges.protocol import Failure, JudgeImage, Question, Verdict
 from .text import completion_text
 
 Asked = tuple[Sequence[Any], str, str | None]  # PIL images, question, answer
@@ -29,11 +31,8 @@ PAUSE_S = 0.5
 class Feedback:
     """An asynchronous reward after TRL's protocol: `await feedback(prompts, completions, images=..., problem=...)`.
 
-    It works in an event loop of its own, so that TRL's loop, canaries and probes may all ask it.
-
-    Args (figures, stopping: as of `registry.build_feedback`):
-        identity: what decides a judgement beside the question: model, revision, prompt. Part of cache keys.
-        cache: folder of the judgement cache, or None.
+    It works in an event loop of its own, so that TRL's loop, canaries and probes may all ask it. `identity`, part of
+    cache keys: what decides a judgement beside the question. `cache`: folder. Others: as of `registry.build_feedback`.
     """
 
     def __init__(
@@ -51,12 +50,10 @@ class Feedback:
         self.max_failed_fraction, self.floor = reward.max_failed_fraction, reward.floor
         self.failures: deque[str] = deque(maxlen=100)
         self._reward, self._backend, self._identity = reward, backend, identity
-        self._cache = JudgementCache(cache)
+        self._cache, self._stopping, self._opened = JudgementCache(cache), stopping, False
         processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))  # each of them may spend its share
         self._budget = None if reward.max_cost is None else reward.max_cost / processes
         self._spent = 0.0
-        self._stopping = stopping
-        self._opened = False
         self._slots = asyncio.Semaphore(reward.concurrency)
         self._stats: Counter[str] = Counter()
         self._latencies: list[float] = []
@@ -71,15 +68,10 @@ class Feedback:
         problem: Sequence[str] | None = None,
         **_: Any,
     ) -> list[float | None]:
-        """One score, or None, for each completion; the judge sees the row's question, not the policy's prompt.
+        """One score, or None, for each completion, with its PIL images and its row's question.
 
-        Args:
-            images: for each completion a list of PIL images.
-            problem: for each completion the row's question.
-
-        Raises:
-            UsageError: the judge's configuration is wrong, or the rows have no `problem`.
-            GuardStop: `max_cost` is reached.
+        Raises UsageError: the judge's configuration is wrong, or the rows have no `problem`. GuardStop: `max_cost` is
+        reached.
         """
         if problem is None:
             raise UsageError("the feedback reward needs the column `problem`")
@@ -90,45 +82,37 @@ class Feedback:
         ]
         return await asyncio.wrap_future(self._submit(self._score(asked, True, self._reward.step_deadline_s)))
 
-    def ask(
-        self, items: Sequence[Asked], *, use_cache: bool = True, deadline_s: float | None = None
-    ) -> list[float | None]:
-        """The same for (images, question, answer) directly, from synchronous code.
-
-        Raises UsageError, GuardStop: as when called.
-        """
-        seconds = self._reward.step_deadline_s if deadline_s is None else deadline_s
+    def ask(self, items: Sequence[Asked], *, use_cache: bool = True, most_s: float = math.inf) -> list[float | None]:
+        """The same for (images, question, answer) directly, from synchronous code, within `most_s`; raises alike."""
+        seconds = min(most_s, self._reward.step_deadline_s)
         return self._submit(self._score(items, use_cache, seconds)).result()
 
     def probe(self) -> None:
-        """Ask the judge one question, so that a wrong configuration is known before step 1.
-
-        Raises UsageError, DataError: with what the judge said.
-        """
+        """Ask one question, so that a wrong configuration is known before step 1. Raises UsageError, DataError."""
         from PIL import Image
 
         item = ([Image.new("RGB", (56, 56), (200, 30, 30))], "What colour is the image?", "red")
         seen = len(self.failures)
-        (score,) = self.ask([item], use_cache=False, deadline_s=min(PROBE_S, self._reward.step_deadline_s))
+        (score,) = self.ask([item], use_cache=False, most_s=PROBE_S)
+        where = getattr(self._backend, "base_url", None) or self._identity.get("model")
         if score is None:
             raise UsageError(
-                f"the judge gave no verdict on a trial question ({self._where()})",
+                f"the judge gave no verdict on a trial question ({where})",
                 details=list(self.failures)[seen:][-3:],
                 hint=f"start the judge, or correct rewards.{self.__name__}; r1v doctor --recipe NAME tries again",
             )
         if self._budget is not None and not self._stats["tokens"]:
             raise UsageError(
-                f"max_cost cannot be kept: the judge does not say how many tokens it used ({self._where()})",
+                f"max_cost cannot be kept: the judge does not say how many tokens it used ({where})",
                 hint=f"remove rewards.{self.__name__}.max_cost and price",
             )
 
     def stats(self) -> dict[str, float]:
         """Counts, times and costs since the last call, under `judge/...` (`figures`); latencies in seconds."""
         stats: dict[str, float] = {"calls": 0, "cache_hits": 0, "cost": 0.0, **self._stats}
-        latencies = sorted(self._latencies)
-        if latencies:
+        if latencies := sorted(self._latencies):
             stats["latency_p50"] = latencies[len(latencies) // 2]
-            stats["latency_p95"] = latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))]
+            stats["latency_p95"] = latencies[int(0.95 * len(latencies))]
         self._stats, self._latencies = Counter(), []
         return {f"{self._figures}/{key}": value for key, value in stats.items()}
 
@@ -175,8 +159,8 @@ class Feedback:
         distinct: dict[str, JudgeImage] = {}  # a group's rows are read apart: equal images in objects of their own
         keys: list[str | None] = []
         questions: dict[str, Question] = {}
-        judge = {**self._identity, **self._backend.identity}
-        identity = {**judge, "prompt": self._backend.prompt, "prompt_sha256": prompt_hash()}
+        identity = {**self._identity, **self._backend.identity}
+        identity |= {"prompt": self._backend.prompt, "prompt_sha256": prompt_hash()}
         for images, problem, answer in items:
             if not answer or not answer.strip() or len(answer) > self._reward.max_answer_chars:
                 keys.append(None)
@@ -185,8 +169,8 @@ class Feedback:
             given = [wrapped.setdefault(id(image), JudgeImage(image)) for image in images]
             pictures = tuple(distinct.setdefault(image.digest, image) for image in given)
             question = Question(pictures, problem, answer.strip())
-            keys.append(question.key(identity))
-            questions.setdefault(question.key(identity), question)
+            keys.append(key := question.key(identity))
+            questions.setdefault(key, question)
         scores = self._cache.get(list(questions), bounded=self._backend.prompt == "judge") if use_cache else {}
         self._stats["cache_hits"] += len(scores)
         wanted = {key: question for key, question in questions.items() if key not in scores}
@@ -225,20 +209,18 @@ class Feedback:
             task.cancel()
         if pending:
             await asyncio.wait(pending)
-        errors = [e for task in done if (e := task.exception())]
+        errors = [error for task in done if (error := task.exception())]
         if errors:
-            raise next((e for e in errors if isinstance(e, R1VError)), errors[0])
+            raise min(errors, key=lambda error: not isinstance(error, R1VError))
         for _ in pending:
             self._failed(Failure("deadline", f"no verdict in time{getattr(self._backend, 'waiting', '')}"))
 
     async def _ask_part(self, part: dict[str, Question], found: dict[str, float]) -> None:
         async with self._slots:
             if self._budget is not None and self._spent >= self._budget:
-                raise GuardStop(
-                    f"the judge's cost reached its ceiling: {self._spent:.4g} of {self._budget:.4g} in this process",
-                    hint=f"raise rewards.{self.__name__}.max_cost, the ceiling of all processes together, and go on with "
-                    "--resume",
-                )
+                spent = f"{self._spent:.4g} of {self._budget:.4g} in this process"
+                hint = f"raise rewards.{self.__name__}.max_cost, the ceiling of all processes together, and go on with --resume"
+                raise GuardStop(f"the judge's cost reached its ceiling: {spent}", hint=hint)
             self._stats["calls"] += len(part)
             results = await self._backend.judge(list(part.values()))
         for key, result in zip(part, results, strict=True):
@@ -247,20 +229,12 @@ class Feedback:
                 self._latencies.append(result.seconds)
             else:
                 self._failed(result)
-            self._pay(result)
-
-    def _pay(self, result: Verdict | Failure) -> None:
-        self._stats["tokens"] += result.input_tokens + result.output_tokens
-        if self._reward.price:
-            price = self._reward.price
-            cost = (result.input_tokens * price.input + result.output_tokens * price.output) / 1e6
-            self._spent += cost
-            # A Counter holds floats as well as counts.
-            self._stats["cost"] += cost  # type: ignore[assignment]
+            self._stats["tokens"] += result.input_tokens + result.output_tokens
+            if price := self._reward.price:
+                cost = (result.input_tokens * price.input + result.output_tokens * price.output) / 1e6
+                self._spent += cost
+                self._stats["cost"] += cost  # type: ignore[assignment]  # a Counter holds floats too
 
     def _failed(self, failure: Failure) -> None:
         self._stats[f"failed/{failure.kind}"] += 1
-        self.failures.append(f"{failure.kind}: {failure.message}")
-
-    def _where(self) -> str:
-        return str(getattr(self._backend, "base_url", None) or self._identity.get("model"))
+        self.failures.append(str(failure))

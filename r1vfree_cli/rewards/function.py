@@ -26,10 +26,8 @@ class FunctionReward:
     `log_metric` what its signature names (all with `**kwargs`), as keyword arguments, and returns a number or None for
     each completion. An object's `state_dict`, `load_state_dict`, `stats` and `close` are the reward's.
 
-    Args:
-        arguments: further keyword arguments of each call.
-        file: what to name in errors; None for r1v's own, whose errors are bugs.
-        identity: what the run contract keeps beside name and weight.
+    arguments: further keyword arguments of each call. file: what to name in errors; None for r1v's own, whose errors
+    are bugs. identity: what the run contract keeps beside name and weight.
     """
 
     def __init__(
@@ -85,18 +83,17 @@ class FunctionReward:
             raise self._wrong(f"returned {brief(scores)}, not one number or None for each completion")
         if len(scores) != n:
             raise self._wrong(f"returned {len(scores)} scores for {n} completions")
-        return [self._number(i, score) for i, score in enumerate(scores)]
-
-    def _number(self, i: int, score: Any) -> float | None:
-        with suppress(ValueError, RuntimeError):  # numpy and torch have scalars of their own
-            score = score.item() if hasattr(score, "item") else score
-        if score is None:
-            return None
-        if not isinstance(score, int | float):
-            raise self._wrong(f"returned {brief(score)} for completion {i}, which is neither a number nor None")
-        if not abs(score) <= _LARGEST:
-            raise self._wrong(f"returned {brief(score)} for completion {i}: a score is finite, or None for not scored")
-        return float(score)
+        found: list[float | None] = []
+        for i, score in enumerate(scores):
+            with suppress(ValueError, RuntimeError):  # numpy and torch have scalars of their own
+                score = score.item() if hasattr(score, "item") else score
+            where = f"{brief(score)} for completion {i}"
+            if score is not None and not isinstance(score, int | float):
+                raise self._wrong(f"returned {where}, which is neither a number nor None")
+            if score is not None and not abs(score) <= _LARGEST:
+                raise self._wrong(f"returned {where}: a score is finite, or None for not scored")
+            found.append(None if score is None else float(score))
+        return found
 
     def _wrong(self, what: str) -> R1VError:
         where = f" ({self._file})" if self._file else ""

@@ -11,10 +11,9 @@ from ..config.embedded import resolve_model
 from ..config.rewards import AnyReward, FeedbackReward, UserReward
 from ..core.errors import UsageError
 from ..core.files import cache_dir
+from ..judges.backends import Backend, InProcessJudge
 from ..judges.chat import ChatJudge
 from ..judges.classify import ClassifyJudge
-from ..judges.in_process import InProcessJudge
-from ..judges.protocol import Backend
 from ..run.checkpoint import fingerprint
 from .feedback import Feedback
 from .function import FunctionReward, user_reward
@@ -69,8 +68,8 @@ def build_feedback(
 
     Raises UsageError, DataError: an embedded judge is not there or not built yet.
     """
-    model = resolve_model((reward.serve.model if reward.serve else reward.model) or "", seed)
-    revision = reward.serve.revision if reward.serve else reward.revision
+    place = reward.serve or reward
+    model, revision = resolve_model(place.model or "", seed), place.revision
     url = served_url if reward.serve else reward.base_url
     if reward.serve and not url:
         raise UsageError(f"rewards.{reward.key}.serve: no server was started")
@@ -79,24 +78,16 @@ def build_feedback(
         folder = Path(reward.cache) if isinstance(reward.cache, str) else cache_root or cache_dir("judge")
     backend: Backend
     if reward.backend == "local":
-        backend = InProcessJudge(model, revision, pixels)
+        backend = InProcessJudge(model=model, revision=revision, pixels=pixels)
     else:
         judge = ClassifyJudge if reward.backend == "classify" else ChatJudge
         backend = judge(reward, str(url), stopping)
-    identity = _identity(reward, model, revision, pixels)
-    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, stopping=stopping)
-
-
-def _identity(reward: FeedbackReward, model: str, revision: str | None, pixels: tuple[int, int] | None) -> dict:
     identity: dict[str, Any] = {"backend": reward.backend, "model": model, "revision": revision}
     if Path(model).is_dir():
         identity["files"] = fingerprint(Path(model))
-    if reward.base_url:
-        identity["base_url"] = reward.base_url
-    if reward.request:
-        identity["request"] = reward.request
+    identity |= {name: value for name in ("base_url", "request") if (value := getattr(reward, name))}
     # The same model gives the same scores in this process and served by r1v, but not by vLLM to the last digit.
     if reward.backend == "local" or reward.serve:
         engine = reward.serve.engine if reward.serve else "r1v"
         identity |= {"backend": engine, "pixels": list(pixels) if pixels else None}
-    return identity
+    return Feedback(reward, backend, identity=identity, figures=figures, cache=folder, stopping=stopping)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 TIMEOUT_S = 10.0  # for one pair; the child's own limit is shorter
 START_S = 120.0  # importing sympy on a busy machine
@@ -46,10 +47,7 @@ def quick(reference: str, answer: str) -> bool | None:
 
 
 def equivalent(pairs: Sequence[tuple[str, str]]) -> list[bool]:
-    """For each (reference, answer): are they equal? An answer that cannot be compared in time is not.
-
-    Works in any thread.
-    """
+    """For each (reference, answer): are they equal? One that cannot be compared in time is not. For any thread."""
     found = [quick(reference, answer) for reference, answer in pairs]
     return [f if f is not None else _child.ask(*pair) for f, pair in zip(found, pairs, strict=True)]
 
@@ -73,11 +71,9 @@ class _Child:
                 return False
 
     def _start(self) -> subprocess.Popen:
-        # -P: run as a file, this folder must not be on the path; its cache.py and others would hide top-level modules.
-        command = [sys.executable, "-P", __file__]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
+        # -P: run as a file, this folder must not be on the path; its text.py and others would hide top-level modules.
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, "-P", __file__], bufsize=0, **pipes)
         _read(self._process, START_S)
         return self._process
 
@@ -117,18 +113,14 @@ def serve() -> None:
     for line in sys.stdin:
         # Should the parent die meanwhile, the kernel ends a child that is stuck in C code.
         signal.setitimer(signal.ITIMER_VIRTUAL, 2 * TIMEOUT_S)
-        gold, answer = (_as_maths(text) for text in json.loads(line))
+        # LaTeX is only recognised between dollars.
+        pair = [f"${text}$" if "\\" in text and "$" not in text else text for text in json.loads(line)]
         try:
-            equal = verify(parse(gold, parsing_timeout=3), parse(answer, parsing_timeout=3), timeout_seconds=3)
+            equal = verify(*(parse(text, parsing_timeout=3) for text in pair), timeout_seconds=3)
         except Exception:
             # The answer is the policy's free text: whatever it breaks in the parser, it is not equal.
             equal = False
         print(json.dumps(bool(equal)), flush=True)
-
-
-def _as_maths(text: str) -> str:
-    """LaTeX is only recognised between dollars."""
-    return f"${text}$" if "\\" in text and "$" not in text else text
 
 
 if __name__ == "__main__":

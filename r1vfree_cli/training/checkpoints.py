@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,10 +62,8 @@ class AtomicCheckpoints(_Trainer):
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save:
-                strip_pickles(staging / name)
-                if self.contract is not None:
-                    contract.write(staging / name, self.contract)
+            if self.args.should_save and self.contract is not None:
+                contract.write(staging / name, self.contract)
         except Exception as e:
             if no_space(e):
                 clean(folder)  # room for the reason to be written down
@@ -96,16 +94,18 @@ class AtomicCheckpoints(_Trainer):
         if is_deepspeed_zero3_enabled() and isinstance(self.model, PreTrainedModel):
             self.model.__dict__["_weight_conversions"] = None
         super()._save(output_dir, state_dict)
+        if self.args.should_save:  # recipe.yaml has the arguments, and a pickle can hold a hub token
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        sharded = resume_from_checkpoint and self.is_deepspeed_enabled
-        with tensors_only() if sharded else nullcontext():
-            try:
-                return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            except (pickle.UnpicklingError, EOFError) as e:
-                if not sharded:
-                    raise
-                raise _damaged(resume_from_checkpoint, e) from e
+        prepare = super()._prepare_for_training
+        if not (resume_from_checkpoint and self.is_deepspeed_enabled):
+            return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        try:
+            with tensors_only():
+                return prepare(max_steps, train_dataloader, resume_from_checkpoint)
+        except (pickle.UnpicklingError, EOFError) as e:
+            raise _damaged(resume_from_checkpoint, e) from e
 
     def _run_epoch(self, *args, **kwargs):
         # Trainer tells the samplers it can reach; behind the wrapper that skips batches on a resume it reaches none.
@@ -118,10 +118,6 @@ class AtomicCheckpoints(_Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint):
-        with _readable(checkpoint):
-            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
         with _readable(checkpoint):
@@ -142,12 +138,8 @@ class AtomicCheckpoints(_Trainer):
 def try_final_save(trainer) -> None:
     """Write now, to a temporary folder, all that the end of a run writes but for the weights. Every rank calls it.
 
-    A generation config that `save_pretrained` would refuse is mended first, and the contract of an adapter gets a
-    signature of its base.
-
-    Raises:
-        DataError: something cannot be saved, so the run would end without its model.
-        UsageError: the disk has less room than the trained weights take.
+    A generation config that `save_pretrained` would refuse is mended first; an adapter's contract gets a signature of
+    its base. Raises DataError: something cannot be saved. UsageError: the disk has no room for the trained weights.
     """
     run = Path(trainer.args.output_dir).parent
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -185,11 +177,9 @@ def mend_generation_config(model) -> None:
 
     Such a field has no effect on generation; each one that is reset is named in a warning.
     """
-    given = getattr(model, "generation_config", None)
-    if given is None:
-        return
     kept, refused = GenerationConfig(), []
-    fields = {k: v for k, v in given.to_diff_dict().items() if k != "transformers_version"}
+    fields = model.generation_config.to_diff_dict()
+    fields.pop("transformers_version", None)
     for key in sorted(fields, key=lambda k: k not in ("do_sample", "num_beams")):  # what others depend on first
         trial = copy.deepcopy(kept)
         setattr(trial, key, fields[key])
@@ -199,19 +189,15 @@ def mend_generation_config(model) -> None:
         except ValueError:
             refused.append(f"{key}={fields[key]}")
     if refused:
-        console.warn(
-            f"the base's generation config contradicts itself; left out of what is saved: {', '.join(refused)}"
-        )
+        left_out = f"left out of what is saved: {', '.join(refused)}"
+        console.warn(f"the base's generation config contradicts itself; {left_out}")
         model.generation_config = kept
 
 
 def save_final(trainer, folder: Path) -> None:
     """Write the trained model (or its adapter), processor and run contract to `folder`, complete or not at all.
 
-    Every rank calls it. An earlier folder of the same run is replaced.
-
-    Raises:
-        DataError: it cannot be saved; says where the weights are.
+    Every rank calls it. An earlier folder of the same run is replaced. Raises DataError: says where the weights are.
     """
     staging = folder.with_name(f".{folder.name}-writing")
     if trainer.args.should_save:
@@ -221,7 +207,6 @@ def save_final(trainer, folder: Path) -> None:
     try:
         trainer.save_model(str(staging), _internal_call=True)
         if trainer.args.should_save:
-            strip_pickles(staging)
             contract.write(staging, trainer.contract)
             seal(staging)
     except Exception as e:
@@ -274,13 +259,10 @@ def _readable(checkpoint: Path | str | None) -> Iterator[None]:
 
 
 def resume_point(attempt: Attempt) -> Path | None:
-    """The newest complete checkpoint to go on from when this attempt is a resume, else None.
+    """The newest complete checkpoint to go on from, for rank 0 alone; incomplete and damaged ones are skipped with a word.
 
-    For rank 0 alone: the others are told. Incomplete and damaged ones are skipped with a word. None also where the run
-    was killed before its first checkpoint.
-
-    Raises:
-        UsageError: the checkpoints were saved without optimizer state (`train.save_only_model`).
+    None where this attempt is no resume, or the run was killed before its first checkpoint. Raises UsageError: the
+    checkpoints have no optimizer state.
     """
     if not attempt.resume:
         return None
@@ -318,11 +300,6 @@ def tensors_only() -> Iterator[None]:
     plain = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
     with patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"), torch.serialization.safe_globals(plain):
         yield
-
-
-def strip_pickles(folder: Path) -> None:
-    """Delete Trainer's pickled arguments: recipe.yaml has them, and a pickle can hold a hub token."""
-    (folder / "training_args.bin").unlink(missing_ok=True)
 
 
 def clean(folder: Path) -> None:

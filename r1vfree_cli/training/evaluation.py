@@ -37,7 +37,10 @@ def heldout_exam(rows, prompt: Prompt, judges: dict[str, Any]) -> Exam:
         parsed = [parse(text) for text in texts]
         metrics = {"format": share([p.problem is None for p in parsed])}
         if labelled:
-            metrics["accuracy"] = share([_same(p.answer, s) for p, s in zip(parsed, rows["solution"], strict=True)])
+            # Equal without regard to case and surrounding space.
+            wanted = [str(s).strip().casefold() for s in rows["solution"]]
+            said = [None if p.answer is None else p.answer.strip().casefold() for p in parsed]
+            metrics["accuracy"] = share([a == b for a, b in zip(said, wanted, strict=True)])
         judged = {}
         for name, judge in judges.items():
             items = [(row["images"] or [], row["problem"], p.answer) for row, p in zip(rows, parsed, strict=True)]
@@ -47,25 +50,6 @@ def heldout_exam(rows, prompt: Prompt, judges: dict[str, Any]) -> Exam:
         return Scored(metrics, judged)
 
     return Exam("heldout", len(rows), get, score, lambda i: rows[i]["problem"])
-
-
-def _same(answer: str | None, solution: str) -> bool:
-    return answer is not None and answer.strip().casefold() == str(solution).strip().casefold()
-
-
-def measure(trainer: R1VGRPOTrainer, rows, prompt: Prompt) -> dict[str, dict[str, float]]:
-    """{"accuracy": {greedy, sampled}, "format": {greedy, sampled}}, shares of 1 over all rows; all ranks must call it.
-
-    Sampled means the recipe's sampling, with the same random numbers at every call. An answer is right when it equals
-    the reference without regard to case and surrounding space. Plain TRL generation, whatever the trainer overrides.
-    """
-    exam = heldout_exam(rows, prompt, {})
-    result: dict[str, dict[str, float]] = {"accuracy": {}, "format": {}}
-    for how in ("greedy", "sampled"):
-        found = exam.score(replies(trainer, exam, greedy=how == "greedy")).metrics
-        for name in result:
-            result[name][how] = found[name][0]
-    return result
 
 
 def share(flags: Sequence[bool]) -> Interval:
@@ -124,38 +108,33 @@ class Evaluate(TrainerCallback):
         return state.global_step % self.settings.every_steps == 0 or state.global_step >= state.max_steps
 
     def _examine(self, args, state, control) -> None:
-        step = state.global_step
+        step, name = state.global_step, self.exam.name
         if is_main() and step == 0:
-            console.log(
-                f"{self.exam.name}: answering {counted(self.exam.n, 'question')}, every {counted(self.settings.every_steps, 'step')}"
-            )
+            every = counted(self.settings.every_steps, "step")
+            console.log(f"{name}: answering {counted(self.exam.n, 'question')}, every {every}")
         texts = replies(self.trainer, self.exam, greedy=True)
         found: Scored = on_main(lambda: self.exam.score(texts))
-        values = {name: value for name, (value, *_) in found.metrics.items()}
+        values = {metric: value for metric, (value, *_) in found.metrics.items()}
         self._state |= {"last": step, "now": values, "first": self._state["first"] or values}
         figures: dict[str, float] = {}
-        for name, (value, low, high) in found.metrics.items():
-            key = f"eval/{self.exam.name}/{name}"
+        for metric, (value, low, high) in found.metrics.items():
+            key = f"eval/{name}/{metric}"
             figures |= {key: value, f"{key}/low": low, f"{key}/high": high}
         self.trainer.callback_handler.on_evaluate(args, state, control, figures)
         if is_main():
-            shown = ", ".join(f"{n} {v:.3g} ({low:.3g} to {high:.3g})" for n, (v, low, high) in found.metrics.items())
-            console.log(f"step {step}, {self.exam.name}: {shown}")
-        self._rank(step, values)
+            shown = ", ".join(f"{m} {v:.3g} ({low:.3g} to {high:.3g})" for m, (v, low, high) in found.metrics.items())
+            console.log(f"step {step}, {name}: {shown}")
+        if ranks := self.settings.keep_best:
+            if ranks not in values:
+                raise UsageError(f"eval.keep_best {ranks}: {name} has {', '.join(values)}")
+            best = self._state["best"]
+            if step and (best is None or values[ranks] > best[1]):  # step 0 has no checkpoint
+                self._state["best"] = [step, values[ranks]]
+                self._keep()
         if step and self.guard and (error := self._hacked(step, found, texts)):
             self.stopped = error
             control.should_save = control.should_training_stop = True
         self._state["judged"] = self._state["judged"] or found.judged
-
-    def _rank(self, step: int, values: dict[str, float]) -> None:
-        metric, best = self.settings.keep_best, self._state["best"]
-        if metric is None:
-            return
-        if metric not in values:
-            raise UsageError(f"eval.keep_best {metric}: {self.exam.name} has {', '.join(values)}")
-        if step and (best is None or values[metric] > best[1]):  # step 0 has no checkpoint
-            self._state["best"] = [step, values[metric]]
-            self._keep()
 
     def _keep(self) -> None:
         best = self._state["best"]
@@ -180,11 +159,10 @@ class Evaluate(TrainerCallback):
         self._state["suspicions"] = 0  # who resumes the stopped run gets as many again
         name = risen[0]
         odds = [(_minus(a, b) or 0.0, i) for i, (a, b) in enumerate(zip(gains[name], gains[HOLDOUT]))]
-        value, low, high = intervals[name]
+        rise, still = ("{:.3f} ({:.3f} to {:.3f})".format(*interval) for interval in (intervals[name], other))
         return GuardStop(
             f"reward hacking: at step {step} the score of {name} on {len(texts)} held-out questions has risen by "
-            f"{value:.3f} ({low:.3f} to {high:.3f}), that of {HOLDOUT}, which training does not see, by {other[0]:.3f} "
-            f"({other[1]:.3f} to {other[2]:.3f})",
+            f"{rise}, that of {HOLDOUT}, which training does not see, by {still}",
             details=[
                 f"{self.exam.question(i)} -> {' '.join(texts[i].split())[:160]!r} "
                 f"({name} {found.judged[name][i]}, {HOLDOUT} {found.judged[HOLDOUT][i]})"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from accelerate import PartialState
@@ -14,9 +13,10 @@ from accelerate.utils import DistributedType
 from trl import GRPOConfig
 
 from ..config.embedded import with_seed
+from ..config.rewards import FeedbackReward
 from ..config.schema import GrpoRecipe
 from ..core import console
-from ..core.errors import DataError, UsageError, counted
+from ..core.errors import DataError, GuardStop, R1VError, UsageError, counted
 from ..core.files import append_jsonl
 from ..data.load import load_rows
 from ..models.lengths import drop_long_prompts
@@ -25,20 +25,27 @@ from ..rewards.registry import build_feedback, build_rewards
 from ..run import contract
 from ..run.attempt import Attempt
 from ..run.run_dir import RunDir
-from .callbacks import BeforeTraining, PeriodicCheck, RolloutCallback
-from .evaluation import HOLDOUT, Evaluate, Exam, heldout_exam, measure
-from .guard import CollapseGuard
-from .recorder import Rollout, summarise_metrics, truncate_lines, truncate_rollouts, update_summary
+from ..shared_prefix.decode import any_rank
+from .evaluation import HOLDOUT, Evaluate, heldout_exam
+from .exam import Exam, replies
+from .guard import CollapseGuard, Verdict, figures, offenders
+from .recorder import (
+    Rollout,
+    spread_over_groups,
+    summarise_metrics,
+    truncate_lines,
+    truncate_rollouts,
+    update_summary,
+)
 from .run import Training
 from .trainer import R1VGRPOTrainer
-from .worker import is_main, on_main, refusals, stop_requested, to_prompts, worker
+from .worker import is_main, on_main, stop_requested, to_prompts, trl_config, worker
 
 
 def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
     """TRL's config: the recipe's `train` by name, and what r1v decides. Build it before the model (ZeRO-3).
 
-    Raises:
-        UsageError: TRL or transformers refuses a combination.
+    Raises UsageError: TRL or transformers refuses a combination.
     """
     zero = recipe.launch.preset.startswith("zero")
     given = dict(recipe.train.model_extra or {})
@@ -51,19 +58,16 @@ def grpo_config(recipe: GrpoRecipe, run: RunDir) -> GRPOConfig:
         defaults["vllm_max_model_length"] = recipe.data.max_prompt_tokens + longest
     if recipe.model.revision is not None:  # TRL loads the reference policy itself
         given["model_init_kwargs"] = {"revision": recipe.model.revision}
-    with refusals(recipe):
-        args = GRPOConfig(
-            **(defaults | given),
-            num_generations=recipe.train.num_generations,
-            per_device_train_batch_size=recipe.train.prompts_per_device * recipe.train.num_generations,
-            reward_weights=[r.weight for r in recipe.rewards],
-            output_dir=str(run.checkpoints),
-            bf16=recipe.model.dtype == "bfloat16",
-            fp16=recipe.model.dtype == "float16",
-            use_cpu=recipe.launch.on_cpu and not zero,  # told so, accelerate would leave DeepSpeed out
-            remove_unused_columns=False,  # rewards read the row's columns
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+    args = trl_config(
+        GRPOConfig,
+        recipe,
+        run,
+        **(defaults | given),
+        num_generations=recipe.train.num_generations,
+        per_device_train_batch_size=recipe.train.prompts_per_device * recipe.train.num_generations,
+        reward_weights=[r.weight for r in recipe.rewards],
+        use_cpu=recipe.launch.on_cpu and not zero,  # told so, accelerate would leave DeepSpeed out
+    )
     if zero and PartialState().distributed_type != DistributedType.DEEPSPEED:
         raise UsageError(f"launch.preset is {recipe.launch.preset}, but this process was started without DeepSpeed")
     return args
@@ -91,8 +95,7 @@ class GrpoTraining(Training):
     def _heldout_rows(self):
         """Those with a reference answer that fit the prompt limit; where no row has one and judges score them, all.
 
-        Raises:
-            DataError: there are none.
+        Raises DataError: there are none.
         """
         recipe, heldout = self.recipe, self.recipe.data.heldout
         rows = load_rows(with_seed(heldout.path, self.args.seed), heldout.split, heldout.limit)
@@ -119,39 +122,29 @@ class GrpoTraining(Training):
             truncate_lines(run.path / "canaries.jsonl", done)
         if recipe.judges:
             console.log("asking the judges questions whose answers are known")
-        self.canaries = self._canary_checks(done)
-        for _, ask in self.canaries:
-            ask(None)
-
-    def _canary_checks(self, done: int) -> list[tuple[int, Callable[[int | None], None]]]:
-        """For each judge: every how many steps, and what asks it its canaries, on rank 0; raises on every rank if it fails.
-
-        Each report is a line of canaries.jsonl. `done`: steps of earlier attempts.
-        """
-
-        recipe = self.recipe
-
-        def ask(judge, settings, step: int | None) -> None:
-            def check() -> None:
-                report = canaries.check(judge, self.rows, settings, recipe.seed, recipe.policy_prompt)
-                lines = [dict(zip(canaries.HEADER, row, strict=True)) for row in report.table]
-                line = {"step": step or done, "judge": report.judge, "ok": report.ok, "checks": lines}
-                append_jsonl(self.run.path / "canaries.jsonl", line)
-                if not report.ok:
-                    raise report.error(step)
-
-            on_main(check)
-
-        found: list[tuple[int, Callable[[int | None], None]]] = []
         for reward in recipe.judges:
             if reward.canaries is None:
-                console.log(
-                    f"rewards.{reward.key}.canaries are off: nothing checks that this judge tells right from wrong"
-                )
-                continue
-            judge = next(r for r in self.rewards if r.__name__ == reward.key)
-            found.append((reward.canaries.every_steps, functools.partial(ask, judge, reward.canaries)))
-        return found
+                off = "canaries are off: nothing checks that this judge tells right from wrong"
+                console.log(f"rewards.{reward.key}.{off}")
+        self.done = done
+        self._ask_canaries(None)
+
+    def _ask_canaries(self, step: int | None) -> None:
+        """Ask the judges that are due after `step`, or before training all, on rank 0; raises on every rank when one
+        fails. Each report is a line of canaries.jsonl."""
+        for reward in self.recipe.judges:
+            if reward.canaries is not None and (step is None or step % reward.canaries.every_steps == 0):
+                on_main(functools.partial(self._check_judge, reward, step))
+
+    def _check_judge(self, reward: FeedbackReward, step: int | None) -> None:
+        judge, recipe = self.judges[reward.key], self.recipe
+        assert reward.canaries is not None
+        report = canaries.check(judge, self.rows, reward.canaries, recipe.seed, recipe.policy_prompt)
+        line = {"step": step or self.done, "judge": report.judge, "ok": report.ok}
+        line["checks"] = [check.shown for check in report.checks]
+        append_jsonl(self.run.path / "canaries.jsonl", line)
+        if not report.ok:
+            raise report.error(step)
 
     def make_trainer(self, **common: Any) -> R1VGRPOTrainer:
         return R1VGRPOTrainer(
@@ -170,28 +163,70 @@ class GrpoTraining(Training):
         }
 
     def callbacks(self) -> list[Any]:
-        recipe, recorder = self.recipe, self.trainer.recorder
-        guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
-        if guard is not None:
-            self.trainer.carried["guard"] = guard
-        return [
-            BeforeTraining(lambda: self._measure("before")),
-            RolloutCallback(recorder, self.run, show=recipe.train.show_rollouts, guard=guard, table=self._table),
-            *(PeriodicCheck(ask, every) for every, ask in self.canaries),
-            *super().callbacks(),
-            *self._evaluation(),
-        ]
-
-    def _evaluation(self) -> list[Evaluate]:
-        settings, exam = self.recipe.eval, self.exam
+        recipe, settings, exam = self.recipe, self.recipe.eval, self.exam
+        self.guard = CollapseGuard(recipe.train.guard) if recipe.train.guard else None
+        if self.guard is not None:
+            self.trainer.carried["guard"] = self.guard
         if settings is None:
-            return []
+            return [self]
         if exam is None:
             assert self.heldout is not None
             rows = self.heldout.select(range(min(settings.limit or len(self.heldout), len(self.heldout))))
-            exam = heldout_exam(rows, self.recipe.policy_prompt, self.judges)
-        self.evaluate = Evaluate(self.trainer, exam, settings, guard=self.recipe.train.guard is not None)
-        return [self.evaluate]
+            exam = heldout_exam(rows, recipe.policy_prompt, self.judges)
+        self.evaluate = Evaluate(self.trainer, exam, settings, guard=self.guard is not None)
+        return [self, self.evaluate]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._measure("before")
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if is_main():
+            self.trainer.recorder.write(self.run)
+        try:
+            if state.global_step < state.max_steps:
+                self._ask_canaries(state.global_step)
+        except R1VError as e:
+            self.stopped = GuardStop(e.message, details=e.details, hint=e.hint)
+            control.should_save = control.should_training_stop = True
+        super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Some rollouts of the step for people to see, and the guard, to which every rank shows the same figures."""
+        if logs and "loss" in logs:
+            rollouts = self.trainer.recorder.take()
+            if is_main():
+                self._show(state.global_step, rollouts)
+            self._guard(state.global_step, rollouts, logs, control)
+        super().on_log(args, state, control, logs, **kwargs)
+
+    def _show(self, step: int, rollouts: list[Rollout]) -> None:
+        for r in spread_over_groups(rollouts, self.recipe.train.show_rollouts):
+            sample = {"id": r.id, "prompt": r.prompt, "completion": r.completion, "rewards": r.rewards}
+            append_jsonl(self.run.logs / "samples.jsonl", {"step": step, **sample, "advantage": r.advantage})
+        places = {row_id: i for i, row_id in enumerate(self.rows["id"])} if self.trackers.samples else {}
+        self.trackers.table(step, rollouts, lambda row_id: next(iter(self.rows[places[row_id]]["images"] or []), None))
+
+    def _guard(self, step: int, rollouts: list[Rollout], logs: dict[str, float], control) -> None:
+        verdict = Verdict()
+        if self.guard is not None:
+            logged = {name: logs.get(name) for name in ("loss", "grad_norm")}
+            logged["sampler_difference"] = logs.get("sampling/sampling_logp_difference/mean")
+            verdict = self.guard.observe(figures(step, rollouts, **logged))
+        for warning in verdict.warnings if is_main() else ():
+            console.warn(warning)
+        if any_rank(verdict.stop is not None, self.args.device):
+            error = GuardStop(
+                f"stopped by the guard: {verdict.stop or 'on another rank'}",
+                details=offenders(rollouts, verdict.figure),
+                hint=f"the rollouts are in {self.run.rollouts}; thresholds are train.guard, "
+                "`train.guard: null` turns it off",
+            )
+            self.stopped = self.stopped if isinstance(self.stopped, GuardStop) else error
+            control.should_training_stop = True
+            # NaN that shows only here is in the weights already: keep the last good checkpoint as the newest.
+            control.should_save = verdict.figure != "nan"
 
     def when_stopped(self) -> None:
         if is_main():
@@ -214,16 +249,17 @@ class GrpoTraining(Training):
         if self.heldout is None or not any(self.heldout["solution"]):
             return
         console.log(f"answering {len(self.heldout)} held-out questions twice, greedy and sampled, {when} training")
-        shares = measure(self.trainer, self.heldout, self.recipe.policy_prompt)
+        exam = heldout_exam(self.heldout, self.recipe.policy_prompt, {})
+        told: dict[str, float] = {}
+        for how in ("greedy", "sampled"):  # by plain TRL generation, with the same random numbers at every call
+            shares = exam.score(replies(self.trainer, exam, greedy=how == "greedy")).metrics
+            for name in ("accuracy", "format") if is_main() else ():
+                told[f"heldout_{name}_{how}"] = shares[name][0]
+                update_summary(self.run, {f"heldout_{name}": {how: {when: shares[name][0]}}})
         if is_main():
-            figures = {f"heldout_{name}": {how: {when: v} for how, v in shares[name].items()} for name in shares}
-            update_summary(self.run, figures | {"heldout_rows": len(self.heldout)})
-            self.trackers.log({f"heldout_{name}_{how}": v for name in shares for how, v in shares[name].items()})
-        self.clock.lap(f"held-out {when}")
-
-    def _table(self, step: int, rollouts: list[Rollout]) -> None:
-        places = {row_id: i for i, row_id in enumerate(self.rows["id"])} if self.trackers.samples else {}
-        self.trackers.table(step, rollouts, lambda row_id: next(iter(self.rows[places[row_id]]["images"] or []), None))
+            update_summary(self.run, {"heldout_rows": len(self.heldout)})
+            self.trackers.log(told)
+        self.lap(f"held-out {when}")
 
 
 def main(recipe: GrpoRecipe, attempt: Attempt, exam: Exam | None = None) -> None:

@@ -112,10 +112,8 @@ class CollapseGuard:
         r = step.length_correlation
         warnings = []
         if self._holds("length", r is not None and abs(r) >= s.length_correlation_warning) and self._first("length"):
-            warnings.append(
-                f"reward and completion length correlate (r = {r:.2f} at step {step.step}): the policy may be paid for "
-                "length, not for answers"
-            )
+            found = f"reward and completion length correlate (r = {r:.2f} at step {step.step})"
+            warnings.append(f"{found}: the policy may be paid for length, not for answers")
         drift = step.sampler_difference
         if drift is not None and drift >= s.sampler_difference_warning and self._first("sampler"):
             warnings.append(
@@ -149,24 +147,19 @@ def offenders(rollouts: Sequence[Rollout], figure: str | None) -> list[str]:
     figure: that of the `Verdict`, `unscored` for a reward that failed, None for a loss that is not finite.
     """
     groups = groups_of(rollouts)
-    chosen: list[Rollout] = []
-    if figure == "clipped":
-        chosen = [r for r in rollouts if r.clipped]
-    elif figure == "duplicates":
-        chosen = next((g for g in groups if len({r.completion for r in g}) < len(g)), [])
-    elif figure == "zero_spread":
-        chosen = next((g for g in groups if _equal(g)), [])
-    elif figure == "unscored":
-        chosen = [r for r in rollouts if None in r.rewards.values()]
-    return [show(r) for r in (chosen or list(rollouts))[:4]]
+    about = {
+        "clipped": [r for r in rollouts if r.clipped],
+        "duplicates": next((g for g in groups if len({r.completion for r in g}) < len(g)), []),
+        "zero_spread": next((g for g in groups if _equal(g)), []),
+        "unscored": [r for r in rollouts if None in r.rewards.values()],
+    }
+    return [show(r) for r in (about.get(figure or "") or list(rollouts))[:4]]
 
 
 def show(rollout: Rollout) -> str:
     """One rollout in one line: question, completion, rewards."""
 
-    def short(text: str) -> str:
-        text = " ".join(text.split())
-        return text if len(text) <= 160 else text[:157] + "..."
-
+    texts = (" ".join(text.split()) for text in (rollout.prompt, rollout.completion))
+    asked, said = (text if len(text) <= 160 else text[:157] + "..." for text in texts)
     rewards = ", ".join(f"{k} {'not scored' if v is None else f'{v:.3f}'}" for k, v in rollout.rewards.items())
-    return f"step {rollout.step}, {rollout.id}: {short(rollout.prompt)} -> {short(rollout.completion)!r} ({rewards})"
+    return f"step {rollout.step}, {rollout.id}: {asked} -> {said!r} ({rewards})"

@@ -47,26 +47,20 @@ def merge(
 
     Args:
         checkpoint: a run dir (its final model), a LoRA adapter, a DeepSpeed checkpoint, or a model.
-        out: the folder to make; it appears complete or not at all.
         base: the adapter's base model, where it is not the recorded one.
         dtype: of the written weights; None: the base's, or the checkpoint's own.
         overwrite: replace a model that is in `out`.
 
-    Returns:
-        The summary: kind, source, base, dtype, max_logit_difference, tolerance, files.
-
-    Raises:
-        UsageError: `out` is taken, or an unknown dtype.
-        DataError: nothing loadable there, or what was written answers differently; then nothing is left of it.
+    Returns the summary. Raises UsageError: `out` is taken, or an unknown dtype. DataError: nothing loadable there, or
+    what was written answers differently; then nothing is left of it.
     """
     if dtype is not None and dtype not in ROUNDING:
         raise UsageError(f"unknown dtype {dtype!r}; allowed: {', '.join(ROUNDING)}")
     given = resolve(str(checkpoint), shards=True)
     source, kind, out = Path(given.path), given.kind, Path(out)
     if kind == "hub":
-        raise DataError(
-            f"no checkpoint folder {source}", hint="a model of the hub needs no merge; fetch an adapter first"
-        )
+        hint = "a model of the hub needs no merge; fetch an adapter first"
+        raise DataError(f"no checkpoint folder {source}", hint=hint)
     _check_out(out, source, overwrite)
     trained = contract.read(source)
     family.use((trained or {}).get("family"))
@@ -75,12 +69,18 @@ def merge(
     model, before, stored, base = _unmerged(source, kind, base, trained, inputs)
     dtype = dtype or stored
     mend_generation_config(model)
-    _keep_end_tokens(model, processor)
+    # The written model must stop where the tokenizer's turn ends, and know its padding.
+    settings, tokenizer = model.generation_config, processor.tokenizer
+    settings.eos_token_id = end_tokens(model, tokenizer)
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
     try:
         with lock(out, "model folder"), staged(out) as folder:
             _check_out(out, source, overwrite)  # another merge may have been faster
-            _write(model, processor, folder, dtype)
-            expected = logits(model, inputs)
+            round_weights(model, dtype)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            expected = logits(model.float(), inputs)
             del model
             got = _reload(folder, processor, inputs)
             _compare(got, expected, EXACT, "the written model is not the merged one")
@@ -96,9 +96,6 @@ def merge(
     return {"out": str(out), **summary, "files": files, "contract": trained is not None}
 
 
-# --- what there is ---------------------------------------------------------------------------------------------
-
-
 def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
         raise UsageError(f"{out} holds the checkpoint itself", hint="choose another --out")
@@ -108,9 +105,6 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
         raise UsageError(f"{out} exists already", hint="choose another --out, or replace it with --overwrite")
     if not (out / "config.json").is_file():
         raise UsageError(f"{out} is not a model folder, it is not overwritten", hint="choose another --out")
-
-
-# --- loading, always in float32 --------------------------------------------------------------------------------
 
 
 def _model(name: str, revision: str | None = None) -> tuple[Any, str]:
@@ -123,7 +117,10 @@ def _shards(folder: Path) -> tuple[Any, str]:
     """(model whose float32 weights lie in a DeepSpeed checkpoint's shards, dtype that its config names)."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    tag = _tag(folder)
+    latest = folder / "latest"  # the name of the newest shards' folder
+    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
+        raise DataError(f"{folder} has no shards: its file `latest` names {tag or 'nothing'!r}")
     try:
         config = AutoConfig.from_pretrained(folder)
         stored = _stored_dtype(config)
@@ -143,15 +140,6 @@ def _shards(folder: Path) -> tuple[Any, str]:
 def _stored_dtype(config) -> str:
     name = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     return name if name in ROUNDING else "bfloat16"
-
-
-def _tag(folder: Path) -> str:
-    """The newest shards' folder name, as `latest` has it."""
-    latest = folder / "latest"
-    tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
-    if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
-        raise DataError(f"{folder} has no shards: its file `latest` names {tag or 'nothing'!r}")
-    return tag
 
 
 def _processor(folder: Path, base: str | None):
@@ -182,28 +170,6 @@ def _unmerged(
         raise DataError(f"the adapter in {source} cannot be merged: {first_line(e)}") from None
     _compare(logits(model, inputs), before, EXACT, "merging the adapter changed the model")
     return model, before, stored, name
-
-
-# --- writing ---------------------------------------------------------------------------------------------------
-
-
-def _keep_end_tokens(model, processor) -> None:
-    """The written model must stop where the tokenizer's turn ends, and know its padding."""
-    settings, tokenizer = model.generation_config, processor.tokenizer
-    settings.eos_token_id = end_tokens(model, tokenizer)
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id
-
-
-def _write(model, processor, folder: Path, dtype: str) -> None:
-    """Save model and processor; `model` is left rounded to `dtype`, in float32."""
-    round_weights(model, dtype)
-    model.save_pretrained(folder)
-    model.float()
-    processor.save_pretrained(folder)
-
-
-# --- checking --------------------------------------------------------------------------------------------------
 
 
 def probe(processor) -> dict[str, torch.Tensor]:

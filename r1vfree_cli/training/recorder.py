@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -20,9 +21,9 @@ from ..run.run_dir import RunDir
 class Rollout:
     """One completion of one prompt, as it was scored.
 
-    `group`: number of the prompt within the step. `tokens`: length of the completion. `clipped`: cut at the limit,
-    no end token. `rewards`: raw score by name, None where not scored. `reward`: weighted sum, None when the sample is
-    excluded from its group's baseline (a required reward is missing). `advantage`: None when the step was stopped before it had one.
+    `group`: number of the prompt within the step. `clipped`: cut at the limit, no end token. `rewards`: raw score by
+    name, None where not scored. `reward`: weighted sum, None when the sample is excluded from its group's baseline (a
+    required reward is missing). `advantage`: None when the step was stopped before it had one.
     """
 
     step: int
@@ -159,10 +160,9 @@ def _merged(old: Any, new: Any) -> Any:
 
 
 def summarise_metrics(run_dir: RunDir) -> dict:
-    """Figures of metrics.jsonl for the summary.
+    """Figures of metrics.jsonl for the summary; `judge`: totals of what the judge counted.
 
-    `reward` and the means of each reward as {first, last}: the mean over the first and the last tenth of the logged
-    steps (at least one), since one step's mean is noise. `judge`: totals of what the judge counted.
+    {first, last}: means over the first and the last tenth of the logged steps, since one step's mean is noise.
     """
     lines = [d for _, d in read_jsonl(run_dir.metrics) if "loss" in d] if run_dir.metrics.is_file() else []
     if not lines:
@@ -174,11 +174,10 @@ def summarise_metrics(run_dir: RunDir) -> dict:
         return {"first": _mean(values[:window]), "last": _mean(values[-window:])}
 
     names = sorted({k for d in lines for k in d if k.startswith("rewards/") and k.endswith("/mean")})
-    totals: dict[str, float] = {}
-    for d in lines:
-        for key, value in d.items():
-            if key.startswith("judge/") and "latency" not in key and _is_figure(value):
-                totals[key.removeprefix("judge/")] = totals.get(key.removeprefix("judge/"), 0) + value
+    totals: Counter[str] = Counter()
+    for key, value in (item for d in lines for item in d.items()):
+        if key.startswith("judge/") and "latency" not in key and _is_figure(value):
+            totals[key.removeprefix("judge/")] += value
     summary = {
         "steps": lines[-1]["step"],
         "reward": ends("reward") | {"steps_averaged": window},
@@ -188,7 +187,7 @@ def summarise_metrics(run_dir: RunDir) -> dict:
         "completion_length": ends("completions/mean_length"),
         "step_time_mean": _mean([d.get("step_time") for d in lines]),
     }
-    return summary | ({"judge": totals} if totals else {})
+    return summary | ({"judge": dict(totals)} if totals else {})
 
 
 def _is_figure(value: Any) -> bool:

@@ -79,16 +79,16 @@ class ExactResumeMixin(_Trainer):
         half_way = begun is not None and begun["global_step"] == self.state.global_step
         position = begun if half_way else self._position()
         carried = {name: each.state_dict() for name, each in self.carried.items()}
-        torch.save({"position": position, "carried": carried}, self._state_file(Path(output_dir)))
+        torch.save({"position": position, "carried": carried}, self._file(output_dir, "state"))
         if self.args.sync_ref_model and (self._reference_sharded or self.args.process_index == 0):
             parts = [part.detach().cpu().clone() for part in self._reference_parts()]
-            torch.save(parts, self._reference_file(Path(output_dir)))
+            torch.save(parts, self._file(output_dir, "reference"))
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        file = self._state_file(Path(checkpoint))
+        file = self._file(checkpoint, "state")
         own = self.args.device
         device = "cpu" if own.type == "cpu" else own  # torch.load refuses cpu:0, as it is with several processes
         saved = torch.load(file, map_location=device, weights_only=True) if file.is_file() else {}
@@ -105,7 +105,7 @@ class ExactResumeMixin(_Trainer):
             if name in self.carried:
                 self.carried[name].load_state_dict(state)
         if self.args.sync_ref_model:
-            parts = torch.load(self._reference_file(Path(checkpoint)), map_location="cpu", weights_only=True)
+            parts = torch.load(self._file(checkpoint, "reference"), map_location="cpu", weights_only=True)
             with torch.no_grad():
                 for own, part in zip(self._reference_parts(), parts, strict=True):
                     own.copy_(part)
@@ -118,8 +118,7 @@ class ExactResumeMixin(_Trainer):
     def _reference_sharded(self) -> bool:
         return any(hasattr(p, "ds_tensor") for p in self.ref_model.parameters())
 
-    def _reference_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"r1v_reference_{self.args.process_index if self._reference_sharded else 0}.pt"
-
-    def _state_file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"r1v_state_{self.args.process_index}.pt"
+    def _file(self, checkpoint: str, what: str) -> Path:
+        """This rank's, or rank 0's for all where every rank would write the same."""
+        own = what == "state" or self._reference_sharded
+        return Path(checkpoint) / f"r1v_{what}_{self.args.process_index if own else 0}.pt"

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from ..config.embedded import with_seed
 from ..core import console
 from ..core.errors import Interrupted, R1VError, counted
+from ..core.files import append_jsonl
 from ..data.load import data_sha256, load_rows
 from ..models.load import load_policy, load_processor, peft_config, round_weights
 from ..run import contract
 from ..run.attempt import Attempt
-from ..run.run_dir import FINISHED, INTERRUPTED, STOPPED
-from .callbacks import RunCallback
+from ..run.run_dir import FINISHED, INTERRUPTED, RUNNING, STOPPED
+from ..shared_prefix.decode import any_rank
 from .checkpoints import resume_point, save_final, try_final_save
-from .recorder import update_summary
+from .recorder import truncate_lines, update_summary
 from .trackers import Trackers
-from .worker import is_main, on_main, refusals, without_throughput_timer
+from .worker import is_main, on_main, refusals, stop_requested, without_throughput_timer
+
+STATUS_EVERY_S = 1.0  # status.json is for people who watch; metrics.jsonl has every step
 
 
-class Training:
-    """One rank of a run. `main` calls the methods below it in their order.
+class Training(TrainerCallback):
+    """One rank of a run, and its trainer's callback: metrics.jsonl, the status, SIGTERM as checkpoint and stop.
 
-    Attributes that they find set: `args` (TRL's config), `processor`, `rows` (a `datasets.Dataset`), `trainer`.
+    `main` calls the methods below it in their order; they find set: `args` (TRL's config), `processor`, `rows` (a
+    `datasets.Dataset`), `trainer`. `stopped`: why a callback ended training, on every rank, raised after `train()`.
     """
 
     stage: str
@@ -36,24 +42,20 @@ class Training:
 
     def __init__(self, recipe: Any, attempt: Attempt):
         self.recipe, self.attempt, self.run = recipe, attempt, attempt.run
-        self.clock = Clock()
+        self.stopped: R1VError | None = None
+        self._laps: dict[str, float] = {}
+        self._lap = self._mark = time.perf_counter()
+        self._elapsed, self._steps, self._status_at = 0.0, 0, 0.0
 
     def main(self) -> None:
         """Train, and leave `final/`, `summary.json` and the status.
 
-        Raises:
-            GuardStop: the run stopped itself; a checkpoint is there.
-            Interrupted: a signal; a checkpoint is there.
-            UsageError, DataError: nothing to train on, or something that cannot work.
+        Raises GuardStop, Interrupted: the run stopped itself, or a signal did; a checkpoint is there. UsageError,
+        DataError: nothing to train on, or something that cannot work.
         """
         self.args = self.config()
-        self.trackers = Trackers(self.args, self.run, self.recipe)
-        code = 1
-        try:
+        with Trackers(self.args, self.run, self.recipe) as self.trackers:
             self._main()
-            code = 0
-        finally:
-            self.trackers.close(code)
 
     def _main(self) -> None:
         recipe, run = self.recipe, self.run
@@ -81,16 +83,16 @@ class Training:
         try_final_save(self.trainer)
         if resume and is_main():
             contract.warn_of_changes(resume, self.trainer.contract)
-        self.clock.lap("load")
+        self.lap("load")
         self._train(str(resume) if resume else None)
         self.after_training()
         if recipe.weights_dtype != recipe.model.dtype:
             round_weights(self.trainer.model, recipe.model.dtype)
         console.log(f"saving {run.final}")
         save_final(self.trainer, run.final)
-        self.clock.lap("save")
+        self.lap("save")
         if is_main():
-            seconds = self.attempt.seconds_until_now(self.stage) | self.clock.laps
+            seconds = self.attempt.seconds_until_now(self.stage) | self._laps
             update_summary(run, self.figures() | {"rows": len(self.rows), "dropped": dropped, "seconds": seconds})
         self._set_status(FINISHED, None)
 
@@ -113,9 +115,8 @@ class Training:
         return {}
 
     def callbacks(self) -> list[Any]:
-        """In their order; what comes after `RunCallback` is no part of a step's time. `stopped` of one is raised once
-        training has ended."""
-        return [RunCallback(self.run)]
+        """After the trackers, in their order; what comes after this one is no part of a step's time."""
+        return [self]
 
     def when_stopped(self) -> None:
         """On every rank, after an error that all of them raised in the same step."""
@@ -130,6 +131,12 @@ class Training:
         """What only this stage writes into summary.json."""
         return {}
 
+    def lap(self, name: str) -> None:
+        """Count the seconds since the last call as `name`, for the summary."""
+        now = time.perf_counter()
+        self._laps[name] = round(self._laps.get(name, 0) + now - self._lap, 2)
+        self._lap = now
+
     def _train(self, resume: str | None) -> None:
         callbacks = [self.trackers, *self.callbacks()]
         for callback in callbacks:
@@ -143,30 +150,67 @@ class Training:
             raise
         finally:
             self.close()
-        self.clock.lap("train")
-        for callback in callbacks:  # a signal's, which is the last one's, yields to a reason to stop
-            error = getattr(callback, "stopped", None)
-            if isinstance(error, Interrupted):
-                self._set_status(INTERRUPTED, "interrupted")
-                raise error
-            if error is not None:
-                self._set_status(STOPPED, error.message)
-                raise error
+        self.lap("train")
+        for error in filter(None, (getattr(callback, "stopped", None) for callback in callbacks)):
+            interrupted = isinstance(error, Interrupted)
+            self._set_status(*((INTERRUPTED, "interrupted") if interrupted else (STOPPED, error.message)))
+            raise error
 
     def _set_status(self, state: str, reason: str | None) -> None:
         if is_main():
             self.run.set_status(state, step=self.trainer.state.global_step, reason=reason)
 
+    # --- as a callback -----------------------------------------------------------------------------------------
 
-class Clock:
-    """Seconds of named stretches of the run."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
+    def on_train_begin(self, args, state, control, **kwargs):
+        if is_main():
+            truncate_lines(self.run.metrics, state.global_step)  # what an earlier attempt logged beyond its checkpoint
+            self.run.set_status(RUNNING, step=state.global_step, max_steps=state.max_steps)
         self._mark = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        """Name the time since the last call."""
+    def on_step_end(self, args, state, control, **kwargs):
+        """Count the step's time (data and generation included) and let all ranks stop when one was told to."""
         now = time.perf_counter()
-        self.laps[name] = round(self.laps.get(name, 0) + now - self._mark, 2)
+        self._elapsed += now - self._mark
         self._mark = now
+        self._steps += 1
+        if any_rank(stop_requested(), args.device):
+            interrupted = Interrupted(f"interrupted after step {state.global_step}", hint="--resume goes on from there")
+            self.stopped = self.stopped or interrupted
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        """Writing a checkpoint is not part of a step's time."""
+        self._mark = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Append the step's line. Trainer's closing summary and evaluations have no `loss` and are left out."""
+        if not is_main() or not logs or "loss" not in logs:
+            return
+        values = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and k != "step"}
+        if self._steps:
+            values["step_time"] = self._elapsed / self._steps
+        self._elapsed, self._steps = 0.0, 0
+        self._append(state.global_step, values)
+        if time.monotonic() - self._status_at > STATUS_EVERY_S:
+            self._status_at = time.monotonic()
+            self.run.set_status(RUNNING, step=state.global_step)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """A line of its own with the step's number; no part of a step's time either."""
+        self._mark = time.perf_counter()
+        if is_main() and metrics:
+            self._append(state.global_step, metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._set_status(RUNNING, None)
+
+    def _append(self, step: int, values: dict[str, Any]) -> None:
+        append_jsonl(self.run.metrics, {"step": step} | {k: finite(v) for k, v in values.items()})
+
+
+def finite(value: float) -> float | None:
+    """The number rounded to 8 digits, or None for NaN and infinity, which JSON has not."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.8g}") if math.isfinite(value) else None

@@ -27,7 +27,7 @@ from ..run.run_dir import RunDir
 from . import judging
 from .checkpoints import AtomicCheckpoints
 from .run import Training
-from .worker import refusals, worker
+from .worker import trl_config, worker
 
 MAX_LENGTH = 4096  # tokens of a whole row, unless train.max_length says otherwise
 IGNORED = -100  # the label that cross-entropy skips
@@ -50,9 +50,6 @@ class R1VSFTTrainer(AtomicCheckpoints, SFTTrainer):
         return found
 
 
-# --- data ------------------------------------------------------------------------------------------------------
-
-
 def target_ids(processor, rows: list[dict]) -> list[list[int]]:
     """Token ids of each row's assistant turn, the end-of-turn token included."""
     texts = [target_text(row.get("thinking"), row["solution"]) for row in rows]
@@ -61,16 +58,10 @@ def target_ids(processor, rows: list[dict]) -> list[list[int]]:
 
 
 def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: int | None, prompt: Prompt = DEFAULT):
-    """Keep the rows that can be trained on whole.
+    """(the rows that can be trained on whole, {reason: how many were dropped}).
 
-    Args:
-        max_prompt_tokens, max_length: limits of the prompt and of the whole row, in text and image tokens; None: any.
-
-    Returns:
-        (rows that stay, {reason: how many were dropped}).
-
-    Raises:
-        DataError: nothing is left; says why.
+    max_prompt_tokens, max_length: limits of the prompt and of the whole row, in text and image tokens; None: any.
+    Raises DataError: nothing is left; says why.
     """
     texts = rows.with_format(None).select_columns(["problem", "solution", "thinking"])
     # Control tokens, image placeholders included, would act as such if a row's text held them.
@@ -88,10 +79,8 @@ def select_rows(rows, processor, *, max_prompt_tokens: int | None, max_length: i
     dropped = dict(Counter(reason for reason in reasons if reason))
     if not keep:
         why = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "there are none"
-        raise DataError(
-            f"no row is left to train on: {why}",
-            hint="SFT needs rows with a `solution`; data.max_prompt_tokens and train.max_length set the lengths",
-        )
+        hint = "SFT needs rows with a `solution`; data.max_prompt_tokens and train.max_length set the lengths"
+        raise DataError(f"no row is left to train on: {why}", hint=hint)
     return (rows if len(keep) == len(rows) else rows.select(keep)), dropped
 
 
@@ -127,15 +116,14 @@ class Collator:
         )
         ids: list[list[int]] = prompts.pop("input_ids")
         prompts.pop("attention_mask")
-        pad = self.processor.tokenizer.pad_token_id
+        rows = [[*p, *t] for p, t in zip(ids, targets)]
         batch = {
-            "input_ids": _padded([p + t for p, t in zip(ids, targets)], pad),  # [rows, longest row]
-            "attention_mask": _padded([[1] * (len(p) + len(t)) for p, t in zip(ids, targets)], 0),
+            "input_ids": _padded(rows, self.processor.tokenizer.pad_token_id),  # [rows, longest row]
+            "attention_mask": _padded([[1] * len(row) for row in rows], 0),
             "labels": _padded([[IGNORED] * len(p) + t for p, t in zip(ids, targets)], IGNORED),
         }
-        types = prompts.pop("mm_token_type_ids", None)
-        if types is not None:  # 1 on image tokens: Qwen-VL's positions are made from it
-            batch["mm_token_type_ids"] = _padded([list(p) + [0] * len(t) for p, t in zip(types, targets)], 0)
+        if types := prompts.pop("mm_token_type_ids", None):  # 1 on image tokens: Qwen-VL's positions are made from it
+            batch["mm_token_type_ids"] = _padded([[*p] + [0] * len(t) for p, t in zip(types, targets)], 0)
         return batch | dict(prompts)  # pixel_values: [patches, patch size], image_grid_thw: [images, 3]
 
 
@@ -156,30 +144,16 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return pad([torch.tensor(row) for row in rows], value)
 
 
-# --- the run ---------------------------------------------------------------------------------------------------
-
-
 def sft_config(recipe: SftRecipe, run: RunDir) -> SFTConfig:
     """TRL's config: the recipe's `train` by name, and what r1v decides. Build it before the model (ZeRO-3).
 
-    Raises:
-        UsageError: TRL or transformers refuses a combination.
+    Raises UsageError: TRL or transformers refuses a combination.
     """
     given = dict(recipe.train.model_extra or {})
     # Lengths are ours: rows are dropped and counted. TRL would cut through image tokens.
     given.pop("max_length", None)
     defaults = {"dataloader_num_workers": 1 if recipe.launch.on_cpu else 4, "disable_tqdm": True}
-    with refusals(recipe):
-        return SFTConfig(
-            **(defaults | given),
-            max_length=None,
-            output_dir=str(run.checkpoints),
-            bf16=recipe.model.dtype == "bfloat16",
-            fp16=recipe.model.dtype == "float16",
-            use_cpu=recipe.launch.on_cpu,
-            remove_unused_columns=False,  # the collator reads the rows
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+    return trl_config(SFTConfig, recipe, run, **(defaults | given), max_length=None, use_cpu=recipe.launch.on_cpu)
 
 
 class SftTraining(Training):

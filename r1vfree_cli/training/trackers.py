@@ -10,7 +10,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from transformers import TrainerCallback
@@ -28,12 +28,10 @@ SAMPLES = 8  # rollouts in a table, unless train.num_completions_to_print says o
 
 
 class Trackers(TrainerCallback):
-    """Hands rank 0's events on to transformers' own callbacks, each guarded; `close` tells them the end.
+    """Hands rank 0's events on to transformers' own callbacks, each guarded; leaving it tells them the end.
 
-    Takes `report_to` and `log_completions` out of `args`: TRL would stop at a table whose cells are messages.
-
-    Raises:
-        UsageError: `report_to` names what transformers does not know.
+    Takes `report_to` and `log_completions` out of `args`: TRL would stop at a table whose cells are messages. Raises
+    UsageError: `report_to` names what transformers does not know.
     """
 
     def __init__(self, args: Any, run: RunDir, recipe: Any):
@@ -50,12 +48,8 @@ class Trackers(TrainerCallback):
             raise UsageError(f"train.report_to: {e}") from None
         args.report_to = []
         self._told: dict[str, Any] | None = None  # what every event gets, once training has begun
-        self._live: dict[str, Any] = {
-            made.__name__.removesuffix("Callback").lower(): made for made in classes if is_main()
-        }
+        self._live: dict[str, Any] = {c.__name__.removesuffix("Callback").lower(): c for c in classes if is_main()}
         self._each(lambda name, made: self._live.update({name: made()}))
-
-    # --- what the trainer tells ------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._told = {"args": args, "state": state, "control": control, "model": kwargs.get("model")}
@@ -72,8 +66,6 @@ class Trackers(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self._each(lambda _, tracker: tracker.on_save(args, state, control, **kwargs))
 
-    # --- what r1v tells --------------------------------------------------------------------------------------------
-
     def log(self, figures: dict[str, float]) -> None:
         """Figures that no step logged: they show as `eval/NAME`, at the step that the run has reached."""
         if self._told is not None:
@@ -83,25 +75,30 @@ class Trackers(TrainerCallback):
         """Some rollouts of a step as rows: question, reply, answer, scores, the image of the row with this id."""
         if not (self.samples and self._live):
             return
-        some = spread_over_groups(rollouts, self.samples)
-        rows = [
-            {"step": step, "question": r.prompt, "completion": r.completion, "answer": parse(r.completion).answer or ""}
-            | r.rewards
-            | {"advantage": r.advantage}
-            for r in some
-        ]
-        images = [find_image(r.id) for r in some]
+        rows, images = [], []
+        for r in spread_over_groups(rollouts, self.samples):
+            row = {
+                "step": step,
+                "question": r.prompt,
+                "completion": r.completion,
+                "answer": parse(r.completion).answer or "",
+            }
+            rows.append(row | r.rewards | {"advantage": r.advantage})
+            images.append(find_image(r.id))
         if rows:
             self._each(lambda name, tracker: self._table(name, tracker, rows, images))
 
-    def close(self, exit_code: int) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
         """End them, each within `CLOSE_S`."""
 
         def end(name: str, tracker: Any) -> None:
             if self._told is not None:
                 tracker.on_train_end(**self._told)
             if name == "wandb" and tracker._wandb.run is not None:  # transformers leaves it to the interpreter's end
-                tracker._wandb.finish(exit_code=exit_code)
+                tracker._wandb.finish(exit_code=int(kind is not None))
 
         for name, tracker in list(self._live.items()):
             run = contextvars.copy_context().run  # trackio keeps its run in a context variable
@@ -111,8 +108,6 @@ class Trackers(TrainerCallback):
             if thread.is_alive():
                 console.warn(f"{name} did not end within {CLOSE_S:g} s and may lack the last figures")
         self._live = {}
-
-    # --- each of them ----------------------------------------------------------------------------------------------
 
     def _each(self, work: Callable[[str, Any], Any]) -> None:
         for name, tracker in list(self._live.items()):

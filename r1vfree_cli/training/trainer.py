@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from trl import GRPOTrainer
-from trl.trainer.utils import is_async_callable
 
 from ..config.schema import Guard
 from ..core.errors import GuardStop, R1VError, from_dict
@@ -47,12 +47,8 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     - every rollout of all ranks goes to `recorder`;
     - a resume is exact (`AtomicCheckpoints`, `ExactResumeMixin`).
 
-    Args:
-        reward_funcs: TRL's; each may have `required: bool`, `max_failed_fraction: float`, `failures`, and
-            `stats() -> dict[str, float]`, counted since the last call.
-        guard: None turns the checks for NaN off.
-        shared_prefix: do the work on a group's prompt once (`SharedPrefixMixin`); the numbers are the same.
-        kwargs: GRPOTrainer's own; `model` is a loaded model, `processing_class` a processor.
+    `reward_funcs` may have what `rewards.registry.build_rewards` tells. `guard` None turns the checks for NaN off;
+    `kwargs` are GRPOTrainer's own, of which `model` is a loaded model and `processing_class` a processor.
     """
 
     def __init__(
@@ -83,11 +79,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm:
             if any_rank(not self.vllm_generation.answers(), self.accelerator.device):
-                self.stopping = True
-                raise GuardStop(
-                    f"the vLLM server does not answer before step {self.state.global_step + 1}",
-                    hint=vllm_sampler.AGAIN,
-                )
+                self._stop("the vLLM server does not answer before step {}", hint=vllm_sampler.AGAIN)
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         micro = self._step % self.args.gradient_accumulation_steps
         first = self.accelerator.process_index * len(prompt_ids)
@@ -101,9 +93,8 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def stop_unless_finite(self, logits: LogitsWatch) -> None:
         """Raise GuardStop on every rank when the model computed NaN on any."""
         if any_rank(not logits.usable, self.accelerator.device):
-            self.stopping = True
-            raise GuardStop(
-                f"the model computes NaN: its logits are not finite, or all alike, before step {self.state.global_step + 1}",
+            self._stop(
+                "the model computes NaN: its logits are not finite, or all alike, before step {}",
                 hint="a lower train.learning_rate, or a checkpoint whose weights are whole",
             )
 
@@ -113,9 +104,8 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # [N, R], all ranks
         self._raise_together()
         training = self.model.training
-        masked = comparable(
-            rewards, self.required, self.num_generations if training else self.num_generations_eval or 1
-        )
+        generations = self.num_generations if training else self.num_generations_eval or 1
+        masked = comparable(rewards, self.required, generations)
         if training:
             self._raw = rewards  # before what may not be compared became NaN
             batch = self._gather_rollouts(inputs, completions, completion_ids_list, rewards, masked)
@@ -136,11 +126,10 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         return output
 
     def _gather_rollouts(self, inputs, completions, completion_ids_list, rewards, masked) -> list[Rollout]:
-        step = self.state.global_step + 1
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         local = [
             Rollout(
-                step=step,
+                step=self.state.global_step + 1,
                 group=0,
                 id=str(row.get("id", "")),
                 prompt=str(row.get("problem") or ""),
@@ -152,18 +141,18 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         ]
         gathered = gather_object(local)
         weights = self.reward_weights.tolist()
-        for i, rollout in enumerate(gathered):
-            scores = [None if math.isnan(v) else v for v in rewards[i].tolist()]
+        for rollout, raw, kept in zip(gathered, rewards.tolist(), masked.tolist(), strict=True):
+            scores = [None if math.isnan(v) else v for v in raw]
             rollout.rewards = dict(zip(self.reward_func_names, scores, strict=True))
-            counted = [(w, v) for w, v in zip(weights, masked[i].tolist(), strict=True) if not math.isnan(v)]
-            rollout.reward = sum(w * v for w, v in counted) if counted else None
+            counted = [w * v for w, v in zip(weights, kept, strict=True) if not math.isnan(v)]
+            rollout.reward = sum(counted) if counted else None
         return gathered
 
     def _report_raw_rewards(self) -> None:
         """A reward's mean and spread over every sample it scored, those that another reward threw out included."""
         metrics = self._metrics["train"]
-        for i, name in enumerate(self.reward_func_names):
-            scored = self._raw[:, i][~torch.isnan(self._raw[:, i])]
+        for name, scores in zip(self.reward_func_names, self._raw.T, strict=True):
+            scored = scores[~torch.isnan(scores)]
             metrics[f"rewards/{name}/mean"][-1] = scored.mean().item() if len(scored) else math.nan
             metrics[f"rewards/{name}/std"][-1] = scored.std().item() if len(scored) > 1 else math.nan
             metrics[f"rewards/{name}/unscored"].append(1 - len(scored) / len(self._raw))
@@ -176,6 +165,11 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             self._metrics["train"][f"sampling/{name}"].append(value)
 
     # --- stops -------------------------------------------------------------------------------------------------
+
+    def _stop(self, message: str, **more: Any) -> NoReturn:
+        """Raise GuardStop, which all ranks do in the same place; {} in the message is the step's number."""
+        self.stopping = True
+        raise GuardStop(message.replace("{}", str(self.state.global_step + 1)), **more)
 
     def _raise_together(self) -> None:
         """Raise on every rank when a reward raised on any."""
@@ -192,11 +186,11 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
                 continue
             failed = int(torch.isnan(rewards[:, i]).sum())
             if failed > allowed * len(rewards):
-                self.stopping = True
-                raise GuardStop(
-                    f"reward {name} failed for {failed} of {len(rewards)} rollouts in step "
-                    f"{self.state.global_step + 1} ({failed / len(rewards):.0%}, allowed {allowed:.0%})",
-                    details=gather_object(reward.causes())[:4] + offenders(self.recorder.batch, "unscored"),
+                causes = [str(f) for f in list(getattr(reward.reward, "failures", None) or ())[-3:]]
+                self._stop(
+                    f"reward {name} failed for {failed} of {len(rewards)} rollouts in step {{}} "
+                    f"({failed / len(rewards):.0%}, allowed {allowed:.0%})",
+                    details=gather_object(causes)[:4] + offenders(self.recorder.batch, "unscored"),
                     hint="bring the judge back and continue with --resume; "
                     f"rewards.{name}.max_failed_fraction is the limit",
                 )
@@ -204,9 +198,8 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         if self.guard is not None and any_rank(not bool(torch.isfinite(loss)), loss.device):
-            self.stopping = True
-            raise GuardStop(
-                f"the loss is not finite in step {self.state.global_step + 1}; the weights were not changed by it",
+            self._stop(
+                "the loss is not finite in step {}; the weights were not changed by it",
                 details=offenders(self.recorder.batch, None),
                 hint="a lower train.learning_rate or train.max_grad_norm, or model.dtype: bfloat16 instead of float16",
             )
@@ -218,9 +211,8 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         # skips such steps by itself.
         early = self.accelerator.distributed_type != DistributedType.DEEPSPEED and not self.args.fp16
         if self.guard is not None and early and not math.isfinite(float(norm)):
-            self.stopping = True
-            raise GuardStop(
-                f"the gradient is not finite in step {self.state.global_step + 1}; the weights were not changed by it",
+            self._stop(
+                "the gradient is not finite in step {}; the weights were not changed by it",
                 details=offenders(self.recorder.batch, None),
                 hint="a lower train.learning_rate",
             )
@@ -243,25 +235,19 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
 
     def _reward_stats(self) -> dict[str, float]:
         """`stats()` of all rewards on all ranks: counts are added up, of latencies the worst rank's is taken."""
-        local: dict[str, float] = {}
-        for watched in self._watched:
-            if hasattr(watched.reward, "stats"):
-                local.update(watched.reward.stats())
+        local = [w.reward.stats() for w in self._watched if hasattr(w.reward, "stats")]
         total: dict[str, float] = {}
-        for stats in gather_object([local]):
-            for key, value in stats.items():
-                if value is None:
-                    continue
-                worst = "latency" in key
-                total[key] = max(total.get(key, value), value) if worst else total.get(key, 0) + value
+        for key, value in (item for stats in gather_object(local) for item in stats.items()):
+            if value is not None:
+                total[key] = max(total.get(key, value), value) if "latency" in key else total.get(key, 0) + value
         return total
 
 
 def comparable(rewards: torch.Tensor, required: Sequence[bool], num_generations: int) -> torch.Tensor:
-    """What may be compared within each group: `rewards` [N, R] with NaN where a score must not count, same shape.
+    """`rewards` [N, R] with NaN where a score must not count within its group, same shape.
 
-    TRL leaves rows that are NaN throughout out of every mean and spread and gives them advantage 0, and counts a
-    single NaN as 0. So that "not scored" never acts as a 0:
+    TRL gives rows that are NaN throughout no part in means and spreads and advantage 0, and counts a single NaN as 0.
+    So that "not scored" never acts as a 0:
     - a row that misses a required reward becomes NaN throughout;
     - an optional reward that misses some remaining rows of a group counts for none of that group;
     - a group with fewer than two rows left becomes NaN throughout.
@@ -274,9 +260,6 @@ def comparable(rewards: torch.Tensor, required: Sequence[bool], num_generations:
     grouped = grouped.masked_fill(partly, torch.nan)
     left = (~torch.isnan(grouped)).any(-1).sum(1)  # [groups]
     return grouped.masked_fill((left < 2)[:, None, None], torch.nan).view_as(rewards)
-
-
-# --- rewards whose errors wait for all ranks -------------------------------------------------------------------
 
 
 class Watched:
@@ -292,9 +275,8 @@ class Watched:
 
     async def __call__(self, completions, **kwargs) -> list:
         try:
-            if is_async_callable(self.reward):
-                return await self.reward(completions=completions, **kwargs)
-            return await asyncio.to_thread(self.reward, completions=completions, **kwargs)
+            scores = await asyncio.to_thread(self.reward, completions=completions, **kwargs)
+            return await scores if inspect.isawaitable(scores) else scores
         except R1VError as e:
             self.error = e
         except Exception as e:
@@ -302,8 +284,3 @@ class Watched:
             self.error = R1VError(f"reward {self.__name__} raised on rank {rank}: {e!r}")
             self.error.__cause__ = e
         return [None] * len(completions)
-
-    def causes(self) -> list[str]:
-        """Why scores failed on this rank, if the reward says."""
-        failures = getattr(self.reward, "failures", None) or []
-        return [str(f) for f in list(failures)[-3:]]

@@ -41,8 +41,7 @@ def installed(args, processor, revision: str | None = None):
 class VLLMSampler(VLLMGeneration):
     """`VLLMGeneration` of which the engine's prompt is the trainer's.
 
-    Args:
-        engine: keyword arguments of `vllm.LLM` that TRL does not pass; of a server they are its command's.
+    engine: keyword arguments of `vllm.LLM` that TRL does not pass; of a server they are its command's.
     """
 
     def __init__(self, *args, engine: dict, **kwargs):
@@ -56,11 +55,9 @@ class VLLMSampler(VLLMGeneration):
             with patch.object(vllm_generation, "LLM", partial(vllm_generation.LLM, **self._engine)):
                 super()._init_vllm()
         except Exception as e:  # of many kinds: no memory, a model that it does not know, no server
-            raise UsageError(
-                f"vLLM cannot start: {' '.join(str(e).split())[:500]}",
-                hint="rank-*.log has all that it said; train.vllm_gpu_memory_utilization is its share of the memory, "
-                "train.use_vllm: false does without",
-            ) from e
+            hint = "rank-*.log has all that it said; train.vllm_gpu_memory_utilization is its share of the memory, "
+            hint += "train.use_vllm: false does without"
+            raise UsageError(f"vLLM cannot start: {' '.join(str(e).split())[:500]}", hint=hint) from e
 
     def answers(self) -> bool:
         """Whether a server, if there is one, is still there; TRL's session asks for a minute before it gives up."""
@@ -91,10 +88,9 @@ class VLLMSampler(VLLMGeneration):
         sampled, *rest = super().generate(given, images, num_generations, profiler)
         for ours, theirs in zip(prompts, sampled, strict=True):
             if list(theirs) != list(ours):
-                raise R1VError(
-                    f"vLLM sampled from another prompt than is trained on: {len(theirs)} tokens, not {len(ours)}",
-                    hint="train.use_vllm: false; this release of vLLM expands images otherwise",
-                )
+                found = f"{len(theirs)} tokens, not {len(ours)}"
+                hint = "train.use_vllm: false; this release of vLLM expands images otherwise"
+                raise R1VError(f"vLLM sampled from another prompt than is trained on: {found}", hint=hint)
         return sampled, *rest
 
     def _image_tokens(self, images: Sequence | None) -> list[int]:
@@ -142,18 +138,15 @@ def importance(log_ratios: torch.Tensor) -> dict[str, float]:
 def image_offsets(ids: Sequence[int], lengths: Sequence[int], image_token: int) -> list[int]:
     """Where in the prompt each image's tokens begin; images may touch.
 
-    Raises:
-        R1VError: the prompt does not hold the images' tokens, one image after the other.
+    Raises R1VError: the prompt does not hold the images' tokens, one image after the other.
     """
     places = [i for i, token in enumerate(ids) if token == image_token]
     ends = list(accumulate(lengths, initial=0))
     if len(places) != sum(lengths) or any(places[b - 1] - places[a] != b - 1 - a for a, b in pairwise(ends)):
-        raise R1VError(
-            f"the prompt has {len(places)} image tokens, vLLM's processor makes "
-            f"{' + '.join(map(str, lengths)) or 'none'} of its images",
-            hint="a vLLM server needs the recipe's pixel limits: --mm-processor-kwargs "
-            '\'{"size": {"shortest_edge": MIN, "longest_edge": MAX}}\'',
-        )
+        limits = '\'{"size": {"shortest_edge": MIN, "longest_edge": MAX}}\''
+        made = f"vLLM's processor makes {' + '.join(map(str, lengths)) or 'none'} of its images"
+        hint = f"a vLLM server needs the recipe's pixel limits: --mm-processor-kwargs {limits}"
+        raise R1VError(f"the prompt has {len(places)} image tokens, {made}", hint=hint)
     return [places[a] for a in ends[:-1]]
 
 

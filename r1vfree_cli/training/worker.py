@@ -27,7 +27,7 @@ from ..core.machine import refused
 from ..core.process import die_with_parent, grace_s, hold_pid_file, orphaned
 from ..core.prompts import DEFAULT, Prompt, build_messages
 from ..run.attempt import Attempt
-from ..run.run_dir import SAID
+from ..run.run_dir import SAID, RunDir
 
 _stop = threading.Event()
 
@@ -36,7 +36,7 @@ _stop = threading.Event()
 
 
 def stop_requested() -> bool:
-    """True once this rank got SIGTERM or SIGINT. Ranks agree on it in `callbacks`; never act on it alone."""
+    """True once this rank got SIGTERM or SIGINT. Ranks agree on it in `run`; never act on it alone."""
     return _stop.is_set()
 
 
@@ -60,25 +60,24 @@ def on_main(work: Callable[[], Any]) -> Any:
             told[1] = (e if isinstance(e, R1VError) else R1VError(f"rank 0 failed: {e!r}")).to_dict()
     if PartialState().num_processes > 1:
         broadcast_object_list(told)
-    if error is not None:
-        raise error
     if told[1] is not None:
-        raise from_dict(told[1])
+        raise error or from_dict(told[1])
     return told[0]
 
 
 def worker(stage: str, main: Callable[[Any, Attempt], None]) -> None:
-    """Run `main(recipe, attempt)` as one rank: own log file, errors as files, signals as a flag.
+    """Run `main(recipe, attempt)` as one rank: own log file, errors as `rank-K.error.json` beside it, signals as a flag.
 
-    argv[1] is the folder that holds recipe.yaml and attempt.json. Exit code: that of the `R1VError`, else 1. The
-    cause is left in the attempt's logs, as `rank-K.error.json`, for the launcher to show.
+    argv[1] is the folder that holds recipe.yaml and attempt.json. Exit code: that of the `R1VError`, else 1.
     """
     folder = Path(sys.argv[1])
     attempt = Attempt.read(folder)
     rank = int(os.environ.get("RANK", "0"))
     logs = Path(attempt.logs)
     logs.mkdir(parents=True, exist_ok=True)
-    _redirect(logs / f"rank-{rank}.log")
+    out = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
     if rank == 0:
         console.repeat = functools.partial(_say, logs / SAID)
     _signals()
@@ -111,12 +110,6 @@ def _say(file: Path, text: str, warning: bool) -> None:
         append_jsonl(file, {"text": text, "warning": warning})
 
 
-def _redirect(path: Path) -> None:
-    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-
-
 def _signals() -> None:
     def on_signal(number, frame):
         if not _stop.is_set():
@@ -126,8 +119,8 @@ def _signals() -> None:
             timer.daemon = True
             timer.start()
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     die_with_parent(signal.SIGTERM)
 
 
@@ -150,19 +143,29 @@ def without_throughput_timer(plugin: Any) -> None:
 
 @contextmanager
 def refusals(recipe: config.GrpoRecipe | config.SftRecipe) -> Iterator[None]:
-    """Around TRL's configs and trainers: what they refuse is the recipe's fault, not a bug.
-
-    Raises:
-        UsageError: with TRL's or transformers' words.
-    """
-    on_cpu = recipe.launch.on_cpu
+    """Around TRL's configs and trainers: what they refuse is the recipe's fault, a UsageError with their words."""
     # transformers lets the CPU compute in bfloat16 only where it is told `use_cpu`, which would leave DeepSpeed out.
     allowed = patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     try:
-        with allowed if on_cpu else nullcontext():
+        with allowed if recipe.launch.on_cpu else nullcontext():
             yield
     except (ValueError, ImportError, NotImplementedError) as e:
         raise UsageError(f"TRL refuses the recipe's settings: {' '.join(str(e).split())[:500]}") from e
+
+
+def trl_config(
+    kind: Callable[..., Any], recipe: config.GrpoRecipe | config.SftRecipe, run: RunDir, **values: Any
+) -> Any:
+    """TRL's config of `values` and what is the same in both stages. Raises UsageError: it is refused."""
+    with refusals(recipe):
+        return kind(
+            **values,
+            output_dir=str(run.checkpoints),
+            bf16=recipe.model.dtype == "bfloat16",
+            fp16=recipe.model.dtype == "float16",
+            remove_unused_columns=False,  # rewards and collators read the row's columns
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
 
 
 # --- data ------------------------------------------------------------------------------------------------------

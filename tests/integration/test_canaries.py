@@ -14,7 +14,7 @@ from PIL import Image
 from r1vfree_cli.config.rewards import Canaries, FeedbackReward
 from r1vfree_cli.core.errors import GuardStop, UsageError
 from r1vfree_cli.core.prompts import DEFAULT, Prompt
-from r1vfree_cli.rewards.canaries import HEADER, TEMPLATES, check
+from r1vfree_cli.rewards.canaries import TEMPLATES, check
 from r1vfree_cli.rewards.registry import build_feedback
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 200)}
@@ -78,7 +78,7 @@ def run(tmp_path, judge, data, cfg: Canaries | None = None, prompt: Prompt = DEF
 @pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "label-free"])
 def test_an_honest_judge_passes(tmp_path, labelled):
     report, requests = run(tmp_path, honest, rows(labelled))
-    assert report.ok and len(report.table[0]) == len(HEADER)
+    assert report.ok
     names = {c.name for c in report.checks}
     assert names == {"empty", "template", "right over wrong", "own image over another"}
     assert all(c.ok for c in report.checks) and all(c.n for c in report.checks)

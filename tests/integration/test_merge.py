@@ -112,7 +112,7 @@ def test_merge_finds_the_end_token_where_the_base_names_none(base, tmp_path):
 def test_a_written_model_without_end_token_is_refused(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "in")
     (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": 5}')
-    monkeypatch.setattr(merge, "_keep_end_tokens", lambda model, processor: None)
+    monkeypatch.setattr(merge, "end_tokens", lambda model, tokenizer: [5])
     with pytest.raises(DataError, match="does not end at"):
         merge.merge(tmp_path / "in", tmp_path / "out")
     assert leftovers(tmp_path) == ["in"]
@@ -169,16 +169,15 @@ def test_wrong_merge_is_found_and_deleted(adapter, tmp_path, monkeypatch):
 
 
 def test_wrong_file_is_found_and_deleted(adapter, tmp_path, monkeypatch):
-    write = merge._write
+    reload = merge._reload
 
-    def spoiled(model, processor, folder, dtype):
-        files = write(model, processor, folder, dtype)
+    def spoiled(folder, processor, inputs):
         weights = load_file(folder / "model.safetensors")
         name = next(n for n in weights if "q_proj.weight" in n)
         save_file(weights | {name: weights[name] * 1.05}, folder / "model.safetensors", metadata={"format": "pt"})
-        return files
+        return reload(folder, processor, inputs)
 
-    monkeypatch.setattr(merge, "_write", spoiled)
+    monkeypatch.setattr(merge, "_reload", spoiled)
     with pytest.raises(DataError, match="written model is not the merged one"):
         merge.merge(adapter, tmp_path / "out")
     assert leftovers(tmp_path) == []

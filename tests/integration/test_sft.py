@@ -26,7 +26,7 @@ from r1vfree_cli.models.load import load_processor
 from r1vfree_cli.run import checkpoint, contract
 from r1vfree_cli.run.attempt import Attempt
 from r1vfree_cli.run.run_dir import RunDir
-from r1vfree_cli.training import callbacks, checkpoints, merge, sft
+from r1vfree_cli.training import checkpoints, merge, sft
 from r1vfree_cli.training import run as skeleton
 from r1vfree_cli.training.recorder import summarise_metrics, truncate_lines, update_summary
 
@@ -322,7 +322,7 @@ def test_lora_trains_an_adapter_over_an_unchanged_base(tiny, data, tmp_path):
 def stop_after(monkeypatch, step: int) -> None:
     """As if SIGTERM had come during `step`."""
     seen = iter(range(1, 1000))
-    monkeypatch.setattr(callbacks, "stop_requested", lambda: next(seen) >= step)
+    monkeypatch.setattr(skeleton, "stop_requested", lambda: next(seen) >= step)
 
 
 def test_interrupted_and_resumed_run_ends_with_the_same_weights(tiny, data, tmp_path, finished, monkeypatch):
