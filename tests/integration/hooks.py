@@ -164,6 +164,12 @@ PRIVATES = (
         "transformers:PreTrainedConfig._attn_implementation", None, "flash attention finds its kernels by it", "never"
     ),
     Hook(
+        "transformers.utils.generic:is_flash_attention_requested",
+        "config ...",
+        "vision towers hand all images to an implementation with flash in its name, and split them by hand for others",
+        "they ask the implementation whether it takes lengths",
+    ),
+    Hook(
         "transformers.models.qwen2_vl:Qwen2VLProcessor._get_num_multimodal_tokens",
         "self image_sizes ...",
         "image tokens of a size without its pixels; vLLM uses it too",
