@@ -163,6 +163,8 @@ PRIVATES = (
     Hook(
         "transformers:PreTrainedConfig._attn_implementation", None, "flash attention finds its kernels by it", "never"
     ),
+    Hook("torch:ops.mkldnn._reorder_linear_weight", None, "a weight in oneDNN's layout", "F.linear keeps one"),
+    Hook("torch:ops.mkldnn._linear_pointwise", None, "the product with it", "F.linear keeps one"),
     Hook(
         "transformers.utils.generic:is_flash_attention_requested",
         "config ...",
