@@ -75,7 +75,8 @@ def library(what: str, kind: type[R1VError] = DataError, hint: str | None = None
     except Exception as e:
         if isinstance(e, R1VError) or no_memory(e):
             raise
-        raise kind(f"{what}: {getattr(e, 'strerror', None) or first_line(e)}", hint=hint) from None
+        named = isinstance(e, OSError) and e.strerror and str(e.filename or "") in what
+        raise kind(f"{what}: {e.strerror if named else first_line(e)}", hint=hint) from None  # type: ignore[attr-defined]
 
 
 def how_ended(code: int) -> str:

@@ -36,8 +36,15 @@ def grace_s() -> float:
 
 def orphaned(launcher: int | None) -> bool:
     """Whether the r1v process that had this rank started is gone. Asked once the rank dies with its own parent."""
-    here = psutil.Process()
-    return launcher is not None and launcher not in [p.pid for p in (here, *here.parents())]
+    if launcher is None:
+        return False
+    at: psutil.Process | None = psutil.Process()
+    try:
+        while at is not None and at.pid != launcher:  # no further: what is above is none of ours, and may be hidden
+            at = at.parent()
+    except psutil.Error:  # it died meanwhile
+        return True
+    return at is None
 
 
 def hold_pid_file(file: Path) -> TextIO:

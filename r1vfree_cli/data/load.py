@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..core import console
 from ..core.errors import DataError, UsageError, counted, did_you_mean, first_line
@@ -28,6 +28,8 @@ from .tables import canonical, counted_name, data_files, is_saved, split_of
 
 if TYPE_CHECKING:
     import datasets
+
+READER = 2  # of hub sources: the first lost a row with every batch
 
 
 class _File(BaseModel):
@@ -42,6 +44,13 @@ class _Split(BaseModel):
     solution: int = 0
     thinking: int = 0
     files: list[_File]
+
+
+class _Summary(BaseModel):
+    """`data.json`, as far as it is used here."""
+
+    schema_version: int
+    splits: dict[str, _Split]
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ def _place(path: str, split: str) -> _Place:
     name, _, query = path.partition("?")
     source = sources.SOURCES["shapes"] if name == "shapes" else sources.BY_HUB.get(name)
     arguments: dict[str, Any] = {"source": source.name if source else "files", "split": split}
-    key: list[Any] = [SCHEMA_VERSION, arguments]
+    key: list[Any] = [SCHEMA_VERSION, READER, arguments]
     if source is None:
         here = Path(path if "\0" in path else os.path.expanduser(path))
         if not os.path.exists(here):
@@ -240,7 +249,7 @@ def _split(folder: Path, split: str) -> _Split:
         what = f"{folder} has rows of schema {version!r}, this version reads {SCHEMA_VERSION}"
         raise DataError(what, hint="prepare the data again")
     try:
-        splits = TypeAdapter(dict[str, _Split]).validate_python(document.get("splits"))
+        splits = _Summary.model_validate(document).splits
     except ValidationError:
         raise DataError(f"{folder / SUMMARY} is not a summary written by prepare-data") from None
     found = splits.get(split) or splits.get(canonical(split))

@@ -41,15 +41,21 @@ def _r1v_rows(record: dict) -> RawRow:
 
 
 def _rlhf_v(record: dict) -> RawRow:
-    """RLHF-V: `text` holds JSON with question, chosen and rejected. Copies have these as columns, R1V-Free's also
-    problem and solution. `chosen`, a person's correction of a model's answer, becomes the reference answer."""
-    inside = "text" in record and first(record, "problem", "question") is None
-    texts = parsed(record["text"]) if inside else record
+    """RLHF-V: `text` holds JSON with question, chosen and rejected; copies of it have these as columns. `chosen`, a
+    person's correction of a model's answer, becomes the reference answer."""
+    texts = parsed(record["text"]) if "question" not in record and "text" in record else record
     if not isinstance(texts, dict):
         raise RowProblem("text is not JSON")
     # `image_path` names a file of the original data sets, which is not part of this one.
-    problem, solution = first(texts, "problem", "question"), first(texts, "solution", "chosen")
-    return RawRow(images=first(record, "images", "image"), problem=problem, solution=solution)
+    return RawRow(images=first(record, "images", "image"), problem=texts.get("question"), solution=texts.get("chosen"))
+
+
+def _r1v_free(record: dict) -> RawRow:
+    """R1V-Free's copy of RLHF-V: problem and solution as columns beside RLHF-V's own."""
+    problem = first(record, "problem", "question")
+    if problem is None and "text" in record:
+        return _rlhf_v(record)
+    return RawRow(images=first(record, "images", "image"), problem=problem, solution=record.get("solution"))
 
 
 def _hallusionbench(record: dict) -> RawRow:
@@ -69,7 +75,7 @@ SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
         Source("rlhf-v", _rlhf_v, "openbmb/RLHF-V-Dataset"),
-        Source("r1v-free", _rlhf_v, "Exgc/R1V-Free_RLHFV"),
+        Source("r1v-free", _r1v_free, "Exgc/R1V-Free_RLHFV"),
         Source("clevr-count", _r1v_rows, "leonardPKU/clevr_cogen_a_train"),
         Source("clevr-complex", _r1v_rows, "MMInstruction/Clevr_CoGenT_TrainA_70K_Complex"),
         Source("geoqa", _r1v_rows, "leonardPKU/GEOQA_R1V_Train_8K"),

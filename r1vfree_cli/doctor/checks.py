@@ -6,7 +6,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,8 +87,9 @@ def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
     checks.append(check("gpus", OK, str(gpus) if gpus else "none: only recipes with launch.device cpu run here"))
     checks.append(_hub())
     if find_spec("wandb") is not None:
-        netrc = Path("~/.netrc").expanduser()
-        login = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
+        login = bool(os.environ.get("WANDB_API_KEY"))
+        with suppress(OSError, ValueError):  # not there, or not readable
+            login = login or "api.wandb.ai" in Path("~/.netrc").expanduser().read_text()
         used = recipe is not None and "wandb" in str(recipe.trl.get("report_to"))
         state = WARNING if used and not login else OK
         checks.append(check("wandb login", state, "found" if login else "none", "wandb login"))

@@ -110,7 +110,9 @@ def _sheet(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         strings = members.get("xl/sharedStrings.xml")
         shared = [_text(item) for item in ElementTree.fromstring(strings()).iterfind("{*}si")] if strings else []
-        sheet = ElementTree.fromstring(members[min(sheets)]())
+        sheet = ElementTree.fromstring(
+            members[min(sheets, key=lambda name: (name != "xl/worksheets/sheet1.xml", name))]()
+        )
         names: dict[int, Any] = {}
         for number, row in enumerate(sheet.iterfind("{*}sheetData/{*}row"), 1):
             here = enumerate(row.iterfind("{*}c"))

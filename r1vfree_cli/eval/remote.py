@@ -1,6 +1,7 @@
 """Generation through an OpenAI-compatible endpoint, with the same prompt and pixel limits as a local model."""
 
 import io
+import itertools
 import math
 
 from ..config.schema import TOKEN_SIDE
@@ -50,7 +51,7 @@ def data_url(image: bytes, limits: tuple[int, int] | None, max_bytes: int | None
 
 def with_image(messages: list[dict], url: str | None) -> list[dict]:
     """The conversation, its image placeholder replaced by the image; a turn without one is a plain string."""
-    turns = with_images(messages, [url] if url else [])
+    turns = with_images(messages, itertools.repeat(url or ""))
     for turn in turns:
         if all(part["type"] == "text" for part in turn["content"]):
             turn["content"] = "".join(part["text"] for part in turn["content"])

@@ -42,7 +42,7 @@ def same_questions(ours: list[Any], theirs: list[Any], source: object) -> None:
     here, there = ({j.key for j in some} for some in (ours, theirs))
     if here != there:
         counts = f"{len(there - here)} questions only there, {len(here - there)} only here"
-        ids = [key[0] for key in sorted(here ^ there)[:5]]
+        ids = list(dict.fromkeys(key[0] for key in sorted(here ^ there)))[:5]
         hint = "both must be of the same questions, with the same answer key and the same --limit"
         raise DataError(f"{source} is about another question set: {counts}", details=ids, hint=hint)
 

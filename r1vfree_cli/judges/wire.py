@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import binascii
 import hashlib
 import io
 import time
@@ -126,6 +127,8 @@ def decode_image(uri: str, held: Any) -> Image.Image:
         return picture
     except (Refused, MemoryError):
         raise
+    except binascii.Error:
+        raise ValueError("image cannot be decoded: not base64") from None
     except Exception as e:  # damaged images raise anything
         raise ValueError(f"image cannot be decoded: {e}") from None
 

@@ -24,7 +24,7 @@ from typing import IO
 from ..config.schema import Recipe
 from ..core import console
 from ..core import process as ranks
-from ..core.errors import Interrupted, R1VError, UsageError, from_dict
+from ..core.errors import DataError, Interrupted, R1VError, UsageError, from_dict
 from ..core.files import read_json
 from ..core.machine import disk_full, ended, how_ended, library
 from .plan import Plan, free_port, port_is_free, server_plan
@@ -247,7 +247,10 @@ def _cause(logs: Path, code: int) -> R1VError:
     """The first failure among the ranks; where none left a cause (killed, out of memory), the logs' tails."""
     files = sorted(logs.glob("rank-*.error.json"), key=lambda f: f.stat().st_mtime)
     for file in files:
-        error = from_dict(read_json(file))
+        try:
+            error = from_dict(read_json(file))
+        except DataError:  # damaged: another rank's, or the logs, say more
+            continue
         if error.exit_code == 1:
             log = file.with_name(file.name.replace(".error.json", ".log"))
             error.details = error.details + tail(log)

@@ -15,7 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..config import schema as config
 from ..core import console
-from ..core.errors import DataError, UsageError
+from ..core.errors import DataError, UsageError, first_line
 from ..core.machine import library
 from ..core.process import time_limit
 from ..core.prompts import build_messages
@@ -170,8 +170,11 @@ def render(processor, messages: list[dict], *, add_generation_prompt: bool = Tru
     Raises DataError: the template, of `what`, is broken, loops, or writes without end.
     """
     told = f"the chat template of {what or f'model {processor.tokenizer.name_or_path}'}"
-    with library(f"{told} does not work"), time_limit(TEMPLATE_S):
-        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        with time_limit(TEMPLATE_S):
+            text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as e:  # lack of memory too: it is the template that wants so much
+        raise DataError(f"{told} does not work: {first_line(e)}") from None
     if len(text) > TEMPLATE_CHARS:
         raise DataError(f"{told} writes {len(text):,} characters; at most {TEMPLATE_CHARS:,} are taken")
     return text

@@ -12,6 +12,7 @@ from typing import Any
 from ..config.recipes import read_yaml
 from ..core.errors import DataError, UsageError, counted, first_line
 from ..core.files import read_object
+from ..core.machine import library
 from ..core.redact import BEARER, SECRET_KEY, SECRET_TEXT, URL_LOGIN
 from ..run.run_dir import RunDir
 
@@ -127,7 +128,8 @@ def _neither(path: Path) -> DataError:
     if (path / "eval.json").is_file():
         what = f"{path} is an eval dir without scores.json: it is not scored yet"
         return DataError(what, hint="run the same r1v eval again; it asks only for what is missing")
-    names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
+    with library(f"cannot read {path}"):
+        names = sorted(p.name + "/" * p.is_dir() for p in path.iterdir())
     found = ", ".join(names[:8] + [f"and {len(names) - 8} more"] * (len(names) > 8)) or "nothing"
     hint = "a run dir holds recipe.yaml and status.json, an eval dir scores.json and eval.json"
     details = [f"found in it: {clean(found)}"]

@@ -103,14 +103,14 @@ def distill(
     Raises UsageError: no rows named, no access to the endpoint, an output folder that is in use. DataError: no reply
     can be learnt from.
     """
+    if not (input and asked.get("endpoint") and asked.get("model")):
+        hint = "--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME"
+        raise UsageError("distill needs --input, --endpoint and --model", hint=hint)
     import datasets
 
     from ..data.load import load_rows
     from ..data.prepare import check_out, prepare
 
-    if not (input and asked.get("endpoint") and asked.get("model")):
-        hint = "--input data/mine --endpoint http://127.0.0.1:8000/v1 --model NAME"
-        raise UsageError("distill needs --input, --endpoint and --model", hint=hint)
     teacher = Teacher(**asked)
     if not estimate:
         check_out(out, [Path(input)], overwrite)

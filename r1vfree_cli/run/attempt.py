@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+from ..core.errors import DataError
 from ..core.files import read_object, write_json
 from .run_dir import RunDir
 
@@ -46,7 +47,10 @@ class Attempt:
         """What `write` wrote; a fresh attempt where there is none."""
         if not (folder / FILE).is_file():
             return cls.of(RunDir(folder))
-        return cls(**read_object(folder / FILE))
+        try:
+            return cls(**read_object(folder / FILE))
+        except TypeError as e:  # of another release of r1v, on another node
+            raise DataError(f"{folder / FILE} is damaged: {e}") from None
 
     @classmethod
     def of(cls, run: RunDir, *, resume: bool = False) -> Self:

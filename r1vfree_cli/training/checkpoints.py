@@ -119,6 +119,10 @@ class AtomicCheckpoints(_Trainer):
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint):
+        with _readable(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint):
         with _readable(checkpoint):
             super()._load_rng_state(checkpoint)
@@ -177,8 +181,11 @@ def mend_generation_config(model) -> None:
 
     Such a field has no effect on generation; each one that is reset is named in a warning.
     """
+    given = getattr(model, "generation_config", None)
+    if given is None:
+        return
     kept, refused = GenerationConfig(), []
-    fields = model.generation_config.to_diff_dict()
+    fields = given.to_diff_dict()
     fields.pop("transformers_version", None)
     for key in sorted(fields, key=lambda k: k not in ("do_sample", "num_beams")):  # what others depend on first
         trial = copy.deepcopy(kept)

@@ -132,9 +132,15 @@ class GrpoTraining(Training):
     def _ask_canaries(self, step: int | None) -> None:
         """Ask the judges that are due after `step`, or before training all, on rank 0; raises on every rank when one
         fails. Each report is a line of canaries.jsonl."""
+        failed = list[R1VError]()
         for reward in self.recipe.judges:
             if reward.canaries is not None and (step is None or step % reward.canaries.every_steps == 0):
-                on_main(functools.partial(self._check_judge, reward, step))
+                try:
+                    on_main(functools.partial(self._check_judge, reward, step))
+                except R1VError as e:
+                    failed.append(e)  # the others' reports are wanted too
+        if failed:
+            raise failed[0]
 
     def _check_judge(self, reward: FeedbackReward, step: int | None) -> None:
         judge, recipe = self.judges[reward.key], self.recipe
@@ -223,7 +229,7 @@ class GrpoTraining(Training):
                 hint=f"the rollouts are in {self.run.rollouts}; thresholds are train.guard, "
                 "`train.guard: null` turns it off",
             )
-            self.stopped = self.stopped if isinstance(self.stopped, GuardStop) else error
+            self.stopped = error  # its evidence is what training did, whatever else ends the run in this step
             control.should_training_stop = True
             # NaN that shows only here is in the weights already: keep the last good checkpoint as the newest.
             control.should_save = verdict.figure != "nan"
@@ -255,9 +261,10 @@ class GrpoTraining(Training):
             shares = exam.score(replies(self.trainer, exam, greedy=how == "greedy")).metrics
             for name in ("accuracy", "format") if is_main() else ():
                 told[f"heldout_{name}_{how}"] = shares[name][0]
-                update_summary(self.run, {f"heldout_{name}": {how: {when: shares[name][0]}}})
         if is_main():
-            update_summary(self.run, {"heldout_rows": len(self.heldout)})
+            shown = {f"heldout_{name}": {how: {when: told[f"heldout_{name}_{how}"]} for how in ("greedy", "sampled")}
+                     for name in ("accuracy", "format")}  # fmt: skip
+            update_summary(self.run, shown | {"heldout_rows": len(self.heldout)})
             self.trackers.log(told)
         self.lap(f"held-out {when}")
 

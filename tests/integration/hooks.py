@@ -131,6 +131,7 @@ OVERRIDES = (
         "accelerate's SkipBatchSampler passes set_epoch on",
     ),
     Hook(_GRPO + "_load_optimizer_and_scheduler", "self checkpoint", _READS, "errors name the file"),
+    Hook(_TRAINER + "_load_scaler", "self checkpoint", _READS, "errors name the file"),
     Hook(
         _TRAINER + "_load_from_checkpoint",
         "self resume_from_checkpoint model",

@@ -156,6 +156,34 @@ def test_each_source_reads_a_save_to_disk_folder_too(name, tmp_path):
     assert load.load_rows(str(tmp_path / "b"), "test")[0]["problem"] == problem
 
 
+@pytest.mark.parametrize("limit", [None, 30])
+def test_no_row_is_lost_between_batches_of_a_saved_data_set(limit, tmp_path):
+    """Rows on the hub are read in the same way."""
+    records = [{"problem": f"What is {i}?", "image": {"bytes": picture(i), "path": None}} for i in range(37)]
+    datasets.Dataset.from_list(records).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "in")
+    summary = prepare("files", tmp_path / "out", input=str(tmp_path / "in"), limit=limit)
+    rows = rows_of(tmp_path / "out")
+    assert summary["rows"] == len(rows) == (limit or 37) and len({r["problem"] for r in rows}) == len(rows)
+    for row in rows:
+        (image,) = row["images"]
+        assert np.array_equal(pixels(image["bytes"]), pixels(picture(int(row["problem"].split()[-1][:-1]))))
+
+
+def test_rlhf_v_takes_question_and_chosen_together_whatever_stands_beside(tmp_path):
+    beside = {"problem": "Other?", "solution": "<answer> other </answer>"}
+    columns = {"image": PIC, "question": "What?", "chosen": "This.", "rejected": "That."}
+    for name, record in (("text", RLHF_V), ("columns", columns)):
+        write_hub_parquet(tmp_path / name / "train.parquet", [record | beside])
+        prepare("rlhf-v", tmp_path / f"{name}-out", input=str(tmp_path / name))
+        wanted = ("What is it?", "A cup.") if name == "text" else ("What?", "This.")
+        (row,) = rows_of(tmp_path / f"{name}-out")
+        assert (row["problem"], row["solution"]) == wanted
+    write_hub_parquet(tmp_path / "free" / "train.parquet", [columns | {"problem": "Other?", "solution": None}])
+    prepare("r1v-free", tmp_path / "free-out", input=str(tmp_path / "free"))
+    (row,) = rows_of(tmp_path / "free-out")
+    assert (row["problem"], row["solution"]) == ("Other?", None), "chosen answers question, not problem"
+
+
 def test_rlhf_v_newer_columns_and_bad_text(tmp_path):
     newer = {"image": PIC, "question": "What?", "chosen": "This.", "rejected": "That."}
     write_hub_parquet(tmp_path / "new" / "train-00000-of-00001.parquet", [newer])

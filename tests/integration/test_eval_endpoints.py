@@ -218,6 +218,12 @@ def test_turns_without_an_image_are_plain_strings(tmp_path, serve):
     from r1vfree_cli.core.prompts import Prompt, build_messages
     from r1vfree_cli.eval.remote import with_image
 
+    twice = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]}]
+    assert [p.get("image_url") for p in with_image(twice, "data:x")[0]["content"]] == [
+        {"url": "data:x"},
+        None,
+        {"url": "data:x"},
+    ]
     system, user = with_image(build_messages("Is it?", 1, Prompt(system="Be brief.")), "data:x")
     assert system == {"role": "system", "content": "Be brief."}
     assert [part["type"] for part in user["content"]] == ["image_url", "text"]

@@ -90,6 +90,8 @@ def sheet(path: Path, rows: list[dict], inline: bool = False) -> Path:
         body += f'<row r="{number}">' + "".join(cell(f"{chr(65 + i)}{number}", v) for i, v in enumerate(row)) + "</row>"
     name = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("xl/worksheets/hidden.xml", f"<worksheet {name}><sheetData/></worksheet>")  # not the first sheet
+        z.writestr("xl/worksheets/A.xml", f"<worksheet {name}><sheetData/></worksheet>")
         z.writestr("xl/worksheets/sheet1.xml", f"<worksheet {name}><sheetData>{body}</sheetData></worksheet>")
         z.writestr("xl/sharedStrings.xml", f"<sst {name}>{''.join(shared)}</sst>")
     return path

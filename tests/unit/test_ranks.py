@@ -1,15 +1,18 @@
 """Ranks as processes: who still runs, and those that outlived their r1v process."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from r1vfree_cli.core import process as ranks
-from r1vfree_cli.core.errors import UsageError
+from r1vfree_cli.core.errors import DataError, UsageError
+from r1vfree_cli.launch.processes import _cause
 
 HOLD = """
 import sys, time
@@ -56,6 +59,29 @@ def test_a_process_knows_that_its_r1v_is_gone():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     assert ranks.orphaned(gone.pid)
+
+
+def test_what_is_above_its_r1v_is_not_asked(monkeypatch):
+    """It may be another user's, hidden, or ending just now."""
+    asked = []
+    parent = psutil.Process.parent
+
+    def hidden(process):
+        asked.append(process.pid)
+        if process.pid != os.getpid():
+            raise psutil.AccessDenied(process.pid)
+        return parent(process)
+
+    monkeypatch.setattr(psutil.Process, "parent", hidden)
+    assert not ranks.orphaned(os.getppid()) and asked == [os.getpid()]
+    assert ranks.orphaned(2**22 + 1)
+
+
+def test_a_damaged_cause_of_one_rank_does_not_hide_anothers(tmp_path):
+    (tmp_path / "rank-0.error.json").write_text("")
+    (tmp_path / "rank-1.error.json").write_text(json.dumps(DataError("no rows left").to_dict()))
+    os.utime(tmp_path / "rank-0.error.json", (0, 0))
+    assert _cause(tmp_path, 1).message == "no rows left"
 
 
 def test_a_grace_time_that_is_none_is_told(monkeypatch):

@@ -90,11 +90,12 @@ def load(
 
     Raises UsageError: nothing there. DataError: damaged or inconsistent content; missing figures, named.
     """
-    path = Path(source or HUB)
-    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source or HUB) and path.suffix not in _FILES
+    name = HUB if source is None else source
+    path = Path(name)
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in _FILES
     if source is None or (is_name and not path.exists()):
-        path = _download(source or HUB)
-    if not path.exists():
+        path = _download(name)
+    if not name or not path.exists():
         hint = "--questions takes HallusionBench.json, a .tsv, a folder of parquet files or a hub name"
         raise UsageError(f"no questions at {source}", hint=hint)
     questions: list[Question] = []
