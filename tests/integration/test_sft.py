@@ -493,6 +493,7 @@ def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeyp
     for template, limit, said in (
         (loop, 0.5, "does not work: it took longer than 0.5"),
         (endless, 60, "writes 20,000,0"),
+        ("{{ 'a' * 10**15 }}", 60, "does not work: MemoryError"),
     ):
         monkeypatch.setattr("r1vfree_cli.models.load.TEMPLATE_S", limit)
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
