@@ -101,7 +101,7 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     if launch.preset == "zero3-offload":
         parts = {"host": sum(parts.values())}
     if isinstance(recipe, GrpoRecipe):
-        new = train.get("max_completion_length", 256)
+        new = train.get("max_completion_length") or 512  # TRL's default
         branches = recipe.train.prompts_per_device * recipe.train.num_generations
         prompts = recipe.train.prompts_per_device if recipe.train.shared_prefix else branches
         tokens, scored = prompts * prompt_tokens + branches * new, branches * new

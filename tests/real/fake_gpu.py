@@ -28,6 +28,7 @@ aten = torch.ops.aten
 # No kernel is started for these, nor for views.
 _FREE = {"_local_scalar_dense", "_unsafe_view", "alias", "detach", "device", "empty", "empty_like", "empty_strided",
          "lift_fresh", "new_empty", "new_empty_strided"}  # fmt: skip
+_PRODUCTS = {"addmm", "addmv", "baddbmm", "bmm", "convolution", "dot", "mm", "mv"}
 _KNOWN_AT_MOST = 1 << 20  # numbers of a tensor
 
 
@@ -93,6 +94,8 @@ class FakeGpu(TorchDispatchMode):
         # A kernel takes a single number as it takes its other arguments; sent by itself it is copied.
         if any((x.ndim or name == "_to_copy") and not isinstance(x, FakeTensor) for x in tensors):
             self._note(self.asked.copies, name)
+        if name in _PRODUCTS and len(found := {x.dtype for x in tensors}) > 1:  # fake tensors do not all say so
+            raise RuntimeError(f"{name} of {' and '.join(sorted(map(str, found)))}")
         try:
             out = func(*args, **kwargs)
             self._follow(func, args, kwargs, tensors, out)
