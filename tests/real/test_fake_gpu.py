@@ -1,4 +1,4 @@
-"""Packed passes, decoding and the judge's batch at the published models' sizes, on a fake GPU.
+"""Packed passes, decoding, the judge's batch and the memory of a pass at the published models' sizes, on a fake GPU.
 
 Kernels do not depend on numbers, and every layer asks for the same ones: one and two layers tell what all of them ask.
 """
@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from r1vfree_cli.config import recipes
+from r1vfree_cli.doctor.probe import memory_estimate
 from r1vfree_cli.judges.local import LocalJudge
 from r1vfree_cli.models.sampling import keyed_draws, watch_logits
 from r1vfree_cli.shared_prefix import decode
@@ -28,11 +30,11 @@ IMAGE_TOKENS = SIDE * SIDE
 END, PAD, IMAGE, START = 151645, 151643, 151655, 151652
 
 
-def build(name: str, layers: int, **ids: int):
-    """A model of published widths with few layers, on the GPU."""
+def build(name: str, layers: int, depth: int = 2, **ids: int):
+    """A model of published widths with few layers, `depth` of them in its vision tower, on the GPU."""
     small = config(name, num_hidden_layers=layers)
     small.update({"image_token_id": IMAGE} | ids)
-    small.vision_config.depth, small.vision_config.fullatt_block_indexes = 2, [1]
+    small.vision_config.depth, small.vision_config.fullatt_block_indexes = depth, [1]
     with torch.device("cuda"):
         model = AutoModelForImageTextToText.from_config(small, dtype=torch.bfloat16, attn_implementation="sdpa")
     install(model)
@@ -107,6 +109,60 @@ def test_a_packed_pass_waits_before_it_begins(name, grad):
         f"{name}: {len(before.syncs)} reads before a pass, {len(gpu.asked.syncs)} in it, by transformers or once for all images"
     )
     assert len(before.syncs) <= 3, before.syncs
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def saved(recipe, layers: int, depth: int) -> int:
+    """Bytes that a policy pass of one group keeps for its backward pass, weights left out: prompts of 1024 tokens and
+    completions of full length."""
+    kept, weights = dict[int, torch.UntypedStorage](), set[int]()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # alive, so that no other gets its address
+        return x
+
+    own, new, count = Passes(), recipe.trl["max_completion_length"], recipe.train.num_generations
+    with FakeGpu(), torch.enable_grad():
+        model = build(recipe.model.name, layers, depth)
+        weights |= {p.untyped_storage()._cdata for p in model.parameters()}
+        add_fused_lm_head(model, temperature=1.0, outputs=("log_probs", "entropy"))
+        vision = model.config.vision_config
+        side = int(recipe.model.max_pixels**0.5) // (2 * vision.patch_size)  # in merged patches
+        row = [START, *[IMAGE] * side**2, START + 1]
+        ids = torch.tensor([row + [9] * (1024 - len(row)) + [7] * new] * count)
+        patches = torch.zeros(4 * side**2, 3 * 2 * vision.patch_size**2)
+        grid = torch.tensor([[1, 2 * side, 2 * side]])
+        shown = on_gpu({"pixel_values": patches, "image_grid_thw": grid})
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            own._get_per_token_logps_and_entropies(
+                model, on_gpu(ids), on_gpu(torch.ones_like(ids)), new, count, True, num_images=[1] + [0] * (count - 1), **shown
+            )  # fmt: skip
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+# Those that train all weights with a shared prefix, where nothing is computed twice; recipes with equal passes once.
+KEEPING = ["qwen2vl-2b-rlhfv", "qwen2vl-7b-clevr", "qwen25vl-3b-rlhfv", "qwen25vl-3b-2gpu", "qwen25vl-7b-rlhfv"]
+KEEPING += ["qwen3vl-4b-rlhfv", "qwen3vl-8b-rlhfv"]
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_doctor_estimates_the_activations_that_a_pass_keeps(name, tmp_path):
+    """Counted for a layer of each tower, and taken as often as the model has layers."""
+    recipe = recipes.load("grpo", name)
+    one = saved(recipe, 1, 2)
+    full = config(recipe.model.name)
+    full.save_pretrained(tmp_path)
+    counted = (saved(recipe, 2, 2) - one) * full.get_text_config().num_hidden_layers
+    if not recipe.model.freeze_vision:
+        counted += (saved(recipe, 1, 3) - one) * full.vision_config.depth
+    there = [f"model.name={tmp_path}", "train.gradient_checkpointing=false"]
+    estimate = memory_estimate(recipes.load("grpo", name, there), 1024)["activations"]
+    print(f"{name}: {counted / 1e9:.1f} GB kept for the backward pass, doctor says {estimate:.1f}")
+    assert 0.93 * counted < estimate * 1e9 < 1.15 * counted
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------
