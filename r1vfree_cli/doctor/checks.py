@@ -72,6 +72,7 @@ def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
         found, extra = installed(wanted.name), re.search(r'extra == "(\w+)"', str(wanted.marker))
         if found is None:
             hint = f"pip install -e '.[{extra[1]}]'" if extra else "pip install -e ."
+            hint = f"pip install {preflight.FLASH}" if wanted.name == "flash-attn" else hint
             checks.append(check(wanted.name, OK if extra else ERROR, "not installed", hint))
         else:
             fits = wanted.specifier.contains(found, prereleases=True)
