@@ -188,7 +188,9 @@ def doctor(
         str | None, typer.Option("--recipe", "-r", help="Check this recipe too.", autocompletion=recipe_names)
     ] = None,
     set: Set = None,
-    step: Annotated[bool, typer.Option("--step", help="Also run one step on the longest rows.")] = False,
+    step: Annotated[
+        bool, typer.Option("--step", help="Also run one step, on the longest rows and at full length.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Is this machine, and this recipe, ready?

@@ -41,7 +41,7 @@ def failed(name: str, error: R1VError) -> dict:
 def diagnose(name: str | None = None, overrides: list[str] | None = None, *, step: bool = False) -> dict:
     """All checks, `{"ready": no error, "checks": [...]}`; with a recipe's name or path, those of the recipe too.
 
-    With `step`, one training step on the longest rows is run in a temporary folder.
+    With `step`, one training step on the longest rows, with completions of full length, is run in a temporary folder.
     """
     stage, recipe = None, None
     if name is not None:
@@ -72,6 +72,7 @@ def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
         found, extra = installed(wanted.name), re.search(r'extra == "(\w+)"', str(wanted.marker))
         if found is None:
             hint = f"pip install -e '.[{extra[1]}]'" if extra else "pip install -e ."
+            hint = f"pip install {preflight.FLASH}" if wanted.name == "flash-attn" else hint
             checks.append(check(wanted.name, OK if extra else ERROR, "not installed", hint))
         else:
             fits = wanted.specifier.contains(found, prereleases=True)
@@ -169,7 +170,7 @@ def _short(name: str, error: R1VError) -> dict:
 
 
 def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> dict:
-    """One step on the rows with the longest prompts: what fits here fits later."""
+    """One step on the rows with the longest prompts and with completions of full length: what fits here fits later."""
     trial = recipe.model_copy(deep=True)
     trial.data.heldout = None
     sets: dict[str, object] = {"max_steps": 1, "save_strategy": "no", "report_to": "none"}
@@ -180,7 +181,7 @@ def _step(stage: str, recipe: GrpoRecipe | SftRecipe) -> dict:
         setattr(trial.train, key, value)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            summary = jobs.run(stage, trial, RunDir(Path(folder) / "run"), longest_first=True)
+            summary = jobs.run(stage, trial, RunDir(Path(folder) / "run"), trial=True)
         except R1VError as e:
             return _short("one step", e)
     return check("one step", OK, f"{summary.get('seconds', {}).get(stage, 0):.0f} s, start included")

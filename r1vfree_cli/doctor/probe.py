@@ -101,16 +101,24 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
     if launch.preset == "zero3-offload":
         parts = {"host": sum(parts.values())}
     if isinstance(recipe, GrpoRecipe):
-        new = train.get("max_completion_length", 256)
+        new = train.get("max_completion_length") or 512  # TRL's default
         branches = recipe.train.prompts_per_device * recipe.train.num_generations
         prompts = recipe.train.prompts_per_device if recipe.train.shared_prefix else branches
         tokens, scored = prompts * prompt_tokens + branches * new, branches * new
+        seen = branches * (prompt_tokens + new)
     else:
         prompts = train.get("per_device_train_batch_size", 8)
-        tokens = scored = prompts * prompt_tokens
+        tokens = scored = seen = prompts * prompt_tokens
     kept = train.get("gradient_checkpointing", True)
     text, vision = config.get_text_config(), config.vision_config
-    parts["activations"] = tokens * _per_token(text, text.num_hidden_layers, 21, kept) * size / 2
+    queries = text.num_attention_heads * (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
+    # Qwen3 normalises queries, in 32 bits.
+    wide = queries * (13 if any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()) else 5)
+    # Keys and values of all that a branch sees, repeated for each query head.
+    repeated = 2 * seen * queries * size * (1 if kept else text.num_hidden_layers)
+    parts["activations"] = tokens * _per_token(text, text.num_hidden_layers, 16, kept, wide) * size / 2 + repeated
     if not recipe.model.freeze_vision:
         patches = prompts * recipe.model.max_pixels / vision.patch_size**2
         parts["activations"] += patches * _per_token(vision, vision.depth, 31, kept) * size / 2
@@ -128,15 +136,16 @@ def _weightless(recipe: GrpoRecipe | SftRecipe) -> Any:
             return auto_class(config).from_config(config)
 
 
-def _per_token(config, layers: int, norms: int, checkpointing: bool) -> float:
+def _per_token(config, layers: int, norms: int, checkpointing: bool, wide: int = 0) -> float:
     """Bytes a token (or patch) leaves for the backward pass of a tower in 16-bit numbers.
 
-    A layer keeps four tensors as wide as its MLP and `norms` bytes a hidden unit for the rest: measured on Qwen2.5-VL's
-    layers under saved-tensor hooks. With checkpointing it keeps its input, and one layer at a time all.
+    A layer keeps four tensors as wide as its MLP, `norms` bytes a hidden unit and `wide` bytes for the rest: counted on
+    the families' layers under saved-tensor hooks (tests/real/test_fake_gpu.py). With checkpointing it keeps its input,
+    and one layer at a time all.
     """
     width = getattr(config, "embed_dim", None) or config.hidden_size  # Qwen2-VL's vision tower says embed_dim
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    whole = 8 * inner + norms * width
+    whole = 8 * inner + norms * width + wide
     return 2 * width * layers + whole if checkpointing else whole * layers
 
 

@@ -111,11 +111,11 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     commit: str | None = None,
-    longest_first: bool = False,
+    trial: bool = False,
 ) -> dict:
     """Run a resolved recipe in a run dir: models and data it needs, then the workers. Returns the summary.
 
-    `commit`: of the repository that holds the recipe, for the run contract. `longest_first`: rows by length.
+    `commit`: of the repository that holds the recipe, for the run contract. `trial`: one step on what needs most memory.
     """
     node = recipe.launch.node_rank
     with files.lock(where.path, "run dir") if node == 0 else nullcontext():
@@ -133,7 +133,7 @@ def run(
             for old in logs.glob("rank-*.error.json"):  # of an earlier attempt: its cause is not this one's
                 old.unlink()
             files.write_text(folder / "recipe.yaml", recipes.to_yaml(recipe))
-        attempt = Attempt(str(where.path), str(logs), resume, os.getpid(), commit, longest_first=longest_first)
+        attempt = Attempt(str(where.path), str(logs), resume, os.getpid(), commit, trial=trial)
         try:
             _launch(stage, recipe, where, folder, attempt)
         except BaseException as e:

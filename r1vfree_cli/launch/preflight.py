@@ -35,7 +35,9 @@ _OPTIMIZERS = {  # train.optim -> package
     r".*8bit.*|paged_.*|ademamix|lion_32bit|rmsprop_bnb.*": "bitsandbytes",
 }
 _TRACKERS = "clearml codecarbon comet_ml dagshub dvclive mlflow neptune swanlab tensorboard trackio wandb".split()  # noqa: SIM905
-_INSTALL = {"vllm": "-e '.[vllm]'", "flash_attn": "-e '.[flash]'", "wandb": "-e '.[wandb]'"}
+# The build of flash-attn imports torch, which a build environment of its own does not have.
+FLASH = "--no-build-isolation 'flash-attn>=2.8'"
+_INSTALL = {"vllm": "-e '.[vllm]'", "flash_attn": FLASH, "wandb": "-e '.[wandb]'"}
 _INSTALL |= {"bitsandbytes": "-e '.[qlora]'", "optimi": "torch-optimi"}
 
 

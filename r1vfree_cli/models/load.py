@@ -223,7 +223,7 @@ def attention(model: config.Model) -> str:
     if model.attention == "auto":
         return "flash_attention_2" if can_flash else "sdpa"
     if model.attention == "flash_attention_2" and not can_flash:
-        hint = "pip install -e '.[flash]' on a CUDA machine with bfloat16 or float16, or use attention: auto"
+        hint = "pip install --no-build-isolation 'flash-attn>=2.8' on a CUDA machine with bfloat16 or float16, or use attention: auto"
         raise UsageError("model.attention is flash_attention_2, which cannot run here", hint=hint)
     return model.attention
 

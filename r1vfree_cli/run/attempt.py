@@ -20,8 +20,8 @@ class Attempt:
     """One start of a run, as a node's workers see it.
 
     logs: where this node's ranks log, and hold their pid files. launcher_pid: the r1v process; a rank that outlives it
-    ends. git_commit: of the recipe's repository. reward_url: of the reward server of `serve`. longest_first: rows in
-    order of their length. seconds: of the stages before this one. launched: `time.monotonic()` of the launch.
+    ends. git_commit: of the recipe's repository. reward_url: of the reward server of `serve`. trial: doctor's one step
+    on what needs most memory. seconds: of the stages before this one. launched: `time.monotonic()` of the launch.
     """
 
     run_dir: str
@@ -30,7 +30,7 @@ class Attempt:
     launcher_pid: int | None = None
     git_commit: str | None = None
     reward_url: str | None = None
-    longest_first: bool = False
+    trial: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     launched: float | None = None
 

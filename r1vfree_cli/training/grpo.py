@@ -84,11 +84,16 @@ class GrpoTraining(Training):
         self.exam = exam
 
     def config(self) -> GRPOConfig:
-        return grpo_config(self.recipe, self.run)
+        args = grpo_config(self.recipe, self.run)
+        if self.attempt.trial:  # the longest completions make the peak; those of an untrained policy may be short
+            least = "min_tokens" if args.use_vllm else "min_new_tokens"
+            args.generation_kwargs = (args.generation_kwargs or {}) | {least: args.max_completion_length}
+            args.mask_truncated_completions = False  # a masked one is left out of the passes
+        return args
 
     def select(self, rows) -> tuple[Any, dict[str, int]]:
         limit, prompt = self.recipe.data.max_prompt_tokens, self.recipe.policy_prompt
-        rows, dropped = drop_long_prompts(rows, self.processor, limit, prompt, longest_first=self.attempt.longest_first)
+        rows, dropped = drop_long_prompts(rows, self.processor, limit, prompt, longest_first=self.attempt.trial)
         self.heldout = self._heldout_rows() if self.recipe.data.heldout else None
         return rows, {f"prompt longer than {limit} tokens": dropped} if dropped else {}
 
@@ -153,13 +158,16 @@ class GrpoTraining(Training):
             raise report.error(step)
 
     def make_trainer(self, **common: Any) -> R1VGRPOTrainer:
-        return R1VGRPOTrainer(
+        trainer = R1VGRPOTrainer(
             reward_funcs=self.rewards,
             guard=self.recipe.train.guard,
             shared_prefix=self.recipe.train.shared_prefix,
             train_dataset=to_prompts(self.rows, self.recipe.policy_prompt),
             **common,
         )
+        if self.attempt.trial:  # groups of equal rewards take memory in a backward pass too, once they differ
+            trainer._may_skip_idle = False
+        return trainer
 
     def contract_fields(self) -> dict[str, Any]:
         sampling = {k: getattr(self.args, k) for k in contract.SAMPLING}

@@ -3,17 +3,25 @@
 import os
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
+import pyarrow.parquet
 import pytest
 import yaml
 from tiny_models import draw_rows, save_tiny, write_rows
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoTokenizer, Qwen2_5_VLConfig
 
 from r1vfree_cli.config import recipes
+from r1vfree_cli.data.load import load_rows
 from r1vfree_cli.doctor import checks as doctor
 from r1vfree_cli.doctor import probe
 from r1vfree_cli.doctor.checks import diagnose
 from r1vfree_cli.doctor.probe import memory_estimate
+from r1vfree_cli.launch import job as jobs
+from r1vfree_cli.models.lengths import prompt_lengths
+from r1vfree_cli.models.load import load_processor
+from r1vfree_cli.run.attempt import Attempt
+from r1vfree_cli.training import grpo
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -59,6 +67,45 @@ def test_a_ready_recipe_is_tried_to_the_end_of_a_step_and_leaves_nothing(recipe,
     ok = lines(result, "ok")
     assert ok["prompt tokens"].startswith("12 rows: ") and "one step" in ok and "memory" in ok and "cuda" in ok
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_trial_step_takes_the_longest_rows_at_full_length(recipe, monkeypatch):
+    """What makes the peak of memory, also where the policy would end at once."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.parent / "model")
+    chatty = {tokenizer.eos_token_id, tokenizer.encode("a")[0]}  # half of all tokens drawn are the end
+    others = sorted(set(range(len(tokenizer))) - chatty)
+    seen, run = {}, jobs.run
+
+    def watched(stage, recipe, where, **more):
+        summary = run(stage, recipe, where, **more)
+        (file,) = where.rollout_files.values()
+        seen["rollouts"] = pyarrow.parquet.read_table(file).to_pylist()
+        return summary
+
+    monkeypatch.setattr(jobs, "run", watched)
+    sets = [f"train.generation_kwargs={{suppress_tokens: {others}}}", "train.mask_truncated_completions=true"]
+    result = diagnose(str(recipe), sets, step=True)
+    assert result["ready"], result
+    assert [r["tokens"] for r in seen["rollouts"]] == [8, 8]
+    loaded = recipes.load("grpo", str(recipe))
+    rows = load_rows(loaded.data.path, "train", None)
+    lengths = prompt_lengths(rows, load_processor(loaded.model, loaded.seed), loaded.policy_prompt)
+    assert seen["rollouts"][0]["id"] == rows["id"][lengths.index(max(lengths))]
+
+
+@pytest.mark.parametrize(("vllm", "least"), [(False, "min_new_tokens"), (True, "min_tokens")])
+def test_a_trial_step_leaves_nothing_out_of_its_passes(vllm, least, recipe, tmp_path, monkeypatch):
+    """Completions that are cut may be masked in training, and groups of equal rewards skipped."""
+    monkeypatch.setattr(grpo, "R1VGRPOTrainer", lambda **given: SimpleNamespace(_may_skip_idle=True))
+    sets = ["train.mask_truncated_completions=true", "train.generation_kwargs={a: 1}", f"train.use_vllm={vllm}"]
+    loaded = recipes.load("grpo", str(recipe), sets)
+    for trial in (True, False):
+        training = grpo.GrpoTraining(loaded, Attempt(str(tmp_path), str(tmp_path), trial=trial))
+        training.rewards, training.rows = [], load_rows(loaded.data.path, "train", None)
+        args = training.config()
+        assert args.generation_kwargs == {"a": 1} | ({least: 8} if trial else {})
+        assert args.mask_truncated_completions != trial
+        assert training.make_trainer()._may_skip_idle != trial
 
 
 def test_what_would_stop_the_run_is_an_error(recipe, monkeypatch):
@@ -132,6 +179,7 @@ def test_memory_is_what_a_calculation_by_hand_gives(kind, tmp_path):
     # 512 + 8 x 512 tokens share a prompt; 401408 pixels are 2048 patches. Bytes a layer keeps of each: MLP and norms.
     h, inner, layers = (TEXT[kind][k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     tokens = 4608 * layers * (8 * inner + 21 * h)
+    tokens += 8 * (512 + 512) * layers * 2 * 2 * h  # keys and values that each branch sees, for all query heads
     patches = 2048 * 32 * (8 * 3420 + 31 * 1280)
     assert offload["activations"] == pytest.approx((tokens + patches) / 1e9)
     assert estimate("train.shared_prefix=false")["activations"] > 1.5 * offload["activations"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 from accelerate import DeepSpeedPlugin
 from deepspeed.utils.config import get_timers_config
+from PIL import Image
+from tiny_models import tiny_processor
 from trl import GRPOConfig
 
 from r1vfree_cli.config import recipes
+from r1vfree_cli.models import family
+from r1vfree_cli.models.lengths import drop_long_prompts
 from r1vfree_cli.run.run_dir import RunDir
 from r1vfree_cli.training import grpo, sft
 from r1vfree_cli.training import worker as common
+from tests.published import config
+
+QUESTION = "How many people in this picture wear a hat, and what are the others holding in their hands?"
 
 # One process without GPUs: what TRL makes of `train` does not depend on it.
 HERE = ["launch.preset=ddp", "launch.device=cpu"]
@@ -64,6 +72,24 @@ def test_grpo_recipes_become_trl_configs(name, tmp_path):
         questions = args.gradient_accumulation_steps * recipes.load("grpo", name).launch.processes
         assert questions == (12 if "rlhfv" in name else 8) and args.per_device_train_batch_size in (4, 8)
         assert (args.learning_rate == 1e-5) == (recipe.model.lora is not None)
+
+
+@pytest.mark.parametrize("name", [n for n in recipes.shipped() if "tiny" not in n and not n.startswith("eval/")])
+def test_a_row_at_a_recipes_own_pixel_cap_fits_its_prompt_limit(name, tmp_path):
+    """With a vocabulary of little but letters, so that a real one leaves room for a question three times as long."""
+    stage, short = name.split("/")
+    recipe = recipes.load(stage, short)
+    processor = tiny_processor(config(recipe.model.name).model_type)
+    pixels = recipe.model.min_pixels, recipe.model.max_pixels
+    family.limit_pixels(family.of(config(recipe.model.name)), processor, *pixels)
+    sides = [(616, 616), (784, 512), (512, 784), (4000, 3000), (3000, 4000), (2000, 200), (100, 9000)]
+    photos = [{"images": [Image.new("L", size)], "problem": QUESTION} for size in sides]
+    features = {"images": datasets.List(datasets.Image()), "problem": datasets.Value("string")}
+    rows = datasets.Dataset.from_list(photos, features=datasets.Features(features))
+    kept, dropped = drop_long_prompts(rows, processor, recipe.data.max_prompt_tokens, recipe.policy_prompt)
+    assert (len(kept), dropped) == (len(sides), 0)
+    tokens = max(processor._get_num_multimodal_tokens(image_sizes=[s[::-1] for s in sides])["num_image_tokens"])
+    assert 0.9 * pixels[1] < tokens * (2 * processor.image_processor.patch_size) ** 2 <= pixels[1]
 
 
 def test_bfloat16_under_zero_on_the_cpu_is_a_config(tmp_path):

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 # No kernel is started for these, nor for views.
 _FREE = {"_local_scalar_dense", "_unsafe_view", "alias", "detach", "device", "empty", "empty_like", "empty_strided",
          "lift_fresh", "new_empty", "new_empty_strided"}  # fmt: skip
+_PRODUCTS = {"addmm", "addmv", "baddbmm", "bmm", "convolution", "dot", "mm", "mv"}
 _KNOWN_AT_MOST = 1 << 20  # numbers of a tensor
 
 
@@ -90,14 +91,17 @@ class FakeGpu(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func is aten._local_scalar_dense.default or (to is not None and not to_gpu):
             return self._read(func, name, *args, **kwargs)
-        if any(x.ndim and not isinstance(x, FakeTensor) for x in tensors):
+        # A kernel takes a single number as it takes its other arguments; sent by itself it is copied.
+        if any((x.ndim or name == "_to_copy") and not isinstance(x, FakeTensor) for x in tensors):
             self._note(self.asked.copies, name)
+        if name in _PRODUCTS and len(found := {x.dtype for x in tensors}) > 1:  # fake tensors do not all say so
+            raise RuntimeError(f"{name} of {' and '.join(sorted(map(str, found)))}")
         try:
             out = func(*args, **kwargs)
             self._follow(func, args, kwargs, tensors, out)
         except DynamicOutputShapeException:  # the host waits to learn the shape
-            self._note(self.asked.syncs, name)
-            out = tree_map_only(torch.Tensor, self._sent, self._on_host(func, args, kwargs))
+            unknown = "r1vfree_cli" in self._note(self.asked.syncs, name)
+            out = tree_map_only(torch.Tensor, self._sent, self._on_host(func, args, kwargs, unknown))
         if not func.is_view and name not in _FREE and func.namespace == "aten":
             (self.asked.captured if self.capturing else self.asked.kernels)[name] += 1
         return out
@@ -114,9 +118,7 @@ class FakeGpu(TorchDispatchMode):
         """What the host gets when it asks for the numbers of `x`."""
         unknown = "r1vfree_cli" in self._note(self.asked.syncs, name)
         with _disable_current_modes():
-            known = self._known(x)
-            known = torch.full(x.shape, unknown, dtype=x.dtype) if known is None else known
-            return func(known, *args, **kwargs)
+            return func(self._as_known(x, unknown), *args, **kwargs)
 
     def _follow(self, func, args, kwargs, tensors: list[torch.Tensor], out) -> None:
         """Compute with what is known, in place too where the operator does."""
@@ -141,10 +143,14 @@ class FakeGpu(TorchDispatchMode):
         out.known = known
         return out
 
-    def _on_host(self, func, args, kwargs):
-        """The same with what is known."""
-        args, kwargs = tree_map_only(FakeTensor, lambda x: x.known, (args, kwargs))
+    def _as_known(self, x: torch.Tensor, unknown: bool) -> torch.Tensor:
+        known = self._known(x)
+        return torch.full(x.shape, unknown, dtype=x.dtype) if known is None else known
+
+    def _on_host(self, func, args, kwargs, unknown: bool = False):
+        """The same with what is known, and with `unknown` for what is not."""
         with _disable_current_modes():
+            args, kwargs = tree_map_only(FakeTensor, lambda x: self._as_known(x, unknown), (args, kwargs))
             return func(*args, **{k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()})
 
     def _note(self, places: list[str], name: str) -> str:
@@ -184,11 +190,6 @@ def _patches(gpu: FakeGpu) -> Iterator:
         finally:
             gpu.capturing = False
 
-    to_list = torch.Tensor.tolist  # of a fake tensor it would ask number by number
-
-    def tolist(x):
-        return to_list(x.cpu() if isinstance(x, FakeTensor) else x)
-
     on_host = F.scaled_dot_product_attention
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
@@ -214,7 +215,7 @@ def _patches(gpu: FakeGpu) -> Iterator:
     yield patch.object(torch.cuda, "graph", capture)
     yield patch.object(torch.cuda, "is_bf16_supported", lambda *a: True)
     yield patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    yield patch.object(torch.Tensor, "tolist", tolist)
+    yield patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist())  # its own asks number by number
     yield patch.object(F, "scaled_dot_product_attention", attention)
     for module in (trl.kernels.chunked_logprob, trl.trainer.utils):
         yield patch.object(module, "_use_triton", lambda device: False)
