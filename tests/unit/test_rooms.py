@@ -14,17 +14,17 @@ ROOMS = {
     "config": 933,
     "run": 388,
     "data": 1515,
-    "launch": 1126,
+    "launch": 1128,
     "models": 638,
     "shared_prefix": 1308,
     "judges": 1718,
     "rewards": 903,
-    "training": 2450,
+    "training": 2458,
     "eval": 2913,
     "report": 1248,
-    "doctor": 349,
+    "doctor": 359,
     "tiny": 365,
-    "cli": 483,
+    "cli": 485,
 }
 ORDER = list(ROOMS)
 
