@@ -81,6 +81,7 @@ class Sampler:
                             sequences[rows] = live
                             rows, live, tokens, running = rows[stay], live[stay], tokens[stay], running[stay]
                             forward.keep(stay)
+                            _keep_rows(logits_processor, stay)
                 # Under ZeRO-3 a forward pass gathers weights from all ranks: none may stop before the last has finished.
                 if not any_rank(not finished, input_ids.device) if all_ranks else finished:
                     sequences[rows] = live
@@ -229,6 +230,14 @@ class _GraphedStep(_Step):
         # Without its cache: a graph that lasts must cast for itself what autocast casts.
         with torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=on, cache_enabled=not self._lasts):
             return super()._run(tokens, positions)
+
+
+def _keep_rows(logits_processor, rows: torch.Tensor) -> None:
+    """Go on with `rows` in what a processor holds for each: a repetition penalty leaves out each row's own padding."""
+    for processor in logits_processor:
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(padding, torch.Tensor):
+            processor.prompt_ignore_length = padding.to(rows.device)[rows]
 
 
 def _addresses(model) -> list[int]:

@@ -565,10 +565,14 @@ def test_packed_weights_leave_what_they_cannot_help(monkeypatch):
     assert "forward" in vars(wrapped)
 
 
-def test_sampled_tokens_are_those_of_trl_for_the_same_random_numbers(models, tmp_path):
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_sampled_tokens_are_those_of_trl_for_the_same_random_numbers(penalty, models, tmp_path):
+    """A repetition penalty knows the padding of each row: of those that are left, once some have finished."""
+    sampling = {"top_p": 0.9, "top_k": 40, "repetition_penalty": penalty}
     found = []
     for cls in (Plain, Shared):
-        trainer = build(cls, models(), tmp_path / cls.__name__, rows(MIXED_ROWS), beta=0.0, top_p=0.9, top_k=40)
+        trainer = build(cls, models(), tmp_path / cls.__name__, rows(MIXED_ROWS), beta=0.0, **sampling)
+        trainer.eos_token_ids = trainer.generation_config.eos_token_id = [*trainer.eos_token_ids, *range(20, 40)]
         with keyed_draws((4,), range(16), 12):  # rows that have finished leave one loop and stay in the other
             found.append(generate(trainer))
     assert found[0] == found[1] and len({tuple(ids) for ids in found[1]}) > 8
