@@ -124,6 +124,11 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
         parts["activations"] += patches * _per_token(vision, vision.depth, 31, kept) * size / 2
     # TRL's fused head works in chunks; one chunk of float32 logits and its gradient.
     parts["logits"] = min(scored, 1024) * text.vocab_size * 8
+    if not lora:
+        parts["logits"] += 4 * text.hidden_size * text.vocab_size  # it sums the head's gradient in 32 bits
+    if not launch.on_cpu:
+        # CUDA's context and NCCL; DeepSpeed's two buckets of 5e8 numbers.
+        parts["runtime"] = 2 * GB + (2 * 5e8 * size if zero else 0)
     return {k: v / GB for k, v in parts.items()}
 
 
