@@ -71,35 +71,16 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
 
     `host` is what `zero3-offload` keeps in host memory instead. AdamW in mixed precision as DeepSpeed keeps it: weights
     and gradients in the model's dtype, 32-bit master weights and two moments (ZeRO: Rajbhandari et al., 2020, section
-    3.1); without DeepSpeed all are float32, and DDP's buckets hold the gradients once more. Not counted: CUDA's
-    context, fragmentation, vLLM.
+    3.1); without DeepSpeed all are float32, and DDP's buckets hold the gradients once more. Not counted:
+    fragmentation, vLLM.
 
     Raises DataError: the model's config cannot be read.
     """
     model = _weightless(recipe)
-    config = model.config
-    total = trained = sum(p.numel() for p in model.parameters())
-    lora, launch, train = recipe.model.lora, recipe.launch, recipe.trl
-    if recipe.model.freeze_vision:
-        trained -= sum(p.numel() for m in family.of(config).vision_modules(model) for p in m.parameters())
+    config, launch, train, lora = model.config, recipe.launch, recipe.trl, recipe.model.lora
     size = 4 if recipe.model.dtype == "float32" else 2
-    held = 4 if recipe.weights_dtype == "float32" else 2
-    stored: float = held
-    if lora:
-        trained = adapter_parameters(total, lora.r)
-        stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", held)
-    zero = int(launch.preset[4]) if launch.preset.startswith("zero") else 0
-    world = launch.processes
-    copies = 1 if zero or world == 1 else 2
-    parts = {
-        "weights": stored * total / (world if zero == 3 else 1),
-        "gradients": copies * held * trained / (world if zero >= 2 else 1),
-        "optimizer": (12 if zero else 8) * trained / (world if zero >= 1 else 1),
-    }
-    if isinstance(recipe, GrpoRecipe) and train.get("beta", 0) and not lora:
-        parts["reference"] = held * total / (world if zero == 3 else 1)
-    if launch.preset == "zero3-offload":
-        parts = {"host": sum(parts.values())}
+    zero = launch.preset.startswith("zero")
+    parts = _states(recipe, model)
     if isinstance(recipe, GrpoRecipe):
         new = train.get("max_completion_length") or 512  # TRL's default
         branches = recipe.train.prompts_per_device * recipe.train.num_generations
@@ -130,6 +111,32 @@ def memory_estimate(recipe: GrpoRecipe | SftRecipe, prompt_tokens: int) -> dict[
         # CUDA's context and NCCL; DeepSpeed's two buckets of 5e8 numbers.
         parts["runtime"] = 2 * GB + (2 * 5e8 * size if zero else 0)
     return {k: v / GB for k, v in parts.items()}
+
+
+def _states(recipe: GrpoRecipe | SftRecipe, model: Any) -> dict[str, float]:
+    """Bytes of weights, gradients, optimizer and reference policy."""
+    total = trained = sum(p.numel() for p in model.parameters())
+    lora, launch, train = recipe.model.lora, recipe.launch, recipe.trl
+    if recipe.model.freeze_vision:
+        trained -= sum(p.numel() for m in family.of(model.config).vision_modules(model) for p in m.parameters())
+    held = 4 if recipe.weights_dtype == "float32" else 2
+    stored: float = held
+    if lora:
+        trained = adapter_parameters(total, lora.r)
+        stored = {"4bit": 0.5, "8bit": 1}.get(lora.quantize or "", held)
+    zero = int(launch.preset[4]) if launch.preset.startswith("zero") else 0
+    world = launch.processes
+    copies = 1 if zero or world == 1 else 2
+    parts = {
+        "weights": stored * total / (world if zero == 3 else 1),
+        "gradients": copies * held * trained / (world if zero >= 2 else 1),
+        "optimizer": (12 if zero else 8) * trained / (world if zero >= 1 else 1),
+    }
+    if isinstance(recipe, GrpoRecipe) and train.get("beta", 0) and not lora:
+        parts["reference"] = held * total / (world if zero == 3 else 1)
+    if launch.preset == "zero3-offload":
+        parts = {"host": sum(parts.values())}
+    return parts
 
 
 def _weightless(recipe: GrpoRecipe | SftRecipe) -> Any:

@@ -22,7 +22,7 @@ ROOMS = {
     "training": 2458,
     "eval": 2913,
     "report": 1248,
-    "doctor": 364,
+    "doctor": 369,
     "tiny": 365,
     "cli": 485,
 }
