@@ -174,6 +174,14 @@ class SftTraining(Training):
             prompt=recipe.policy_prompt,
         )
         rows, dropped = choose(rows)
+        if self.attempt.trial:  # a step of them alone: what fits then fits later
+            lengths = prompt_lengths(rows, self.processor, recipe.policy_prompt)
+            targets = target_ids(self.processor, list(rows.select_columns(["solution", "thinking"])))
+            totals = [length + len(target) for length, target in zip(lengths, targets, strict=True)]
+            order = sorted(range(len(rows)), key=totals.__getitem__, reverse=True)
+            rows = rows.select(
+                order[: self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size]
+            )
         if recipe.role == "judge":
             other = recipe.wrong
             wrong = choose(load_rows(with_seed(other.path, seed), other.split, other.limit))[0] if other else None

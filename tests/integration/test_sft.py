@@ -501,6 +501,23 @@ def test_a_chat_template_that_loops_is_cut_off_and_named(tiny, tmp_path, monkeyp
             load_processor(make_recipe(tmp_path / "model", tmp_path).model)
 
 
+def test_doctors_trial_step_takes_the_longest_rows(tiny, data, tmp_path):
+    recipe = make_recipe(tiny["qwen2_5_vl"], data, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    training = sft.SftTraining(recipe, Attempt(str(tmp_path), str(tmp_path), trial=True))
+    training.args, training.processor = training.config(), load_processor(recipe.model)
+    rows = load_rows(str(data), "train", None)
+    kept, _ = training.select(rows)
+    totals = {}
+    for row in rows:
+        if not row["solution"]:
+            continue
+        text = prompts.build_messages(row["problem"], 1)
+        asked = training.processor.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
+        ids = training.processor(text=[asked], images=row["images"])["input_ids"][0]
+        totals[row["id"]] = len(ids) + len(sft.target_ids(training.processor, [row])[0])
+    assert list(kept["id"]) == sorted(totals, key=totals.__getitem__, reverse=True)[:2] and len(totals) > 3
+
+
 def test_what_cannot_be_saved_is_known_before_the_first_step(tiny, data, tmp_path, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise ValueError("this processor cannot be saved")

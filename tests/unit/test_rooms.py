@@ -19,7 +19,7 @@ ROOMS = {
     "shared_prefix": 1315,
     "judges": 1718,
     "rewards": 903,
-    "training": 2458,
+    "training": 2466,
     "eval": 2913,
     "report": 1248,
     "doctor": 369,
