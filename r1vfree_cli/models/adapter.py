@@ -50,8 +50,9 @@ def load_adapter(model, folder: Path | str, base: str | None = None) -> Any:
     if broken := [key for key, value in weights.items() if not value.isfinite().all()]:
         raise DataError(f"the adapter in {folder} holds NaN or infinity", details=broken[:6])
     untrained = not any(value.any() for key, value in weights.items() if "lora_A" not in key)
-    for why in ["is untrained"] * untrained + ["has lora_alpha 0"] * (not settings.lora_alpha):
-        console.warn(f"the adapter in {folder} {why}: what it adds to its base is zero")
+    for holds, why in ((untrained, "is untrained"), (not settings.lora_alpha, "has lora_alpha 0")):
+        if holds:
+            console.warn(f"the adapter in {folder} {why}: what it adds to its base is zero")
     _translate(settings, model, weights)
     settings.base_model_name_or_path = getattr(model, "name_or_path", None)  # it may have moved
     try:

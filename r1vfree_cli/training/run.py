@@ -151,9 +151,12 @@ class Training(TrainerCallback):
         finally:
             self.close()
         self.lap("train")
-        for error in filter(None, (getattr(callback, "stopped", None) for callback in callbacks)):
-            interrupted = isinstance(error, Interrupted)
-            self._set_status(*((INTERRUPTED, "interrupted") if interrupted else (STOPPED, error.message)))
+        error = next(filter(None, (getattr(callback, "stopped", None) for callback in callbacks)), None)
+        if isinstance(error, Interrupted):
+            self._set_status(INTERRUPTED, "interrupted")
+        elif error is not None:
+            self._set_status(STOPPED, error.message)
+        if error is not None:
             raise error
 
     def _set_status(self, state: str, reason: str | None) -> None:
