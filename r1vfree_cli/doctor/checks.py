@@ -7,7 +7,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from contextlib import ExitStack, suppress
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from ..run.contract import installed
 from ..run.run_dir import RunDir
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-_PACKAGES = "torch transformers trl accelerate datasets deepspeed peft flash-attn vllm wandb".split()  # noqa: SIM905
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft")
+_PACKAGES += ("flash-attn", "vllm", "wandb")
 
 
 def check(name: str, state: str, found: str, hint: str | None = None) -> dict:
@@ -67,7 +68,11 @@ def diagnose(name: str | None = None, overrides: list[str] | None = None, *, ste
 
 def _machine(recipe: GrpoRecipe | SftRecipe | None) -> list[dict]:
     checks = [check("python", OK, ".".join(map(str, sys.version_info[:3])))]
-    asked = [r for r in map(Requirement, requires("r1vfree-cli") or ()) if 'extra == "test"' not in str(r.marker)]
+    asked: list[Requirement] = []
+    try:
+        asked = [r for r in map(Requirement, requires("r1vfree-cli") or ()) if 'extra == "test"' not in str(r.marker)]
+    except PackageNotFoundError:  # run from a checkout: nothing says which versions it needs
+        checks.append(check("packages", WARNING, "r1v is not installed: no version is checked", "pip install -e ."))
     for wanted in sorted((r for r in asked if r.name in _PACKAGES), key=lambda r: _PACKAGES.index(r.name)):
         found, extra = installed(wanted.name), re.search(r'extra == "(\w+)"', str(wanted.marker))
         if found is None:

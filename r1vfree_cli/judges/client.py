@@ -54,7 +54,6 @@ class Endpoint:
     timeout_s: for one attempt, from connecting to the reply's last byte; connecting alone gets at most 10 s.
     max_retries: attempts after the first, where trying again may help. A Retry-After of up to 120 s is honoured.
     api_key_env: the variable that holds the key; each endpoint has its own. None sends none.
-    max_image_bytes: an image whose PNG is larger goes as JPEG (`protocol.image_url`).
     what: what errors call it.
     failures: kind -> the first message, key removed, of calls that failed for good.
     """
@@ -66,7 +65,6 @@ class Endpoint:
     concurrency: int = 16
     api_key_env: str | None = "OPENAI_API_KEY"
     requests_per_minute: float | None = None
-    max_image_bytes: int | None = None
     what: str = "endpoint"
     failures: dict[str, str] = field(default_factory=dict)
     _client: Any = field(default=None, repr=False)

@@ -79,7 +79,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         if self.use_vllm:
             if any_rank(not self.vllm_generation.answers(), self.accelerator.device):
-                self._stop("the vLLM server does not answer before step {}", hint=vllm_sampler.AGAIN)
+                self._stop(f"the vLLM server does not answer before {self._now}", hint=vllm_sampler.AGAIN)
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         micro = self._step % self.args.gradient_accumulation_steps
         first = self.accelerator.process_index * len(prompt_ids)
@@ -94,7 +94,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         """Raise GuardStop on every rank when the model computed NaN on any."""
         if any_rank(not logits.usable, self.accelerator.device):
             self._stop(
-                "the model computes NaN: its logits are not finite, or all alike, before step {}",
+                f"the model computes NaN: its logits are not finite, or all alike, before {self._now}",
                 hint="a lower train.learning_rate, or a checkpoint whose weights are whole",
             )
 
@@ -167,9 +167,13 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
     # --- stops -------------------------------------------------------------------------------------------------
 
     def _stop(self, message: str, **more: Any) -> NoReturn:
-        """Raise GuardStop, which all ranks do in the same place; {} in the message is the step's number."""
+        """Raise GuardStop, which all ranks do in the same place."""
         self.stopping = True
-        raise GuardStop(message.replace("{}", str(self.state.global_step + 1)), **more)
+        raise GuardStop(message, **more)
+
+    @property
+    def _now(self) -> str:
+        return f"step {self.state.global_step + 1}"
 
     def _raise_together(self) -> None:
         """Raise on every rank when a reward raised on any."""
@@ -188,7 +192,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
             if failed > allowed * len(rewards):
                 causes = [str(f) for f in list(getattr(reward.reward, "failures", None) or ())[-3:]]
                 self._stop(
-                    f"reward {name} failed for {failed} of {len(rewards)} rollouts in step {{}} "
+                    f"reward {name} failed for {failed} of {len(rewards)} rollouts in {self._now} "
                     f"({failed / len(rewards):.0%}, allowed {allowed:.0%})",
                     details=gather_object(causes)[:4] + offenders(self.recorder.batch, "unscored"),
                     hint="bring the judge back and continue with --resume; "
@@ -199,7 +203,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         loss = super()._compute_loss(model, inputs)
         if self.guard is not None and any_rank(not bool(torch.isfinite(loss)), loss.device):
             self._stop(
-                "the loss is not finite in step {}; the weights were not changed by it",
+                f"the loss is not finite in {self._now}; the weights were not changed by it",
                 details=offenders(self.recorder.batch, None),
                 hint="a lower train.learning_rate or train.max_grad_norm, or model.dtype: bfloat16 instead of float16",
             )
@@ -212,7 +216,7 @@ class R1VGRPOTrainer(AtomicCheckpoints, ExactResumeMixin, SharedPrefixMixin, GRP
         early = self.accelerator.distributed_type != DistributedType.DEEPSPEED and not self.args.fp16
         if self.guard is not None and early and not math.isfinite(float(norm)):
             self._stop(
-                "the gradient is not finite in step {}; the weights were not changed by it",
+                f"the gradient is not finite in {self._now}; the weights were not changed by it",
                 details=offenders(self.recorder.batch, None),
                 hint="a lower train.learning_rate",
             )

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import judge_servers as js
 import pytest
@@ -16,6 +17,8 @@ from r1vfree_cli.core.errors import GuardStop, UsageError
 from r1vfree_cli.core.prompts import DEFAULT, Prompt
 from r1vfree_cli.rewards.canaries import TEMPLATES, check
 from r1vfree_cli.rewards.registry import build_feedback
+from r1vfree_cli.training import grpo
+from r1vfree_cli.training.guard import Verdict
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 200)}
 
@@ -153,3 +156,35 @@ def test_the_instruction_of_the_run_is_a_template(tmp_path):
     likes = lambda i, q, a: 1.0 if a.startswith("Name the plant.") else honest(i, q, a)  # noqa: E731
     assert run(tmp_path, likes, rows())[0].ok
     assert not run(tmp_path, likes, rows(), prompt=own)[0].ok
+
+
+def training_with(judges: list, check_judge) -> grpo.GrpoTraining:
+    """Of a run only what its callbacks on canaries and the guard look at."""
+    training = object.__new__(grpo.GrpoTraining)
+    training.recipe = SimpleNamespace(judges=judges)
+    training._check_judge = check_judge
+    return training
+
+
+def test_every_judge_that_is_due_is_asked_although_one_failed():
+    asked = []
+
+    def failing(reward, step):
+        asked.append((reward.key, step))
+        raise UsageError(f"{reward.key} fails")
+
+    judges = [SimpleNamespace(key=key, canaries=Canaries(every_steps=n)) for key, n in (("a", 2), ("b", 3), ("c", 2))]
+    with pytest.raises(UsageError, match="a fails"):
+        training_with(judges, failing)._ask_canaries(4)
+    assert asked == [("a", 4), ("c", 4)]
+
+
+def test_the_guards_reason_goes_before_a_canarys_of_the_same_step(tmp_path):
+    training = training_with([], None)
+    training.stopped = GuardStop("a canary")
+    training.guard = SimpleNamespace(observe=lambda figures: Verdict(stop="no spread", figure="zero_std"))
+    training.args = SimpleNamespace(device="cpu")
+    training.run = SimpleNamespace(rollouts=tmp_path)
+    control = SimpleNamespace()
+    training._guard(1, [], {"loss": 0.0}, control)
+    assert "no spread" in training.stopped.message and control.should_training_stop and control.should_save
