@@ -25,7 +25,7 @@ from ..run.contract import installed
 from ..run.run_dir import RunDir
 
 OK, WARNING, ERROR = "ok", "warning", "error"
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft")
+_PACKAGES: tuple[str, ...] = ("torch", "transformers", "trl", "accelerate", "datasets", "deepspeed", "peft")
 _PACKAGES += ("flash-attn", "vllm", "wandb")
 
 
